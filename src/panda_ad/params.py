@@ -1,0 +1,182 @@
+"""The pipeline's parameters: `params.yaml`, typed and checked on load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from panda_ad.errors import UserError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Pixels = Annotated[int, Field(ge=16, le=4096)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(_Section):
+    root: str
+    layout: Literal["mvtec", "folders", "cifar10", "cifar100", "fashion_mnist", "flowers102"]
+    normal_classes: dict[str, list[str]]
+    limit_train: PositiveInt | None
+    limit_test: PositiveInt | None
+    min_train: Annotated[int, Field(ge=4)]
+    calibration_fraction: Fraction
+    on_invalid: Literal["fail", "quarantine"]
+
+
+class BackboneParams(_Section):
+    name: Literal[
+        "embedded", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
+    ]
+    weights: str
+    input_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
+    precision: Literal["auto", "fp32", "bf16"]
+    cache_gb: Annotated[float, Field(ge=0)]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Network input (height, width), pixels."""
+        s = self.input_size
+        return (s, s) if isinstance(s, int) else (s[0], s[1])
+
+
+class AdaptParams(_Section):
+    method: Literal["none", "compactness", "ses", "ewc", "oe"]
+    epochs: PositiveInt | None
+    batch_size: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0)] | None
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    clip_norm: Annotated[float, Field(gt=0)]
+    snapshots: Annotated[int, Field(ge=1, le=64)]
+    ewc_lambda: Annotated[float, Field(ge=0)]
+    fisher: str | None
+    fisher_samples: PositiveInt
+    outliers: str | None
+    on_collapse: Literal["warn", "fallback"]
+
+    @model_validator(mode="after")
+    def _oe_has_outliers(self) -> AdaptParams:
+        if self.method == "oe" and self.outliers is None:
+            raise ValueError("method oe (outlier exposure) needs adapt.outliers, a folder of outlier images")
+        return self
+
+
+class GalleryParams(_Section):
+    k: PositiveInt
+    normalize: bool
+    compression: Literal["none", "kmeans", "coreset"]
+    size: PositiveInt
+
+
+class LocalizeParams(_Section):
+    method: Literal["none", "spade", "patch_memory"]
+    neighbours: PositiveInt
+    memory_fraction: Annotated[float, Field(gt=0, le=1)]
+    memory_limit: PositiveInt
+    sigma: Annotated[float, Field(ge=0)]
+
+
+class VerdictParams(_Section):
+    false_alarm_rate: Fraction
+
+
+class EvaluateParams(_Section):
+    bootstrap: Annotated[int, Field(ge=10)]
+    confidence: Fraction
+    report_images: PositiveInt
+
+
+class GateParams(_Section):
+    margin: Annotated[float, Field(ge=0, le=1)]
+    min_image_auroc: Annotated[float, Field(ge=0, le=1)]
+    min_pixel_auroc: Annotated[float, Field(ge=0, le=1)]
+
+
+class Params(_Section):
+    """All of `params.yaml`; the comments there say what each key means."""
+
+    dataset: str
+    categories: Annotated[list[str], Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    data: Data
+    backbone: BackboneParams
+    adapt: AdaptParams
+    gallery: GalleryParams
+    localize: LocalizeParams
+    verdict: VerdictParams
+    evaluate: EvaluateParams
+    gate: GateParams
+
+    @field_validator("dataset")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            raise ValueError("use letters, digits, '_', '.' and '-' only: it becomes part of a registered model's name")
+        return name
+
+    @field_validator("categories")
+    @classmethod
+    def _distinct(cls, names: list[str]) -> list[str]:
+        if len(set(names)) != len(names):
+            raise ValueError("a category is listed twice")
+        for name in names:
+            if not name or name.startswith(".") or re.search(r"[/\\:%\"'@]", name):
+                raise ValueError(f"{name!r} cannot name a category: no '/', '\\', ':', '%', '@' or quotes")
+        return names
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and check a parameter file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or a key is unknown, missing, of the wrong type or out of range (each named).
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror}); run from the folder that holds params.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    return parse_params(raw, str(path))
+
+
+def parse_params(raw: object, source: str = "params.yaml") -> Params:
+    """Check a mapping as `load_params` does; `source` is named in errors."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: a mapping of keys to values is expected, found {type(raw).__name__}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as e:
+        raise UserError(f"{source}: " + "; ".join(sorted({_problem(err, raw) for err in e.errors()}))) from None
+
+
+def _problem(error, raw: dict) -> str:
+    """One validation error as 'key: what is wrong'. The branches of a union are told apart only by pydantic, not the user."""
+    keys: list[str] = []
+    value: object = raw
+    for part in error["loc"]:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+        elif error["type"] not in ("missing", "extra_forbidden"):
+            break
+        keys.append(str(part))
+    key = ".".join(keys) or "params"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" + ("" if error["type"] == "value_error" else f", found {value!r}")
