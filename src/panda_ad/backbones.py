@@ -143,14 +143,20 @@ def load_backbone(name: str, weights: str = "DEFAULT") -> Backbone:
                 state = state.get("state_dict", state)
             return Backbone(architecture, state)
         except FileNotFoundError:
-            raise UserError(f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: embedded") from None
+            raise UserError(
+                f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: embedded"
+            ) from None
         except (ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as e:
             raise UserError(f"backbone.weights: {path} cannot be used: {' '.join(str(e).split())[:200]}") from None
         except Exception as e:  # torch.load raises pickle's own errors on a file that is not a checkpoint
-            raise UserError(f"backbone.weights: {path} is not a plain state dict ({type(e).__name__}); save one with torch.save(model.state_dict(), path)") from None
+            raise UserError(
+                f"backbone.weights: {path} is not a plain state dict ({type(e).__name__}); save one with torch.save(model.state_dict(), path)"
+            ) from None
     if name == "embedded":
         if weights != "DEFAULT":
-            raise UserError(f"backbone.weights: the embedded backbone has one set of weights, DEFAULT, not {weights}; set backbone.name: resnet18 for torchvision's")
+            raise UserError(
+                f"backbone.weights: the embedded backbone has one set of weights, DEFAULT, not {weights}; set backbone.name: resnet18 for torchvision's"
+            )
         return Backbone("resnet18", load_file(EMBEDDED))
     return Backbone(name, _published(name, weights))
 

@@ -1,0 +1,90 @@
+"""The activation cache gives what the trunk gives, survives kills and stays within its budget."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from panda_ad.activations import Activations, Item
+from panda_ad.backbones import load_backbone
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("embedded")
+
+
+def items(n, seed=0):
+    rng = np.random.default_rng(seed)
+    images = [rng.integers(0, 256, (40, 30, 3), np.uint8) for _ in range(n)]
+    return [Item(hashlib.sha256(im.tobytes()).hexdigest(), lambda im=im: im) for im in images]
+
+
+def unreadable(item):
+    def read():
+        raise AssertionError("a cached image was decoded again")
+
+    return Item(item.key, read)
+
+
+def make(backbone, tmp_path, gb=1.0, size=SIZE):
+    return Activations(backbone, size, torch.float32, tmp_path, gb)
+
+
+def test_cached_equals_computed_and_nothing_is_decoded_twice(backbone, tmp_path):
+    some = items(70)
+    cache = make(backbone, tmp_path)
+    assert cache.warm(some) == 70
+    assert cache.warm([unreadable(i) for i in some]) == 0
+    again = make(backbone, tmp_path)
+    view = again.view([unreadable(i) for i in some])
+    direct = make(backbone, tmp_path / "other").compute(some)
+    np.testing.assert_array_equal(view[:], direct["layer2"])
+    order = np.array([5, 3, 69])
+    np.testing.assert_array_equal(view[order], direct["layer2"][order])
+    assert cache.warm([*some, *items(2, seed=1)]) == 2  # only what is new
+
+
+def test_cut_off_files_lose_only_what_was_not_listed(backbone, tmp_path):
+    some = items(20)
+    cache = make(backbone, tmp_path)
+    cache.warm(some)
+    store = cache.stores["layer2"]
+    store.index.write_bytes(store.index.read_bytes()[:-10])  # killed while listing the last key
+    with open(store.path, "ab") as f:
+        f.write(b"half a record")
+    again = make(backbone, tmp_path)
+    assert again.warm(some) == 1
+    np.testing.assert_array_equal(make(backbone, tmp_path).view([unreadable(i) for i in some])[:], again.compute(some)["layer2"])
+
+
+def test_over_budget_images_are_computed_at_use(backbone, tmp_path, capsys):
+    some = items(10)
+    record = make(backbone, tmp_path).stores["layer2"].record
+    cache = make(backbone, tmp_path, gb=4.5 * record / 1e9)
+    assert cache.warm(some) == 4
+    assert "cache_gb" in capsys.readouterr().err
+    np.testing.assert_array_equal(cache.view(some)[:], cache.compute(some)["layer2"])
+
+
+def test_older_caches_make_room(backbone, tmp_path):
+    old = make(backbone, tmp_path)
+    old.warm(items(10))
+    size = old.stores["layer2"].path.stat().st_size
+    new = make(backbone, tmp_path, gb=1.2 * size / 1e9, size=(16, 32))
+    assert new.warm(items(10)) == 10
+    assert not old.folder.exists()
+
+
+def test_both_layers_together(backbone, tmp_path):
+    some = items(9)
+    cache = make(backbone, tmp_path)
+    cache.warm(some)
+    cache.warm(some, layers=("layer1", "layer2"))
+    (batch,) = cache.batches(some, ("layer1", "layer2"))
+    direct = cache.compute(some)
+    for layer in ("layer1", "layer2"):
+        np.testing.assert_array_equal(batch[layer].numpy(), direct[layer])
