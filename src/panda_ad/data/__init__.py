@@ -1,0 +1,1 @@
+"""Images on disk: decoding, folder layouts, the manifest and its validation."""
