@@ -1,0 +1,162 @@
+"""What the flows share: DVC's graph, stages as children, parameters changed for one run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from panda_ad.errors import UserError
+from panda_ad.params import load_params
+from panda_ad.processes import Group
+
+SAVED = Path(".cache/before-run")
+"""Where params.yaml and dvc.lock stand while a run with changed parameters is under way."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage as DVC has it.
+
+    Attributes
+    ----------
+    name : str
+        As in `dvc repro NAME`, e.g. `adapt@fabric`.
+    parents : tuple of str
+        The stages it directly depends on, in DVC's order.
+    retries : int
+        How often to try again when it fails: `meta: {retries: N}` in dvc.yaml, for stages that talk to servers.
+    """
+
+    name: str
+    parents: tuple[str, ...]
+    retries: int
+
+    @property
+    def category(self) -> str | None:
+        """The matrix item, None for a stage that runs once."""
+        return self.name.partition("@")[2] or None
+
+
+def read_pipeline() -> tuple[list[Stage], set[str]]:
+    """DVC's graph of the repository in the working directory, parents before children, and which stages `dvc status` calls changed.
+
+    Tracked data (`*.dvc`) has nothing to run and is left out.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo() as repo:
+            graph = repo.index.graph  # edges point from a stage to what it depends on
+            stages = {
+                node.addressing: Stage(
+                    name=node.addressing,
+                    parents=tuple(parent.addressing for parent in graph.successors(node) if parent.cmd),
+                    retries=int((getattr(node, "meta", None) or {}).get("retries", 0)),
+                )
+                for node in graph
+                if node.cmd
+            }
+            changed = set(repo.status())
+    except DvcException as e:
+        raise UserError(f"DVC: {' '.join(str(e).split())}") from None
+    order = TopologicalSorter({stage.name: stage.parents for stage in stages.values()}).static_order()
+    return [stages[name] for name in order], changed & set(stages)
+
+
+def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
+    """The stages of these categories and all they depend on, order kept."""
+    by_name = {stage.name: stage for stage in stages}
+    wanted: set[str] = set()
+    queue = [stage.name for stage in stages if stage.category in categories]
+    while queue:
+        name = queue.pop()
+        if name not in wanted:
+            wanted.add(name)
+            queue.extend(by_name[name].parents)
+    return [stage for stage in stages if stage.name in wanted]
+
+
+def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, with this Python's commands first, output unbuffered and telemetry off."""
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONUNBUFFERED": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "DO_NOT_TRACK": "true",
+        **(extra or {}),
+    }
+
+
+def run_logged(command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]) -> tuple[int, str]:
+    """Run a command, its output going to `logger` line by line; return exit status and last line.
+
+    Whatever ends the caller (an exception, a signal, SIGKILL) ends the command and its descendants.
+    """
+    last = ""
+    with Group(command, env=child_environment(extra)) as group:
+        for last in group.lines():
+            logger.info("%s", last)
+        return group.wait(), last
+
+
+@contextlib.contextmanager
+def changed_params(changes: Sequence[str]) -> Iterator[None]:
+    """params.yaml with `changes` (`adapt.method=ewc`) for the duration; afterwards it and dvc.lock are as they were.
+
+    Changes are applied by DVC's own code of `dvc exp run -S`, so its grammar holds and comments stay. What a killed run
+    left changed is put back by the next one.
+
+    Raises
+    ------
+    UserError
+        A change names no key, or the parameters it makes are not valid; params.yaml is as it was.
+    """
+    _put_back()
+    if not changes:
+        yield
+        return
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import apply_overrides
+
+    SAVED.parent.mkdir(parents=True, exist_ok=True)
+    making = SAVED.with_name(f".{SAVED.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    for name in ("params.yaml", "dvc.lock"):
+        if Path(name).exists():
+            shutil.copy2(name, making / name)
+    making.rename(SAVED)
+    try:
+        try:
+            apply_overrides("params.yaml", list(changes))
+        except DvcException as e:
+            raise UserError(f"set_params: {e.__cause__ or e}".splitlines()[0] + "; write KEY=VALUE with a key of params.yaml") from None
+        load_params()
+        yield
+    finally:
+        _put_back()
+
+
+def _put_back() -> None:
+    if not SAVED.is_dir():
+        return
+    for name in ("params.yaml", "dvc.lock"):
+        if (SAVED / name).exists():
+            temporary = Path(f".{name}.{os.getpid()}.tmp")
+            shutil.copy2(SAVED / name, temporary)
+            temporary.replace(name)
+        elif name == "dvc.lock":
+            Path(name).unlink(missing_ok=True)
+    done = SAVED.with_name(f".{SAVED.name}.done")
+    shutil.rmtree(done, ignore_errors=True)
+    SAVED.rename(done)  # at once, so that a kill from here on finds nothing half removed to put back
+    shutil.rmtree(done)

@@ -1,0 +1,141 @@
+"""Bring a Prefect server up to date with this checkout: work pool, deployments of prefect.yaml, automations.
+
+    python -m flows.deploy        # the server of PREFECT_API_URL; may be run again at any time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.automations import Automation
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events import EventTrigger, Posture
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.workers.process import ProcessWorker
+from pydantic import SecretStr
+
+from flows.common import child_environment
+from panda_ad.errors import UserError
+
+POOL = "panda"
+WEBHOOK = "PANDA_WEBHOOK_URL"
+"""Environment variable: where failed runs and refusals are posted. Kept on the server as a secret, never logged."""
+SILENCE = timedelta(seconds=75)
+"""A run whose heartbeats (every 30 s) stop for so long is marked crashed."""
+
+MESSAGE = '(flow.name ~ " run " ~ flow_run.name ~ ": " ~ flow_run.state.name ~ ": " ~ (flow_run.state.message or ""))'
+ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Refused", "Cancelled", "Crashed")}
+
+
+def deploy() -> None:
+    """Create or update everything. Raises UserError where prefect.yaml is refused."""
+    with get_client(sync_client=True) as client:
+        _create_pool(client)
+        switched_on = _active_schedules(client)
+        result = subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+            env=child_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if result.returncode:
+            raise UserError(f"prefect.yaml: {' '.join((result.stderr or result.stdout).split())[-400:]}")
+        _restore(client, switched_on)
+    asyncio.run(_automate())
+
+
+async def _automate() -> None:
+    await _save(crash_silent_runs())
+    if url := os.environ.get(WEBHOOK):
+        block_id = await Webhook(method="POST", url=SecretStr(url)).save("panda-notifications", overwrite=True)
+        await _save(notify(block_id))
+
+
+def crash_silent_runs() -> Automation:
+    """Marks a run crashed when its process, worker or machine died without saying so."""
+    return Automation(
+        name="panda: crash silent runs",
+        description="A run that stops sending heartbeats is dead: its process, worker or machine was killed.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat"} | ENDED,
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=SILENCE,
+        ),
+        actions=[ChangeFlowRunState(name=None, state=StateType.CRASHED, force=False, message="No heartbeat: its process, worker or machine died.")],
+    )
+
+
+def notify(block_id: UUID) -> Automation:
+    """Posts to the webhook when a run fails or crashes, or a gate refuses."""
+    return Automation(
+        name="panda: notify",
+        description=f"Posts failed runs and refused gates to the webhook of {WEBHOOK}.",
+        trigger=EventTrigger(
+            expect={f"prefect.flow-run.{name}" for name in ("Failed", "Refused", "Crashed")},
+            match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[CallWebhook(block_document_id=block_id, payload=f'{{"text": {{{{ {MESSAGE} | tojson }}}}}}')],
+    )
+
+
+async def _save(automation: Automation) -> None:
+    """Create the automation, or bring the one of this name up to date; on or off stays as the user left it."""
+    try:
+        known = await Automation.aread(name=automation.name)
+    except ValueError:
+        await automation.acreate()
+        return
+    automation.id, automation.enabled = known.id, known.enabled
+    await automation.aupdate()
+
+
+def _create_pool(client: SyncPrefectClient) -> None:
+    pool = WorkPoolCreate(
+        name=POOL,
+        type=ProcessWorker.type,
+        description="Processes in the checkout that `make ui` was started in.",
+        base_job_template=ProcessWorker.get_default_base_job_template(),
+    )
+    with contextlib.suppress(ObjectAlreadyExists):
+        client.create_work_pool(pool)
+
+
+def _active_schedules(client: SyncPrefectClient) -> dict[tuple[str, str], bool]:
+    return {(d.name, s.slug): s.active for d in client.read_deployments() for s in d.schedules if s.slug}
+
+
+def _restore(client: SyncPrefectClient, active: dict[tuple[str, str], bool]) -> None:
+    """Deploying writes `active` as prefect.yaml has it; what the user switched in the UI wins."""
+    for deployment in client.read_deployments():
+        for schedule in deployment.schedules:
+            wanted = active.get((deployment.name, schedule.slug or ""), schedule.active)
+            if wanted != schedule.active:
+                response = client.request(
+                    "PATCH",
+                    "/deployments/{id}/schedules/{schedule_id}",
+                    path_params={"id": deployment.id, "schedule_id": schedule.id},
+                    json={"active": wanted},
+                )
+                response.raise_for_status()
+
+
+if __name__ == "__main__":
+    try:
+        deploy()
+    except UserError as error:
+        sys.exit(f"error: {error}")

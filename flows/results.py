@@ -1,0 +1,96 @@
+"""What a flow run leaves in the Prefect UI: a table of figures per category, a summary with links."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.states import State
+
+from panda_ad.params import load_params
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate said of a category; `decision` is 'not asked' where it was not to, or could not."""
+
+    category: str
+    decision: str
+    reason: str
+
+    @classmethod
+    def of(cls, category: str, state: State | None) -> GateResult:
+        if state is None:
+            return cls(category, "not asked", "promotion was switched off for this run")
+        decision = {"Completed": "passed", "Refused": "refused", "Failed": "failed"}.get(str(state.name), "not asked")
+        return cls(category, decision, " ".join(str(state.message or "").split()))
+
+
+def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
+    """Create the artifacts `retrain-results` (table), `retrain-summary` (markdown) and a link per category's MLflow run."""
+    rows = [_row(gate) for gate in gates]
+    create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
+    lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {_cell(r['why'])} |" for r in rows]
+    lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {state.name} | {_cell(str(state.message or ''))} |" for name, state in states.items()]
+    links = {gate.category: link for gate in gates if (link := _mlflow_link(gate.category))}
+    lines += [""] + [f"- [MLflow run of {category}, with its report]({link})" for category, link in links.items()]
+    create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
+    for category, link in links.items():
+        create_link_artifact(link, link_text=f"MLflow run of {category}", key=f"mlflow-{_key(category)}")
+
+
+def _row(gate: GateResult) -> dict[str, Any]:
+    metrics = _read(Path("build/evaluation") / gate.category / "metrics.json")
+    published = _read(Path("build/publish") / f"{gate.category}.json")
+    return {
+        "category": gate.category,
+        "image AUROC": _figure(metrics, "image_auroc"),
+        "pixel AUROC": _figure(metrics, "pixel_auroc"),
+        "threshold": _figure(metrics, "threshold"),
+        "version": str(published.get("version", "")),
+        "gate": gate.decision,
+        "why": gate.reason,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """{} where the stage has not run yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _figure(metrics: Mapping[str, Any], name: str) -> str:
+    """'0.912 [0.880, 0.940]'; empty where there is no such figure (no masks, no stage)."""
+    value, low, high = metrics.get(name), metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.4g}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _mlflow_link(category: str) -> str | None:
+    """Address of the category's registered version; None before it is published. Credentials in the server's address are left out."""
+    version = _read(Path("build/publish") / f"{category}.json").get("version")
+    if version is None:
+        return None
+    uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    server = f"{uri.scheme}://{uri.netloc.rpartition('@')[2]}{uri.path.rstrip('/')}" if uri.scheme in ("http", "https") else "http://127.0.0.1:5000"
+    return f"{server}/#/models/panda-{load_params().dataset}-{category}/versions/{version}"
+
+
+def _key(category: str) -> str:
+    """Artifact keys are lower-case letters, digits and dashes."""
+    plain = unicodedata.normalize("NFKD", category).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or category.encode("utf-8").hex()
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

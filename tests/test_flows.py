@@ -1,0 +1,136 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from panda_ad.errors import UserError
+from prefect_project import ROOT, call, make_project, new_data
+
+sys.path.insert(0, str(ROOT))
+from flows import common  # noqa: E402
+from flows.common import SAVED, Stage, changed_params, read_pipeline, select  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("flows") / "project")
+
+
+@pytest.fixture
+def project(pristine, monkeypatch):
+    monkeypatch.chdir(pristine)
+    yield pristine
+    call("git", "checkout", "-q", ".", cwd=pristine)
+
+
+def dvc_edges(folder):
+    """'adapt@grid -> validate' for each edge between stages, as `dvc dag` has it."""
+    import re
+
+    text = call("dvc", "dag", "--mermaid", cwd=folder)
+    names = dict(re.findall(r'(node\d+)\["?([^"\]]+)"?\]', text))
+    return {(names[b], names[a]) for a, b in re.findall(r"(node\d+)-->(node\d+)", text) if not names[a].endswith(".dvc")}
+
+
+def test_the_graph_is_dvcs(project):
+    stages, changed = read_pipeline()
+    names = [s.name for s in stages]
+    assert set(names) == set(call("dvc", "stage", "list", "--name-only", cwd=project).split())
+    assert {(s.name, p) for s in stages for p in s.parents} == dvc_edges(project)
+    assert all(names.index(p) < names.index(s.name) for s in stages for p in s.parents)
+    assert changed == set(names), "nothing has run"
+    assert {s.name: s.retries for s in stages if s.retries} == {"publish@fabric": 1, "publish@grid": 1}
+
+
+def test_changed_is_what_dvc_status_says(project):
+    call("dvc", "repro", "-q", cwd=project)
+    assert read_pipeline()[1] == set()
+    with changed_params(["adapt.epochs=3"]):
+        assert read_pipeline()[1] == {"adapt@fabric", "adapt@grid"}
+    new_data(project, "two")
+    assert read_pipeline()[1] == {"validate"}
+
+
+def test_a_broken_dvc_yaml_is_one_line(project):
+    with open("dvc.yaml", "a") as file:
+        file.write("  nonsense: {cmd: [}\n")
+    with pytest.raises(UserError, match="dvc.yaml") as error:
+        read_pipeline()
+    assert "\n" not in str(error.value)
+
+
+def test_a_category_brings_what_it_depends_on():
+    stages = [Stage("validate", (), 0), Stage("a@x", ("validate",), 0), Stage("a@y", ("validate",), 0), Stage("b@y", ("a@y",), 0)]
+    assert [s.name for s in select(stages, ["y"])] == ["validate", "a@y", "b@y"]
+    assert select(stages, ["z"]) == []
+
+
+def snapshot():
+    return {name: Path(name).read_bytes() if Path(name).exists() else None for name in ("params.yaml", "dvc.lock")}
+
+
+def test_changed_params_last_for_the_run_only(project):
+    before = snapshot()
+    with changed_params(["adapt.method=ewc", "gallery.k=3", "categories=[grid]"]):
+        text = Path("params.yaml").read_text()
+        assert "method: ewc" in text and "k: 3" in text
+        assert "# nearest neighbours summed into the score" in text, "comments stay"
+        Path("dvc.lock").write_text("of the run")
+    assert snapshot() == before
+    assert not SAVED.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("adapt.metod=ewc", "metod"), ("adapt.method=magic", "adapt.method"), ("gallery.k=-1", "gallery.k"), ("nonsense", "nonsense"), ("=", "set_params")],
+)
+def test_a_wrong_change_is_one_line_and_changes_nothing(project, change, said):
+    before = snapshot()
+    with pytest.raises(UserError, match=said) as error, changed_params([change]):
+        pass
+    assert "\n" not in str(error.value)
+    assert snapshot() == before
+
+
+def test_a_killed_run_is_put_back_by_the_next(project):
+    before = snapshot()
+    kill = "import os\nfrom flows.common import changed_params\nwith changed_params(['gallery.k=3']):\n open('dvc.lock','w'); os.kill(os.getpid(), 9)"
+    call(sys.executable, "-c", kill, cwd=project, check=False)
+    assert snapshot() != before
+    with changed_params([]):
+        assert snapshot() == before
+
+
+def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
+    """Every step that touches a file may be the last one; the next run always finds the old parameters."""
+    before = snapshot()
+    steps = 0
+    for limit in range(60):
+        left = limit
+
+        def tick(event, args):
+            nonlocal left
+            if armed and event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.mkdir") and str(project) in os.getcwd():
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+
+        armed = False
+        pid = os.fork()
+        if pid == 0:
+            sys.addaudithook(tick)
+            armed = True
+            with changed_params(["gallery.k=3"]):
+                pass
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with changed_params([]):
+            assert snapshot() == before, f"killed at step {limit}"
+        steps = limit
+        if status == 0:
+            break
+    assert 10 < steps < 59, "the hook has to have cut in at every step, and the run to have got through in the end"
+
+
+def test_children_get_this_pythons_commands(project):
+    assert common.child_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
