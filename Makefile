@@ -1,0 +1,46 @@
+# make run    everything: environment, data, pipeline, registration, promotion; then says where to look
+# make test   everything the tests need, and the tests
+# make ui     MLflow and Prefect servers on loopback, with the retrain deployment
+# make lock   resolve the dependencies of pyproject.toml anew
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+UV = $$(command -v uv || echo $(BIN)/uv)
+
+export DO_NOT_TRACK = true
+export DVC_NO_ANALYTICS = 1
+
+.PHONY: run test ui lock lint check
+run: $(VENV)/.ready
+	@PATH="$(BIN):$$PATH" panda-ad run
+
+test: $(VENV)/.ready-dev lint
+	@PATH="$(BIN):$$PATH" pytest
+
+ui: $(VENV)/.ready
+	@PATH="$(BIN):$$PATH" panda-ad ui
+
+lint: $(VENV)/.ready-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# bytecode is compiled at installation: otherwise the first import of each library costs seconds in every stage
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "panda-ad needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/pip install --quiet uv
+	@echo "installing the locked environment into $(VENV) (several GB, once)"
+	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+# browser tests drive Debian's Chromium; without it they say why they are skipped
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	    && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; } \
+	    || echo "no chromium: the browser tests will be skipped"
+	@touch $@
+
+lock:
+	@$(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	    --extra dev pyproject.toml -o requirements.lock

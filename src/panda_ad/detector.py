@@ -1,0 +1,294 @@
+"""The detector: loads a bundle and scores images. Evaluation, command line, REST and UI all go through it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from panda_ad.adapt.ses import ses_scores
+from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
+from panda_ad.backbones import Backbone, Head, in_micro_batches, preprocess, trunk_activations
+from panda_ad.calibration import Threshold, p_values, threshold
+from panda_ad.errors import UserError
+from panda_ad.files import write_json
+from panda_ad.gallery import Gallery
+from panda_ad.localize import Localizer, load_localizer
+
+FORMAT = 1
+"""Version of the bundle's layout; a bundle of a newer one is refused."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a user gets for one image.
+
+    Attributes
+    ----------
+    score : anomaly score, higher is more anomalous, raw and unclamped.
+    p_value : share of good parts expected to score at least as high, in (0, 1] (conformal).
+    anomalous : whether the score is above the threshold for the false-alarm budget.
+    snapshot : index of the head that decided (SES: the one with the largest normalised score).
+    neighbours : (gallery index, squared distance) of the nearest normal images, nearest first.
+    heatmap : float32 (H, W) at the image's size, higher is more anomalous; None if not asked for or not built.
+    region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive; None without a heat map.
+    """
+
+    score: float
+    p_value: float
+    anomalous: bool
+    snapshot: int
+    neighbours: list[tuple[int, float]]
+    heatmap: np.ndarray | None = None
+    region: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N images with their evidence.
+
+    Attributes
+    ----------
+    score : (N,) float64.  snapshot : (N,) int64.  neighbours, distances : (N, k) int64 and float64, of the deciding snapshot.
+    features : (N, D) float32, of the last head.
+    heatmaps : float32 (N, h, w) at network input size, or None.
+    """
+
+    score: np.ndarray
+    snapshot: np.ndarray
+    neighbours: np.ndarray
+    distances: np.ndarray
+    features: np.ndarray
+    heatmaps: np.ndarray | None
+
+
+@dataclass
+class Detector:
+    """A fitted model.
+
+    Attributes
+    ----------
+    config : the content of bundle.json: dataset, category, input_size, precision, scorer ('knn' or 'logit'), k, normalize, steps,
+        false_alarm_rate, provenance.
+    heads : one per snapshot, in the order of `config["steps"]`.
+    galleries : features of the normal training images under each head.
+    train_means : (S,) mean leave-one-out score of normal training images under each head; SES divides by it.
+    classifier : outlier exposure's linear head {weight (1, D), bias (1,)}, else None.
+    calibration : (M,) scores of the calibration set.
+    images : path and sha256 of each gallery image.  thumbnails : its picture as JPEG bytes.
+    """
+
+    config: dict[str, Any]
+    backbone: Backbone
+    heads: list[Head]
+    galleries: list[Gallery]
+    train_means: np.ndarray
+    classifier: dict[str, Tensor] | None = None
+    calibration: np.ndarray = field(default_factory=lambda: np.empty(0))
+    localizer: Localizer | None = None
+    images: list[dict[str, str]] = field(default_factory=list)
+    thumbnails: list[bytes] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Network input (height, width), pixels."""
+        return (self.config["input_size"][0], self.config["input_size"][1])
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The trunk's precision at training; kept when served elsewhere, so that scores keep their scale."""
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config["precision"]]
+
+    def threshold(self, rate: float | None = None) -> Threshold:
+        """Threshold for a false-alarm rate, by default the bundle's. A change of rate needs no retraining."""
+        return threshold(self.calibration, self.config["false_alarm_rate"] if rate is None else rate)
+
+    def features(self, layer2: Tensor, raw: np.ndarray | None = None, maps: bool = False) -> tuple[list[np.ndarray], Tensor | None]:
+        """Features of N images under each head.
+
+        Parameters
+        ----------
+        layer2 : trunk activations (N, C2, h, w).
+        raw : float32 (N, D), features under the unadapted head where they are known already (stage `extract`).
+        maps : whether layer3 of the last head is wanted as well.
+
+        Returns
+        -------
+        S arrays (N, D) float32, and layer3 (N, C3, h/2, w/2) or None.
+        """
+        out: list[np.ndarray] = []
+        layer3 = None
+        for head, step in zip(self.heads, self.config["steps"], strict=True):
+            if maps and head is self.heads[-1]:
+                pooled, layer3 = in_micro_batches(lambda x, head=head: _pooled_and_layer3(head, x), layer2)
+            elif raw is not None and step == 0:
+                pooled = torch.from_numpy(raw)
+            else:
+                (pooled,) = in_micro_batches(lambda x, head=head: head(x.float()), layer2)
+            out.append(normalise(pooled.numpy()) if self.config["normalize"] else pooled.numpy())
+        return out, layer3
+
+    def score_features(self, features: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Features under each head, S times (N, D) -> score (N,), deciding snapshot (N,), neighbours (N, k), distances (N, k)."""
+        k = min(self.config["k"], *(len(g.features) for g in self.galleries))
+        found = [gallery.search(f, k) for gallery, f in zip(self.galleries, features, strict=True)]
+        distances, neighbours = (np.stack(part) for part in zip(*found, strict=True))  # (S, N, k)
+        knn = distances.sum(axis=2)  # (S, N)
+        if self.classifier is not None:
+            weight, bias = (self.classifier[name].double().numpy() for name in ("weight", "bias"))
+            # one row at a time, so that the sum's order does not depend on the batch
+            score = np.array([row.astype(np.float64) @ weight[0] + bias[0] for row in features[-1]])
+            decided = np.full(len(score), len(self.heads) - 1)
+        elif len(self.heads) == 1:
+            score, decided = knn[0], np.zeros(len(knn[0]), dtype=np.int64)
+        else:
+            score, decided = ses_scores(knn, self.train_means)
+        rows = np.arange(len(score))
+        return score, decided, neighbours[decided, rows], distances[decided, rows]
+
+    def score_activations(
+        self, layer2: Tensor, layer1: Tensor | None = None, raw: np.ndarray | None = None, heatmaps: bool = False
+    ) -> Scores:
+        """Score images by their trunk activations, float16 (N, C, h, w); `layer1` only where the localiser uses it, `raw` as in `features`."""
+        localizer = self.localizer if heatmaps else None
+        features, layer3 = self.features(layer2, raw, maps=localizer is not None)
+        score, snapshot, neighbours, distances = self.score_features(features)
+        if not np.isfinite(score).all():
+            raise UserError(f"category {self.config['category']}: a score is not a finite number; the model is damaged, retrain it")
+        maps = None
+        if localizer is not None and layer3 is not None:
+            layers = {"layer2": layer2, "layer3": layer3.half()} | ({} if layer1 is None else {"layer1": layer1})
+            maps = localizer.heatmaps(layers, features[-1], self.size)
+        return Scores(score, snapshot, neighbours, distances, features[-1], maps)
+
+    def score(self, images: Sequence[np.ndarray], heatmaps: bool = False) -> list[Verdict]:
+        """Score decoded images, uint8 (H, W, 3) of any size. An image's verdict does not depend on the others."""
+        if not images:
+            return []
+        x = torch.stack([preprocess(image, self.size) for image in images])
+        layer1, layer2 = trunk_activations(self.backbone, x, self.precision)
+        return self.verdicts(self.score_activations(layer2, layer1, heatmaps=heatmaps), [image.shape[:2] for image in images])
+
+    def verdicts(self, scores: Scores, sizes: Sequence[tuple[int, ...]]) -> list[Verdict]:
+        """Scores with p-values and decisions; heat maps are brought to `sizes`, each (H, W) in pixels."""
+        p = p_values(self.calibration, scores.score)
+        limit = self.threshold().value
+        verdicts = []
+        for i, size in enumerate(sizes):
+            heatmap = None if scores.heatmaps is None else resize_map(scores.heatmaps[i], size)
+            verdicts.append(
+                Verdict(
+                    float(scores.score[i]),
+                    float(p[i]),
+                    bool(scores.score[i] > limit),
+                    int(scores.snapshot[i]),
+                    [(int(n), float(d)) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)],
+                    heatmap,
+                    None if heatmap is None else region(heatmap),
+                )
+            )
+        return verdicts
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle into an existing, empty folder: safetensors, faiss and JSON, no pickle."""
+        tensors = {f"backbone.{k}": _smallest(v) for k, v in self.backbone.tensors().items()}
+        adapted = [head.state_dict() for head, step in zip(self.heads, self.config["steps"], strict=True) if step > 0]
+        tensors |= {f"heads.{k}": v for k, v in pack_snapshots(self.backbone.head.state_dict(), adapted).items()}
+        tensors |= {f"classifier.{k}": v for k, v in (self.classifier or {}).items()}
+        save_file(tensors, folder / "weights.safetensors")
+        for s, gallery in enumerate(self.galleries):
+            gallery.save(folder / f"gallery_{s}.faiss")
+        offsets = np.cumsum([0, *map(len, self.thumbnails)])
+        data = np.frombuffer(b"".join(self.thumbnails) or b"\0", np.uint8).copy()
+        save_file({"jpeg": torch.from_numpy(data), "offsets": torch.from_numpy(offsets)}, folder / "thumbnails.safetensors")
+        if self.localizer is not None:
+            (folder / "localizer").mkdir()
+            self.localizer.save(folder / "localizer")
+        write_json(folder / "calibration.json", {"scores": self.calibration.tolist(), "threshold": vars(self.threshold())})
+        head = {"format": FORMAT, "architecture": self.backbone.name, **self.config}
+        write_json(folder / "bundle.json", {**head, "train_means": self.train_means.tolist(), "images": self.images})
+
+    @classmethod
+    def load(cls, folder: Path | str, false_alarm_rate: float | None = None) -> Detector:
+        """Load a bundle, optionally with another false-alarm rate. UserError where it is missing, damaged or too new."""
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+            if config["format"] > FORMAT:
+                raise UserError(f"{folder}: bundle format {config['format']} is newer than this panda-ad's ({FORMAT}); update panda-ad")
+            if false_alarm_rate is not None:
+                config["false_alarm_rate"] = false_alarm_rate
+            calibration = np.array(json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["scores"], dtype=np.float64)
+            groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "heads": {}, "classifier": {}}
+            with safe_open(folder / "weights.safetensors", "pt") as f:
+                for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    group, name = key.split(".", 1)
+                    groups[group][name] = f.get_tensor(key)
+            with safe_open(folder / "thumbnails.safetensors", "pt") as f:
+                data, offsets = f.get_tensor("jpeg").numpy().tobytes(), f.get_tensor("offsets").tolist()
+            backbone = Backbone(config.pop("architecture"), groups["backbone"])
+            adapted = iter(unpack_snapshots(backbone.head.state_dict(), groups["heads"]))
+            heads = [backbone.head if step == 0 else with_state(backbone.head, next(adapted)) for step in config["steps"]]
+            galleries = [Gallery.load(folder / f"gallery_{s}.faiss") for s in range(len(heads))]
+            localizer = load_localizer(folder / "localizer") if (folder / "localizer").exists() else None
+            images, means = config.pop("images"), np.array(config.pop("train_means"))
+            config.pop("format")
+        except UserError:
+            raise
+        except FileNotFoundError as e:
+            raise UserError(f"{folder}: not a bundle, {Path(str(e.filename or folder)).name} is missing; run `dvc repro` to build one") from None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, StopIteration, SafetensorError) as e:
+            raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
+        thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return cls(config, backbone, heads, galleries, means, groups["classifier"] or None, calibration, localizer, images, thumbnails)
+
+
+def _pooled_and_layer3(head: Head, layer2: Tensor) -> tuple[Tensor, Tensor]:
+    layer3, layer4 = head.maps(layer2.float())
+    return layer4.mean(dim=(2, 3)), layer3
+
+
+def with_state(head: Head, state: dict[str, Tensor]) -> Head:
+    """A copy of `head` with other weights."""
+    other = copy.deepcopy(head)
+    other.load_state_dict(state, strict=False)
+    return other
+
+
+def normalise(features: np.ndarray) -> np.ndarray:
+    """(N, D) -> rows of unit L2 norm, float32; a zero row stays zero."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def resize_map(heatmap: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Bring a heat map (h, w) to (H, W) pixels, bilinear, float32."""
+    if heatmap.shape == tuple(size):
+        return heatmap
+    x = torch.from_numpy(heatmap)[None, None]
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)[0, 0].numpy()
+
+
+def region(heatmap: np.ndarray) -> tuple[int, int, int, int]:
+    """Box around the connected part that holds the peak and lies above the middle between median and peak: (x0, y0, x1, y1)."""
+    from scipy import ndimage
+
+    peak = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
+    labels, _ = ndimage.label(heatmap >= (heatmap[peak] + np.median(heatmap)) / 2)
+    rows, columns = ndimage.find_objects(labels == labels[peak])[0]
+    return (columns.start, rows.start, columns.stop, rows.stop)
+
+
+def _smallest(value: Tensor) -> Tensor:
+    """float16 where that loses nothing (the embedded weights), else float32."""
+    half = value.half()
+    return half.contiguous() if torch.equal(half.float(), value) else value.contiguous()

@@ -1,0 +1,121 @@
+"""`panda-ad score`: verdicts for image files, streamed in small batches."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from panda_ad.data.images import SUFFIXES, read_image
+from panda_ad.detector import Detector, Verdict
+from panda_ad.errors import UserError
+from panda_ad.files import atomic_file
+
+COLUMNS = ("path", "score", "p_value", "decision", "threshold", "x0", "y0", "x1", "y1")
+_BATCH = 32
+
+
+def load_detector(model: str | None, bundle: Path | None, false_alarm_rate: float | None = None) -> Detector:
+    """The detector of a bundle folder or of a registered model. UserError unless exactly one is given and can be loaded."""
+    if (model is None) == (bundle is None):
+        raise UserError("give one of --model models:/NAME@staging and --bundle FOLDER")
+    if false_alarm_rate is not None and not 0 < false_alarm_rate < 1:
+        raise UserError(f"--false-alarm-rate: a share between 0 and 1 is expected, found {false_alarm_rate}")
+    if model is not None:
+        from panda_ad.registry.connection import download_bundle
+
+        bundle = download_bundle(model)
+    assert bundle is not None
+    return Detector.load(bundle, false_alarm_rate)
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Files as given, and the images in folders (recursive, sorted, hidden ones left out). UserError where there are none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {' '.join(sorted(SUFFIXES))}")
+    return files
+
+
+def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> Iterator[tuple[Path, np.ndarray | None, Verdict | str]]:
+    """(file, its pixels, its verdict) in order; where a file cannot be read, (file, None, the reason)."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(files), desc="score", unit="img", disable=None) as bar:
+        for i in range(0, len(files), _BATCH):
+            images: dict[Path, np.ndarray] = {}
+            problems: dict[Path, str] = {}
+            for file in files[i : i + _BATCH]:
+                try:
+                    images[file] = read_image(file)
+                except UserError as e:
+                    problems[file] = str(e)
+            found = dict(zip(images, detector.score(list(images.values()), heatmaps), strict=True))
+            for file in files[i : i + _BATCH]:
+                yield (file, images[file], found[file]) if file in found else (file, None, problems[file])
+            bar.update(len(images) + len(problems))
+
+
+def score_paths(
+    paths: list[Path], model: str | None, bundle: Path | None, out: Path | None, heatmaps: Path | None, false_alarm_rate: float | None
+) -> None:
+    """Score images and write a CSV, a row per readable image. UserError at the end names those that could not be read."""
+    files = image_files(paths)
+    detector = load_detector(model, bundle, false_alarm_rate)
+    limit = detector.threshold()
+    if heatmaps is not None and detector.localizer is None:
+        raise UserError("--heatmaps: this model was built with localize.method: none and has no heat maps")
+    if not limit.enough:
+        print(f"panda-ad: {limit.message}", file=sys.stderr)
+    problems: list[str] = []
+    alarms = 0
+
+    def write(target) -> None:
+        nonlocal alarms
+        rows = csv.writer(target, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for n, (file, pixels, verdict) in enumerate(verdicts(detector, files, heatmaps is not None)):
+            if isinstance(verdict, str) or pixels is None:
+                problems.append(str(verdict))
+                continue
+            alarms += verdict.anomalous
+            decision = "defect" if verdict.anomalous else "good"
+            box = verdict.region or ("", "", "", "")
+            # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
+            rows.writerow([str(file), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *box])
+            if heatmaps is not None and verdict.heatmap is not None:
+                save_overlay(heatmaps / f"{n:05d}-{file.stem}-{decision}.jpg", pixels, verdict.heatmap, detector)
+
+    if out is None:
+        write(sys.stdout)
+    else:
+        with atomic_file(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as target:
+            write(target)
+    print(f"{len(files) - len(problems)} images scored, {alarms} called defect", file=sys.stderr)
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{len(problems)} of {len(files)} files could not be read: {'; '.join(problems[:3])}{more}")
+
+
+def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:
+    """Write the image with its heat map laid over it, red where it is most unlike the normal images of its own scale."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    low, high = np.median(heatmap), max(heatmap.max(), detector.config.get("heatmap_scale", 0.0))
+    strength = np.clip((heatmap - low) / max(high - low, 1e-12), 0, 1)[..., None]
+    colour = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=2)
+    blend = rgb * (1 - 0.65 * strength) + colour * 0.65 * strength
+    with atomic_file(path) as temporary:
+        Image.fromarray(blend.astype(np.uint8)).save(temporary, "JPEG", quality=90)

@@ -1,0 +1,108 @@
+"""What every stage shares: error handling, the lock, timings, and access to images by manifest row."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from panda_ad.errors import UserError
+from panda_ad.files import write_json
+from panda_ad.lock import repository_lock
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from panda_ad.activations import Activations, Item
+    from panda_ad.backbones import Backbone
+    from panda_ad.params import Params
+
+BUILD = Path("build")
+MANIFEST = BUILD / "validation" / "manifest.csv"
+FEATURES = BUILD / "features"
+CACHE = Path(".cache")
+
+
+def run_stage(name: str, main: Callable[..., None]) -> None:
+    """Run a stage's `main`, called with the category where the command line gives one, and leave its timing in build/timings.
+
+    A user's mistake ends as one line on standard error and its exit code.
+    """
+    category = sys.argv[1] if len(sys.argv) > 1 else None
+    start = time.perf_counter()
+    try:
+        with repository_lock(f"stage {name}{f'@{category}' if category else ''}"):
+            main(*([category] if category else []))
+    except UserError as e:
+        print(f"panda-ad: {name}{f' {category}' if category else ''}: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except KeyboardInterrupt:
+        print(f"panda-ad: {name}: stopped; the next run starts this stage again", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        if e.errno != 28:  # ENOSPC
+            raise
+        print(f"panda-ad: {name}: no space left on the disk ({e.filename or BUILD}); free some and run again", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    timing = {"stage": name, "category": category, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak)}
+    write_json(BUILD / "timings" / f"{name}{f'-{category}' if category else ''}.json", timing)
+
+
+def backbone_for(params: Params) -> Backbone:
+    """The backbone that the parameters name."""
+    from panda_ad.backbones import load_backbone
+
+    return load_backbone(params.backbone.name, params.backbone.weights)
+
+
+def activations_for(params: Params, backbone: Backbone) -> Activations:
+    """The activation cache of the parameters' backbone, input size and precision."""
+    from panda_ad.activations import Activations
+    from panda_ad.backbones import resolve_precision
+
+    precision = resolve_precision(params.backbone.precision)
+    return Activations(backbone, params.backbone.size, precision, CACHE / "activations", params.backbone.cache_gb)
+
+
+def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
+    """Manifest rows as images of the activation cache."""
+    from panda_ad.activations import Item
+    from panda_ad.data.images import read_image
+    from panda_ad.data.layouts import image_root
+
+    root = image_root(params)
+    return [Item(r.sha256, functools.partial(read_image, root / r.path)) for r in rows.itertuples()]
+
+
+def category_rows(category: str) -> dict[str, pd.DataFrame]:
+    """A category's manifest rows by split: train, calibration, test. Their index is the row in the category's raw.npy."""
+    from panda_ad.data.manifest import load_manifest
+
+    rows = load_manifest(FEATURES / category / "rows.csv")
+    return {split: rows[rows["split"] == split] for split in ("train", "calibration", "test")}
+
+
+def raw_features(category: str) -> np.ndarray:
+    """Unadapted pooled features of a category's images, float32 (N, D), memory-mapped, in the order of its rows."""
+    return np.load(FEATURES / category / "raw.npy", mmap_mode="r")
+
+
+def layers_needed(params: Params) -> tuple[str, ...]:
+    """Trunk layers that scoring reads: SPADE compares layer1 too."""
+    return ("layer1", "layer2") if params.localize.method == "spade" else ("layer2",)
+
+
+def threads() -> None:
+    """Bit-equal results for equal inputs: a fixed number of threads per machine, deterministic kernels."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.use_deterministic_algorithms(True)

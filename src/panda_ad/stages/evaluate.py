@@ -1,0 +1,115 @@
+"""Stage `evaluate`: score a category's test images with its bundle; metrics, curves and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from panda_ad import metrics, pixel_metrics
+from panda_ad.calibration import p_values
+from panda_ad.data.images import read_mask
+from panda_ad.data.layouts import image_root
+from panda_ad.detector import Detector, Scores, resize_map
+from panda_ad.files import atomic_file, write_json
+from panda_ad.params import Params, load_params
+from panda_ad.stages.common import BUILD, activations_for, category_rows, items_of, layers_needed, raw_features, run_stage, threads
+
+PIXEL_SIDE = 384
+"""Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""
+
+
+def main(category: str) -> None:
+    """Write build/evaluation/<category>/{metrics.json, scores.csv, roc.csv, histogram.csv, report.html}."""
+    params = load_params()
+    threads()
+    rows = category_rows(category)["test"]
+    detector = Detector.load(BUILD / "bundle" / category)
+    scores = score_rows(detector, params, rows, raw_features(category))
+    labels = rows["label"].to_numpy()
+    limit = detector.threshold()
+    values = image_metrics(labels, scores.score, params) | {
+        "threshold": limit.value,
+        "false_alarm_rate": float((scores.score[labels == 0] > limit.value).mean()),
+        "recall": float((scores.score[labels == 1] > limit.value).mean()),
+        "test_good": int((labels == 0).sum()),
+        "test_defect": int((labels == 1).sum()),
+    }
+    masks = load_masks(rows, params)
+    if scores.heatmaps is not None and masks is not None:
+        maps = [resize_map(m, mask.shape) for m, mask in zip(scores.heatmaps, masks, strict=True)]
+        values |= pixel_figures(masks, maps, params)
+    folder = BUILD / "evaluation" / category
+    write_json(folder / "metrics.json", values)
+    table = rows[["path", "sha256", "label", "defect"]].assign(
+        score=scores.score, p_value=p_values(detector.calibration, scores.score), anomalous=scores.score > limit.value, snapshot=scores.snapshot
+    )
+    write_csv(folder / "scores.csv", table)
+    false_positive, true_positive, _ = metrics.roc_curve(labels, scores.score)
+    write_csv(folder / "roc.csv", pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive}))
+    write_csv(folder / "histogram.csv", histogram(labels, scores.score))
+    from panda_ad.stages.evaluate_report import evaluation_report
+
+    evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, masks)
+    print(
+        f"{category}: image AUROC {values['image_auroc']:.4f} [{values['image_auroc_low']:.4f}, {values['image_auroc_high']:.4f}]"
+        + (f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}" if "pixel_auroc" in values else "")
+    )
+
+
+def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, raw: np.ndarray) -> Scores:
+    """Score manifest rows from cached activations, batch by batch; heat maps only where the model has a localiser."""
+    activations = activations_for(params, detector.backbone)
+    items = items_of(rows, params)
+    layers = layers_needed(params)
+    activations.warm(items, layers)
+    parts, done = [], 0
+    for batch in activations.batches(items, layers):
+        n = len(batch["layer2"])
+        known = raw[rows.index[done : done + n]]
+        parts.append(detector.score_activations(batch["layer2"], batch.get("layer1"), known, heatmaps=True))
+        done += n
+    maps = None if parts[0].heatmaps is None else np.concatenate([p.heatmaps for p in parts])
+    return Scores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("score", "snapshot", "neighbours", "distances", "features")), maps)
+
+
+def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dict[str, float]:
+    """AUROC, average precision and FPR at 95 % TPR on raw scores, each with its stratified bootstrap interval."""
+    values: dict[str, float] = {}
+    for name, metric in {"image_auroc": metrics.auroc, "average_precision": metrics.average_precision, "fpr_at_95_tpr": metrics.fpr_at_tpr}.items():
+        low, high = metrics.bootstrap_interval(metric, labels, scores, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+        values |= {name: float(metric(labels, scores)), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return values
+
+
+def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
+    """Ground truth per test image, bool (H, W), empty for good images; None where the category has no masks."""
+    if not (rows["mask"] != "").any():
+        return None
+    root: Path = image_root(params)
+    masks = []
+    for row in rows.itertuples():
+        scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
+        size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
+        mask = read_mask(root / row.mask) if row.mask else np.zeros(size, bool)
+        masks.append(mask if mask.shape == size else resize_map(mask.astype(np.float32), size) >= 0.5)
+    return masks
+
+
+def histogram(labels: np.ndarray, scores: np.ndarray, bins: int = 30) -> pd.DataFrame:
+    """Images per score interval, good and defect."""
+    edges = np.histogram_bin_edges(scores, bins)
+    counts = {name: np.histogram(scores[labels == label], edges)[0] for label, name in ((0, "good"), (1, "defect"))}
+    middle = (edges[:-1] + edges[1:]) / 2
+    return pd.concat([pd.DataFrame({"score": middle, "images": n, "label": name}) for name, n in counts.items()])
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write a table atomically; floats keep every digit."""
+    with atomic_file(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", main)

@@ -1,0 +1,51 @@
+"""Stage `extract`: trunk activations of every image into the cache, and their unadapted pooled features into build/features.
+
+Each category has a folder there: rows.csv, its part of the manifest, and raw.npy, float32 (N, D), a row of features per row of it.
+One folder each, so that new images of one category leave the others' models alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from panda_ad.backbones import in_micro_batches
+from panda_ad.data.manifest import load_manifest
+from panda_ad.files import atomic_folder
+from panda_ad.params import load_params
+from panda_ad.stages.common import FEATURES, MANIFEST, activations_for, backbone_for, items_of, layers_needed, run_stage, threads
+
+
+def main() -> None:
+    """Compute what the cache does not hold yet, then the features."""
+    from tqdm import tqdm
+
+    params = load_params()
+    threads()
+    rows = load_manifest(MANIFEST)
+    distinct = rows.drop_duplicates("sha256").reset_index(drop=True)
+    items = items_of(distinct, params)
+    backbone = backbone_for(params)
+    activations = activations_for(params, backbone)
+    computed = activations.warm(items, layers_needed(params), label="extract")
+    with atomic_folder(FEATURES) as folder:
+        width = backbone.head(torch.from_numpy(activations.view(items)[:1]).float()).shape[1]
+        every = np.lib.format.open_memmap(folder / "every.npy", mode="w+", dtype=np.float32, shape=(len(items), width))
+        done = 0
+        with tqdm(total=len(items), desc="features", unit="img") as bar:
+            for batch in activations.batches(items, ("layer2",)):
+                (pooled,) = in_micro_batches(lambda x: backbone.head(x.float()), batch["layer2"])
+                every[done : done + len(pooled)] = pooled.numpy()
+                done += len(pooled)
+                bar.update(len(pooled))
+        position = dict(zip(distinct["sha256"], range(len(distinct)), strict=True))
+        for category, part in rows.groupby("category"):
+            (folder / str(category)).mkdir()
+            part.to_csv(folder / str(category) / "rows.csv", index=False)
+            np.save(folder / str(category) / "raw.npy", every[[position[key] for key in part["sha256"]]])
+        (folder / "every.npy").unlink()
+    print(f"{len(items)} images, {computed} of them new to the activation cache")
+
+
+if __name__ == "__main__":
+    run_stage("extract", main)

@@ -1,0 +1,143 @@
+"""Stage `index`: build a category's model, the bundle: galleries, localiser, calibration, thumbnails."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+from safetensors.torch import load_file
+
+from panda_ad import __version__
+from panda_ad.adapt.snapshots import unpack_snapshots
+from panda_ad.calibration import threshold
+from panda_ad.detector import Detector, with_state
+from panda_ad.files import atomic_folder
+from panda_ad.gallery import Gallery, compress
+from panda_ad.localize import build_localizer
+from panda_ad.params import load_params
+from panda_ad.stages.common import (
+    BUILD,
+    activations_for,
+    backbone_for,
+    category_rows,
+    items_of,
+    layers_needed,
+    raw_features,
+    run_stage,
+    threads,
+)
+
+_THUMBNAIL = 96  # pixels, longest side
+
+
+def main(category: str) -> None:
+    """Write build/bundle/<category>."""
+    params = load_params()
+    threads()
+    rows = category_rows(category)
+    backbone = backbone_for(params)
+    activations = activations_for(params, backbone)
+    train, calibration = (items_of(rows[split], params) for split in ("train", "calibration"))
+    layers = layers_needed(params)
+    activations.warm([*train, *calibration], layers)
+
+    adapted_folder = BUILD / "adapt" / category
+    facts = json.loads((adapted_folder / "adapt.json").read_text())
+    tensors = load_file(adapted_folder / "snapshots.safetensors")
+    classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")} or None
+    states = iter(unpack_snapshots(backbone.head.state_dict(), tensors))
+    steps = facts["steps"] or [0]
+    config = {
+        "dataset": params.dataset,
+        "category": category,
+        "input_size": list(params.backbone.size),
+        "precision": "bf16" if str(activations.precision) == "torch.bfloat16" else "fp32",
+        "scorer": "knn" if classifier is None else "logit",
+        "method": facts["method"],
+        "k": params.gallery.k,
+        "normalize": params.gallery.normalize,
+        "steps": steps,
+        "false_alarm_rate": params.verdict.false_alarm_rate,
+        "provenance": {
+            "panda_ad": __version__,
+            "backbone": params.backbone.name,
+            "weights": params.backbone.weights,
+            "fingerprint": backbone.fingerprint,
+            "train_images": len(train),
+            "calibration_images": len(calibration),
+            "collapsed_at": facts["collapsed_at"],
+            "adaptation": facts["provenance"],
+        },
+    }
+    heads = [backbone.head if step == 0 else with_state(backbone.head, next(states)) for step in steps]
+    detector = Detector(config, backbone, heads, [], np.empty(0), classifier)
+
+    features: list[list[np.ndarray]] = [[] for _ in heads]
+    raw = raw_features(category)
+    at = 0
+    for batch in activations.batches(train, ("layer2",)):
+        known = raw[rows["train"].index[at : at + len(batch["layer2"])]]
+        for s, part in enumerate(detector.features(batch["layer2"], known)[0]):
+            features[s].append(part)
+        at += len(known)
+    matrices = [np.concatenate(parts) for parts in features]  # S times (M, D)
+    # one choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images
+    _, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
+    for s, matrix in enumerate(matrices):
+        gallery, mean = fit_gallery(matrix, kept, params.gallery.compression, params.gallery.size, params.gallery.k, params.seed)
+        detector.galleries.append(gallery)
+        detector.train_means = np.append(detector.train_means, mean)
+    detector.images = rows["train"].iloc[kept][["path", "sha256"]].to_dict("records")
+    detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
+
+    if params.localize.method != "none":
+        views = {layer: activations.view(train, layer) for layer in layers}
+        detector.localizer = build_localizer(params.localize, lambda index: gallery_maps(detector, views, index), matrices[-1], params.seed)
+
+    scores = [detector.score_activations(b["layer2"]).score for b in activations.batches(calibration, ("layer2",))]
+    detector.calibration = np.concatenate(scores)
+    limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
+    with atomic_folder(BUILD / "bundle" / category) as folder:
+        detector.save(folder)
+    print(f"{category}: {len(train)} normal images, {len(heads)} snapshot(s), threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
+
+
+def fit_gallery(features: np.ndarray, kept: np.ndarray, compression: str, size: int, k: int, seed: int) -> tuple[Gallery, float]:
+    """Gallery of the training features (M, D), and the mean score of normal images that are not their own neighbours."""
+    if compression == "none":
+        gallery = Gallery(features)
+        return gallery, float(gallery.leave_one_out(k).mean())
+    if compression == "coreset":
+        gallery = Gallery(features[kept])
+        rest = np.delete(np.arange(len(features)), kept)
+        scores = gallery.score(features[rest], k) if len(rest) else gallery.leave_one_out(k)
+        return gallery, float(scores.mean())
+    gallery = Gallery(compress(features, compression, size, seed)[0])
+    return gallery, float(gallery.score(features, k).mean())
+
+
+def gallery_maps(detector: Detector, views: dict, index):
+    """Maps {layer: float16 (B, C, h, w)} of the training images at `index`, layer3 under the last head."""
+    import torch
+
+    from panda_ad.backbones import in_micro_batches
+
+    maps = {layer: torch.from_numpy(view[index]) for layer, view in views.items()}
+    (layer3,) = in_micro_batches(lambda x: detector.heads[-1].maps(x.float())[0], maps["layer2"])
+    return {**maps, "layer3": layer3.half()}
+
+
+def thumbnail(rgb: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) -> JPEG bytes of at most 96 pixels a side."""
+    from PIL import Image
+
+    image = Image.fromarray(rgb)
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    run_stage("index", main)

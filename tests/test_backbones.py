@@ -1,0 +1,117 @@
+"""Backbones: weights from every source, one clear line where they cannot be had, and the same numbers in any company."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from panda_ad.backbones import EMBEDDED, Backbone, in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("embedded")
+
+
+def pixels(n, seed=0, size=(40, 50)):
+    return [np.random.default_rng(seed + i).integers(0, 256, (*size, 3), np.uint8) for i in range(n)]
+
+
+def plain_state(classes=7):
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=classes).state_dict()
+
+
+def test_agrees_with_torchvisions_own_forward_pass(backbone):
+    import torchvision
+    from safetensors.torch import load_file
+
+    net = torchvision.models.resnet18(num_classes=200)
+    net.load_state_dict({k: v.float() for k, v in load_file(EMBEDDED).items()}, strict=False)
+    x = torch.stack([preprocess(p, (64, 64)) for p in pixels(3)])
+    with torch.inference_mode():
+        expected = net.eval()(x)
+        got = backbone.fc(backbone.head(backbone.trunk(x)[1]))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_files(tmp_path, suffix):
+    state, file = plain_state(), tmp_path / f"mine{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    loaded = load_backbone("resnet18", str(file))
+    assert loaded.fc.out_features == 7
+    torch.testing.assert_close(loaded.head.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_published_weights_are_found_under_torch_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(plain_state(1000), tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    by_enum, by_default = load_backbone("resnet18", "IMAGENET1K_V1"), load_backbone("resnet18")
+    assert by_enum.fingerprint == by_default.fingerprint
+    assert by_enum.fc.out_features == 1000
+
+
+def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    import urllib.request
+
+    def offline(*_args, **_kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    with pytest.raises(UserError) as e:
+        load_backbone("wide_resnet50_2")
+    for word in ("wide_resnet50_2-", str(tmp_path), "TORCH_HOME", "embedded"):
+        assert word in str(e.value)
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    torch.save({"a": [1, {"b": object}]}, tmp_path / "pickle.pth")
+    for name, weights in [
+        ("resnet34", str(EMBEDDED)),
+        ("resnet18", "IMAGENET22K"),
+        ("resnet18", str(tmp_path / "none.pth")),
+        ("resnet18", str(tmp_path / "text.pth")),
+        ("resnet18", str(tmp_path / "pickle.pth")),
+        ("embedded", "IMAGENET1K_V1"),
+    ]:
+        with pytest.raises(UserError, match="backbone.weights") as e:
+            load_backbone(name, weights)
+        assert "\n" not in str(e.value)
+
+
+def test_tensors_rebuild_the_same_backbone(backbone):
+    again = Backbone("resnet18", backbone.tensors())
+    assert again.fingerprint == backbone.fingerprint
+    assert again.fc is None
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 100), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision):
+    backbone = load_backbone("embedded")
+    x = torch.stack([preprocess(p, (32, 48)) for p in pixels(n, seed)])
+
+    def features(t):
+        layer1, layer2 = trunk_activations(backbone, t, precision)
+        return layer1, layer2, *in_micro_batches(lambda y: backbone.head(y.float()), layer2)
+
+    together = features(x)
+    for i in {0, n // 2, n - 1}:
+        for a, b in zip(features(x[i : i + 1]), together, strict=True):
+            assert torch.equal(a[0], b[i])
+
+
+def test_preprocess_keeps_the_whole_image_and_normalises():
+    white = np.full((30, 60, 3), 255, np.uint8)
+    out = preprocess(white, (32, 32))
+    assert out.shape == (3, 32, 32)
+    torch.testing.assert_close(out[:, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))

@@ -1,0 +1,71 @@
+"""params.yaml: what is wrong is one line that names the key."""
+
+import copy
+
+import pytest
+import yaml
+
+from panda_ad.errors import UserError
+from panda_ad.params import load_params, parse_params
+
+
+@pytest.fixture
+def raw(repo_root):
+    return yaml.safe_load((repo_root / "params.yaml").read_text())
+
+
+def test_the_projects_own_parameters_load(repo_root):
+    params = load_params(repo_root / "params.yaml")
+    assert params.backbone.size[0] >= 16
+    assert params.categories
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("adapt", "epochz", 3, "adapt.epochz: unknown key"),
+        ("adapt", "epochs", "ten", "adapt.epochs: "),
+        ("adapt", "epochs", 0, "adapt.epochs: "),
+        ("adapt", "method", "magic", "adapt.method: "),
+        ("adapt", "learning_rate", -1.0, "adapt.learning_rate: "),
+        ("backbone", "input_size", 8, "backbone.input_size: "),
+        ("backbone", "input_size", [64], "backbone.input_size: "),
+        ("data", "calibration_fraction", 1.0, "data.calibration_fraction: "),
+        ("gallery", "k", True, "gallery.k: "),
+        ("verdict", "false_alarm_rate", 0.0, "verdict.false_alarm_rate: "),
+    ],
+)
+def test_a_bad_value_is_one_line_naming_its_key(raw, section, key, value, said):
+    raw = copy.deepcopy(raw)
+    raw[section][key] = value
+    with pytest.raises(UserError) as e:
+        parse_params(raw)
+    assert said in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a@b", "../up", 'say "hi"', ".hidden"])
+def test_names_that_cannot_be_folders_or_stages_are_refused(raw, name):
+    with pytest.raises(UserError, match="categories"):
+        parse_params({**raw, "categories": [name]})
+
+
+def test_missing_keys_repeats_and_other_shapes(raw):
+    less = {k: v for k, v in raw.items() if k != "seed"}
+    with pytest.raises(UserError, match="seed: missing"):
+        parse_params(less)
+    with pytest.raises(UserError, match="twice"):
+        parse_params({**raw, "categories": ["a", "a"]})
+    with pytest.raises(UserError, match="mapping"):
+        parse_params(["a list"])
+    raw["adapt"]["method"] = "oe"
+    with pytest.raises(UserError, match="adapt.outliers"):
+        parse_params(raw)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_params(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_params(tmp_path / "bad.yaml")
