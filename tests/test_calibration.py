@@ -1,0 +1,70 @@
+"""Conformal p-values and thresholds: the rate is kept, the interval is exact, too few scores are reported."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from panda_ad.calibration import p_values, threshold
+from panda_ad.errors import UserError
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), max_size=10))
+def test_p_values_equal_their_definition(calibration, scores):
+    expected = [(1 + sum(c >= s for c in calibration)) / (len(calibration) + 1) for s in scores]
+    np.testing.assert_allclose(p_values(np.array(calibration), np.array(scores)), expected)
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=60), st.integers(1, 99))
+def test_above_the_threshold_means_p_value_within_the_rate(calibration, percent):
+    calibration, rate = np.array(calibration, dtype=float), percent / 100
+    found = threshold(calibration, rate)
+    assert found.enough == (len(calibration) + 1 >= 100 / percent - 1e-9)
+    if found.enough:
+        scores = np.arange(-6.5, 7, 0.5)
+        np.testing.assert_array_equal(scores > found.value, p_values(calibration, scores) <= rate + 1e-12)
+    else:
+        assert found.value == calibration.max()
+        assert "at least" in found.message
+
+
+def test_rounding_does_not_cost_an_alarm():
+    for percent in range(1, 100):  # 0.29 * 100 < 29 in floating point
+        assert threshold(np.arange(99.0), percent / 100).value == 99 - percent
+
+
+def test_true_rate_is_kept_on_average_and_its_interval_covers():
+    rng = np.random.default_rng(0)
+    for n, rate in ((99, 0.05), (40, 0.1), (30, 0.05)):
+        true_rates, inside = [], 0
+        for _ in range(2000):
+            found = threshold(rng.normal(size=n), rate)
+            true_rates.append(stats.norm.sf(found.value))
+            inside += found.interval[0] <= true_rates[-1] <= found.interval[1]
+        assert np.mean(true_rates) <= rate + 0.003
+        assert inside / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_interval_is_the_beta_quantiles():
+    assert threshold(np.arange(99.0), 0.05).interval == pytest.approx(stats.beta.ppf([0.025, 0.975], 5, 95))
+
+
+def test_too_few_scores_are_said_with_the_number_needed():
+    found = threshold(np.arange(198.0), 1 / 200)
+    assert not found.enough
+    assert "at least 199" in found.message and "\n" not in found.message
+    enough = threshold(np.arange(199.0), 1 / 200)
+    assert enough.enough and enough.message == "" and enough.value == 198
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="no calibration scores"):
+        threshold(np.array([]), 0.05)
+    with pytest.raises(UserError, match="finite"):
+        threshold(np.array([1.0, np.nan]), 0.05)
+    with pytest.raises(UserError, match="false_alarm_rate"):
+        threshold(np.array([1.0]), 1.0)
+    with pytest.raises(UserError, match="image score is not finite"):
+        p_values(np.array([1.0]), np.array([np.inf]))
+    assert p_values(np.array([1.0]), np.array([])).shape == (0,)
