@@ -1,0 +1,292 @@
+"""Build the report: figures, curves, pictures and provenance in one HTML string that opens offline.
+
+Everything is inlined; a content security policy with the hashes of the page's own scripts and styles lets nothing else run
+or load, so that a hostile file name stays text even if an escape were forgotten.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from panda_ad.files import write_text
+from panda_ad.report.encode import encode_images
+
+SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "feature_map.js", "gallery.js", "report.js")
+STYLES = ("vendor/uPlot.min.css", "style.css")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A headline figure with its interval; `low` and `high` are None where none was computed. `note` says how it was taken."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ReportThreshold:
+    """The model's own threshold: an image is anomalous when score > `value`.
+
+    Attributes
+    ----------
+    value : in units of the score; infinite where the calibration set is too small for the rate asked.
+    rate : share of good parts that may raise an alarm, the budget asked for.
+    interval : (low, high) of the true false-alarm rate.
+    n : calibration images.  message : empty, or one line such as 'too few calibration images for this rate'.
+    """
+
+    value: float
+    rate: float
+    interval: tuple[float, float]
+    n: int
+    message: str = ""
+
+
+class Neighbour(NamedTuple):
+    """A nearest normal image: uint8 (h, w, 3), squared feature distance, path."""
+
+    thumb: np.ndarray
+    distance: float
+    path: str
+
+
+@dataclass(frozen=True)
+class ReportImage:
+    """One test image with its evidence.
+
+    Attributes
+    ----------
+    path : its name in `Report.paths`.  label : 0 good, 1 defective.  defect : 'good' or the kind.
+    snapshot : the head that decided.
+    rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
+    heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localisation.
+    mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
+    neighbours : (thumb, squared distance, path) of the nearest normal images, nearest first.
+    """
+
+    path: str
+    label: int
+    defect: str
+    score: float
+    p_value: float
+    snapshot: int
+    rgb: np.ndarray
+    heatmap: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    neighbours: Sequence[tuple[np.ndarray, float, str]] = ()
+
+
+@dataclass(frozen=True)
+class DefectRow:
+    """Figures of one kind of defect against all good test images: image AUROC with its interval, and pixel figures or None."""
+
+    defect: str
+    n: int
+    auroc: float
+    low: float
+    high: float
+    pixel_auroc: float | None = None
+    au_pro: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the report shows.
+
+    Attributes
+    ----------
+    headline : the figures at the top.
+    paths, defects : (N,) name and kind ('good' or the defect's name) of every test image.
+    labels : (N,) 0 good, 1 defective.  scores, p_values : (N,) float.  calibration_scores : (M,) float.
+    images : those shown as pictures, at most as many as evaluate.report_images; each one's path is in `paths`.
+    gallery_features_2d (G, 2), test_features_2d (N, 2) : from `project_2d`, or None: no map.  gallery_paths : (G,) their names.
+    provenance : section ('data', 'model', 'code') -> key -> value.
+    confidence : of every interval.
+    """
+
+    dataset: str
+    category: str
+    title: str
+    created: str
+    headline: Sequence[Metric]
+    threshold: ReportThreshold
+    paths: Sequence[str]
+    defects: Sequence[str]
+    labels: np.ndarray
+    scores: np.ndarray
+    p_values: np.ndarray
+    calibration_scores: np.ndarray
+    images: Sequence[ReportImage]
+    per_defect: Sequence[DefectRow] = ()
+    gallery_features_2d: np.ndarray | None = None
+    test_features_2d: np.ndarray | None = None
+    gallery_paths: Sequence[str] = ()
+    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    confidence: float = 0.95
+
+
+def write_report(report: Report, path: Path | str) -> None:
+    """Write the report atomically as UTF-8."""
+    write_text(path, build_report(report))
+
+
+def build_report(report: Report) -> str:
+    """One self-contained HTML page, under 10 MB for 500 images whatever is in them.
+
+    Raises
+    ------
+    ValueError : arrays of different lengths, a score that is not finite, or a picture whose path is not in `report.paths`.
+    """
+    scripts = [_asset(name) for name in SCRIPTS]
+    styles = [_asset(name) for name in STYLES]
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"script-src {' '.join(map(_csp_hash, scripts))}; style-src {' '.join(map(_csp_hash, styles))}"
+    )
+    data = _data(report)
+    good = int((np.asarray(report.labels) == 0).sum())
+    alarms = np.asarray(report.scores, np.float64) > report.threshold.value
+    defects = np.asarray(report.defects, dtype=object)
+    return _environment().get_template("template.html.j2").render(
+        report=report,
+        good=good,
+        defective=len(report.scores) - good,
+        caught={row.defect: int(alarms[defects == row.defect].sum()) for row in report.per_defect},
+        has_pixels=any(row.pixel_auroc is not None or row.au_pro is not None for row in report.per_defect),
+        has_heatmaps=data["heat"] is not None,
+        has_masks=any(image["outline"] for image in data["images"]),
+        policy=policy,
+        scripts=[Markup(s) for s in scripts],
+        styles=[Markup(s) for s in styles],
+        data=Markup(script_json(data)),
+    )
+
+
+def project_2d(gallery: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Project features on the gallery's first two principal components.
+
+    Parameters
+    ----------
+    gallery : float (G, D), G >= 1; the components are fitted on these alone.  test : float (N, D).
+
+    Returns
+    -------
+    gallery (G, 2), test (N, 2), float32. Each component's largest weight is positive, so that the signs do not depend on the
+    LAPACK at hand; a component that does not exist (G or D too small) is zero.
+    """
+    gallery, test = np.asarray(gallery, np.float64), np.asarray(test, np.float64)
+    mean = gallery.mean(0)
+    axes = np.linalg.svd(gallery - mean, full_matrices=False)[2][:2]
+    axes = axes * np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(1)] < 0, -1.0, 1.0)[:, None]
+    axes = np.concatenate([axes, np.zeros((2 - len(axes), gallery.shape[1]))])
+    return ((gallery - mean) @ axes.T).astype(np.float32), ((test - mean) @ axes.T).astype(np.float32)
+
+
+def script_json(value: object) -> str:
+    """JSON that stays inside its script element: no '<', '>', '&' or line separator is left as itself."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def _data(report: Report) -> dict[str, Any]:
+    """What the page's scripts read."""
+    n = len(report.scores)
+    lengths = {"paths": report.paths, "defects": report.defects, "labels": report.labels, "p_values": report.p_values}
+    for name, values in lengths.items():
+        if len(values) != n:
+            raise ValueError(f"report: {len(values)} {name} for {n} scores")
+    rows = {path: i for i, path in enumerate(report.paths)}
+    unknown = [image.path for image in report.images if image.path not in rows]
+    if unknown:
+        raise ValueError(f"report: picture {unknown[0]!r} is not among the scored images")
+    pictures = encode_images(report.images)
+    for item, image in zip(pictures["images"], report.images, strict=True):
+        item["row"] = rows[image.path]
+    kinds = sorted(set(report.defects), key=lambda kind: (kind != "good", kind))
+    limit = float(report.threshold.value)
+    features = None
+    if report.gallery_features_2d is not None and report.test_features_2d is not None:
+        features = {
+            "gallery": np.round(report.gallery_features_2d, 4).tolist(),
+            "test": np.round(report.test_features_2d, 4).tolist(),
+            "names": list(report.gallery_paths),
+        }
+    return {
+        "threshold": limit if np.isfinite(limit) else None,
+        "confidence": report.confidence,
+        "kinds": kinds,
+        "kind": [kinds.index(d) for d in report.defects],
+        "labels": np.asarray(report.labels, int).tolist(),
+        "scores": np.asarray(report.scores, np.float64).tolist(),
+        "pValues": np.round(np.asarray(report.p_values, np.float64), 6).tolist(),
+        "paths": list(report.paths),
+        "calibration": np.sort(np.asarray(report.calibration_scores, np.float64)).tolist(),
+        "rates": _rate_intervals(len(report.calibration_scores), report.confidence),
+        "features": features,
+        **pictures,
+    }
+
+
+def _rate_intervals(m: int, confidence: float) -> list[list[float]]:
+    """Interval of the true false-alarm rate with l - 1 of m calibration scores above the threshold, for l = 1 .. m + 1.
+
+    With the threshold at the l-th largest of m exchangeable scores, the rate follows Beta(l, m + 1 - l) (order statistics;
+    Vovk, Conditional validity of inductive conformal predictors, 2012). Above them all (l = m + 1) it is 1.
+    """
+    from scipy.special import betaincinv
+
+    l = np.arange(1, m + 1, dtype=np.float64)  # noqa: E741
+    tail = (1 - confidence) / 2
+    bounds = np.stack([betaincinv(l, m + 1 - l, tail), betaincinv(l, m + 1 - l, 1 - tail)], axis=1)
+    return [*np.round(bounds, 5).tolist(), [1.0, 1.0]]
+
+
+@cache
+def _asset(name: str) -> str:
+    return (files("panda_ad.report") / name).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain}
+    return environment
+
+
+def _figure(value: float | None) -> str:
+    """Three decimals for rates, four significant digits for the rest; a dash where there is no figure."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if -1 <= value <= 1 else f"{value:.4g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _plain(value: object) -> str:
+    """A provenance value as text; lists and mappings as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

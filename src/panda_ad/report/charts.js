@@ -1,0 +1,215 @@
+"use strict";
+// Charts: histogram rows, ROC, precision-recall. Each takes the page's model and returns what must follow the threshold.
+
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const make = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key === "text") element.textContent = value;
+    else if (key === "class") element.className = value;
+    else element.setAttribute(key, value);
+  }
+  element.append(...children);
+  return element;
+};
+const number = value => new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false }).format(value);
+const percent = value => new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 3 }).format(value);
+
+// First index of ascending `sorted` whose value is above v: so many values are <= v.
+function upperBound(sorted, v) {
+  let low = 0, high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] <= v) low = middle + 1; else high = middle;
+  }
+  return low;
+}
+const countAbove = (sorted, v) => sorted.length - upperBound(sorted, v);
+
+const plots = [];
+function plot(element, options, data) {
+  const height = options.height;
+  const width = () => Math.max(80, Math.floor(element.clientWidth));
+  const u = new uPlot({ legend: { show: false }, ...options, width: width() }, data, element);
+  new ResizeObserver(() => { if (u.width !== width()) u.setSize({ width: width(), height }); }).observe(element);
+  plots.push(u);
+  return u;
+}
+const redrawPlots = () => plots.forEach(u => u.redraw());
+
+const axis = extra => ({
+  stroke: () => css("--muted"), font: "11px " + css("--font"), labelFont: "11px " + css("--font"), labelSize: 16, labelGap: 0,
+  grid: { stroke: () => css("--rule"), width: 1 }, ticks: { show: false }, ...extra,
+});
+
+// One axis for all rows, in bins: logarithmic where the scores span more than a factor of 30.
+function scoreAxis(values, bins) {
+  let low = Infinity, high = -Infinity;
+  for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
+  const log = low > 0 && high / low > 30;
+  const f = log ? Math.log10 : v => v;
+  let a = f(low), b = f(high);
+  const pad = b > a ? (b - a) * 0.02 : Math.abs(a) * 0.01 + 0.5;
+  a -= pad; b += pad;
+  const toBin = v => (log && v <= 0 ? 0 : Math.min(bins, Math.max(0, ((f(v) - a) / (b - a)) * bins)));
+  const toScore = x => { const s = a + (x / bins) * (b - a); return log ? 10 ** s : s; };
+  const ticks = [];
+  if (log) {
+    const steps = b - a > 3 ? [1] : [1, 2, 5];
+    for (let e = Math.floor(a); e <= b; e++) for (const s of steps) ticks.push(s * 10 ** e);
+  } else {
+    const raw = (b - a) / 6, unit = 10 ** Math.floor(Math.log10(raw));
+    const step = [1, 2, 5, 10].map(s => s * unit).find(s => s >= raw);
+    for (let i = Math.ceil(a / step); i * step <= b; i++) ticks.push(i * step);
+  }
+  return { log, toBin, toScore, ticks: ticks.filter(t => f(t) >= a && f(t) <= b) };
+}
+
+function histogram(element, model) {
+  const bins = 56;
+  const scale = scoreAxis([...model.sorted, ...model.calibration], bins);
+  const groups = [...model.groups];
+  if (model.calibration.length) groups.unshift({ name: "calibration", color: "--calibration", scores: model.calibration, label: 0 });
+  const shade = u => {
+    const { left, top, width, height } = u.bbox;
+    const x = Math.round(u.valToPos(scale.toBin(model.threshold), "x", true));
+    u.ctx.save();
+    u.ctx.fillStyle = css("--alarm-side");
+    u.ctx.fillRect(x, top, left + width - x, height);
+    u.ctx.restore();
+  };
+  const line = u => {
+    const { top, height } = u.bbox;
+    const x = Math.round(u.valToPos(scale.toBin(model.threshold), "x", true));
+    u.ctx.save();
+    u.ctx.fillStyle = css("--ink");
+    u.ctx.fillRect(x - 1, top, 2, height);
+    u.ctx.restore();
+  };
+  const rows = groups.map((group, i) => {
+    const last = i === groups.length - 1;
+    const name = make("span", { class: "kind" }, make("i", { class: "swatch" }), make("span", { text: group.name, title: group.name }));
+    name.firstChild.style.setProperty("--swatch", `var(${group.color})`);
+    const chart = make("div", { class: "row-chart", role: "img" });
+    const count = make("span", { class: "row-count" });
+    element.append(name, chart, count);
+    const counts = new Array(bins).fill(0);
+    for (const s of group.scores) counts[Math.min(bins - 1, Math.floor(scale.toBin(s)))]++;
+    const u = plot(chart, {
+      height: last ? 72 : 34,
+      padding: [4, 8, 0, 8],
+      cursor: { y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
+      scales: { x: { time: false, range: [0, bins] }, y: { range: (_, low, high) => [0, Math.max(1, high)] } },
+      axes: [
+        axis({ show: last, size: 38, label: scale.log ? "score (logarithmic)" : "score", splits: () => scale.ticks.map(scale.toBin),
+          values: () => scale.ticks.map(number), grid: { show: false } }),
+        { show: false },
+      ],
+      series: [{}, { paths: uPlot.paths.bars({ size: [0.86, 100] }), fill: () => css(group.color), width: 0, points: { show: false } }],
+      hooks: { drawClear: [shade], draw: [line] },
+    }, [counts.map((_, x) => x + 0.5), counts]);
+    const pick = event => model.set(scale.toScore(u.posToVal(event.clientX - u.over.getBoundingClientRect().left, "x")));
+    u.over.addEventListener("pointerdown", event => { u.over.setPointerCapture(event.pointerId); pick(event); });
+    u.over.addEventListener("pointermove", event => { if (event.buttons & 1) pick(event); });
+    return { group, chart, count, u };
+  });
+  return () => {
+    for (const { group, chart, count, u } of rows) {
+      const above = countAbove(group.scores, model.threshold), n = group.scores.length;
+      const text = `${above} of ${n} ${group.label ? "caught" : "alarm"}`;
+      count.replaceChildren(make("b", { text: `${above}` }), ` of ${n} `, make("span", { text: group.label ? "caught" : "alarm" }));
+      chart.setAttribute("aria-label", `${group.name}: scores ${number(group.scores[0])} to ${number(group.scores[n - 1])}; ${text}`);
+      u.redraw();
+    }
+  };
+}
+
+// Operating points from 'nothing raises an alarm' down: one for each distinct test score.
+function operatingPoints(model) {
+  const points = [{ t: model.sorted[model.sorted.length - 1], fp: 0, tp: 0 }];
+  const thresholds = [...new Set(model.sorted)].reverse();
+  thresholds.forEach((_, i) => {
+    const t = i + 1 < thresholds.length ? thresholds[i + 1] : model.candidates[0];
+    points.push({ t, fp: countAbove(model.good, t), tp: countAbove(model.bad, t) });
+  });
+  return points;
+}
+
+const unit = { time: false, range: [0, 1] };
+function curveChart(element, readout, model, spec) {
+  const at = t => spec.point(countAbove(model.good, t), countAbove(model.bad, t));
+  const dot = (u, [x, y], fill, size) => {
+    const { ctx } = u, ratio = devicePixelRatio;
+    ctx.beginPath();
+    ctx.arc(u.valToPos(x, "x", true), u.valToPos(y, "y", true), size * ratio, 0, 7);
+    ctx.fillStyle = fill; ctx.fill();
+    ctx.lineWidth = 2 * ratio; ctx.strokeStyle = css("--ink"); ctx.stroke();
+  };
+  const u = plot(element, {
+    height: 280,
+    padding: [8, 10, 0, 0],
+    cursor: { drag: { x: false, y: false, setScale: false }, points: { show: false } },
+    scales: { x: unit, y: unit },
+    axes: [axis({ label: spec.x, size: 40, space: 50 }), axis({ label: spec.y, size: 48, space: 40 })],
+    series: [
+      {},
+      { stroke: () => css("--accent"), width: 2, points: { show: false }, paths: uPlot.paths.linear() },
+      { stroke: () => css("--muted"), width: 1, dash: [4, 4], points: { show: false }, spanGaps: true },
+    ],
+    hooks: { draw: [u => {
+      u.ctx.save();
+      if (model.own !== null) dot(u, at(model.own), css("--page"), 4);
+      dot(u, at(model.threshold), css("--accent"), 5);
+      u.ctx.restore();
+    }] },
+  }, spec.data);
+  const nearest = event => {
+    const box = u.over.getBoundingClientRect();
+    const x = u.posToVal(event.clientX - box.left, "x"), y = u.posToVal(event.clientY - box.top, "y");
+    let best = null, least = Infinity;
+    for (const p of spec.points) {
+      const [px, py] = spec.point(p.fp, p.tp);
+      const d = (px - x) ** 2 + (py - y) ** 2;
+      if (d < least) { least = d; best = p; }
+    }
+    return best;
+  };
+  const show = t => {
+    const [x, y] = at(t);
+    readout.textContent = spec.text(x, y);
+  };
+  u.over.addEventListener("pointermove", event => show(nearest(event).t));
+  u.over.addEventListener("pointerleave", () => show(model.threshold));
+  u.over.addEventListener("click", event => model.set(nearest(event).t));
+  element.setAttribute("role", "img");
+  return () => {
+    show(model.threshold);
+    element.setAttribute("aria-label", `${spec.name}; at the threshold ${readout.textContent}`);
+    u.redraw();
+  };
+}
+
+function curves(model) {
+  const byId = id => document.getElementById(id);
+  if (!model.good.length || !model.bad.length) {
+    for (const id of ["roc", "pr"]) byId(id).replaceChildren(make("p", { class: "caption", text: "Needs good and defective test images." }));
+    return () => {};
+  }
+  const points = operatingPoints(model), good = model.good.length, bad = model.bad.length;
+  const roc = curveChart(byId("roc"), byId("roc-readout"), model, {
+    name: "ROC curve", x: "false alarms, share of good", y: "caught, share of defective", points,
+    point: (fp, tp) => [fp / good, tp / bad],
+    text: (x, y) => `${percent(x)} false alarms, ${percent(y)} caught`,
+    data: [points.map(p => p.fp / good), points.map(p => p.tp / bad), points.map(p => p.fp / good)],
+  });
+  // Average precision is the area of steps: precision p_i holds from recall r_(i-1) to r_i.
+  const x = [], y = [];
+  points.slice(1).forEach((p, i) => { const h = p.tp / (p.tp + p.fp); x.push(points[i].tp / bad, p.tp / bad); y.push(h, h); });
+  const pr = curveChart(byId("pr"), byId("pr-readout"), model, {
+    name: "Precision-recall curve", x: "recall", y: "precision", points: points.slice(1),
+    point: (fp, tp) => [tp / bad, tp + fp ? tp / (tp + fp) : 1],
+    text: (r, p) => `recall ${percent(r)}, precision ${percent(p)}`,
+    data: [x, y, x.map(() => bad / (bad + good))],
+  });
+  return () => { roc(); pr(); };
+}
