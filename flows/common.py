@@ -96,7 +96,9 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     }
 
 
-def run_logged(command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]) -> tuple[int, str]:
+def run_logged(
+    command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]
+) -> tuple[int, str]:
     """Run a command, its output going to `logger` line by line; return exit status and last line.
 
     Whatever ends the caller (an exception, a signal, SIGKILL) ends the command and its descendants.
@@ -139,7 +141,9 @@ def changed_params(changes: Sequence[str]) -> Iterator[None]:
         try:
             apply_overrides("params.yaml", list(changes))
         except DvcException as e:
-            raise UserError(f"set_params: {e.__cause__ or e}".splitlines()[0] + "; write KEY=VALUE with a key of params.yaml") from None
+            raise UserError(
+                f"set_params: {e.__cause__ or e}".splitlines()[0] + "; write KEY=VALUE with a key of params.yaml"
+            ) from None
         load_params()
         yield
     finally:

@@ -1,6 +1,6 @@
 """Bring a Prefect server up to date with this checkout: work pool, deployments of prefect.yaml, automations.
 
-    python -m flows.deploy        # the server of PREFECT_API_URL; may be run again at any time
+python -m flows.deploy        # the server of PREFECT_API_URL; may be run again at any time
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from panda_ad.errors import UserError
 POOL = "panda"
 WEBHOOK = "PANDA_WEBHOOK_URL"
 """Environment variable: where failed runs and refusals are posted. Kept on the server as a secret, never logged."""
-SILENCE = timedelta(seconds=75)
+SILENCE = timedelta(seconds=65)
 """A run whose heartbeats (every 30 s) stop for so long is marked crashed."""
 
 MESSAGE = '(flow.name ~ " run " ~ flow_run.name ~ ": " ~ flow_run.state.name ~ ": " ~ (flow_run.state.message or ""))'
@@ -74,7 +74,11 @@ def crash_silent_runs() -> Automation:
             threshold=1,
             within=SILENCE,
         ),
-        actions=[ChangeFlowRunState(name=None, state=StateType.CRASHED, force=False, message="No heartbeat: its process, worker or machine died.")],
+        actions=[
+            ChangeFlowRunState(
+                name=None, state=StateType.CRASHED, force=False, message="No heartbeat: its process, worker or machine died."
+            )
+        ],
     )
 
 

@@ -82,7 +82,11 @@ def _mlflow_link(category: str) -> str | None:
     if version is None:
         return None
     uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    server = f"{uri.scheme}://{uri.netloc.rpartition('@')[2]}{uri.path.rstrip('/')}" if uri.scheme in ("http", "https") else "http://127.0.0.1:5000"
+    server = (
+        f"{uri.scheme}://{uri.netloc.rpartition('@')[2]}{uri.path.rstrip('/')}"
+        if uri.scheme in ("http", "https")
+        else "http://127.0.0.1:5000"
+    )
     return f"{server}/#/models/panda-{load_params().dataset}-{category}/versions/{version}"
 
 

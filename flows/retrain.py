@@ -1,6 +1,6 @@
 """The pipeline as a Prefect flow: DVC's graph, one task per stage, then gate and promotion.
 
-    python flows/retrain.py        # the same without a deployment
+python -m flows.retrain        # the same without a deployment
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ def run_stage(name: str, needed: bool) -> State:
     return Completed()
 
 
-@task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=BACKOFF, retry_condition_fn=lambda _t, _r, state: state.name != "Refused")
+@task(
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=BACKOFF,
+    retry_condition_fn=lambda _t, _r, state: state.name != "Refused",
+)
 def promote_category(category: str) -> State:
     """The gate: the challenger moves to @staging, or the state is Refused and says why."""
     from panda_ad.registry.promote import promote
@@ -130,7 +135,9 @@ def _summary(states: Mapping[str, State], gates: Mapping[str, State]) -> State:
     if refused:
         return Failed(name="Refused", message="; ".join(f"{c}: {m}" for c, m in refused.items()))
     ran = sum(s.name != "Unchanged" for s in states.values())
-    return Completed(message=f"{ran} of {len(states)} tasks had work" + (f", promoted or kept: {', '.join(gates)}" if gates else ""))
+    return Completed(
+        message=f"{ran} of {len(states)} tasks had work" + (f", promoted or kept: {', '.join(gates)}" if gates else "")
+    )
 
 
 if __name__ == "__main__":

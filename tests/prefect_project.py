@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,8 @@ def make_project(folder: Path) -> Path:
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("prefect.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder / name)
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(re.sub(r"(?m)^categories:.*", "categories: [fabric, grid]", params))
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / "data").mkdir()
     (folder / "data/images").write_text("one\n")

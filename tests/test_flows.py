@@ -1,14 +1,16 @@
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from panda_ad.errors import UserError
 from prefect_project import ROOT, call, make_project, new_data
 
+from panda_ad.errors import UserError
+
 sys.path.insert(0, str(ROOT))
-from flows import common  # noqa: E402
-from flows.common import SAVED, Stage, changed_params, read_pipeline, select  # noqa: E402
+from flows import common
+from flows.common import SAVED, Stage, changed_params, read_pipeline, select
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +27,6 @@ def project(pristine, monkeypatch):
 
 def dvc_edges(folder):
     """'adapt@grid -> validate' for each edge between stages, as `dvc dag` has it."""
-    import re
-
     text = call("dvc", "dag", "--mermaid", cwd=folder)
     names = dict(re.findall(r'(node\d+)\["?([^"\]]+)"?\]', text))
     return {(names[b], names[a]) for a, b in re.findall(r"(node\d+)-->(node\d+)", text) if not names[a].endswith(".dvc")}
@@ -82,7 +82,13 @@ def test_changed_params_last_for_the_run_only(project):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("adapt.metod=ewc", "metod"), ("adapt.method=magic", "adapt.method"), ("gallery.k=-1", "gallery.k"), ("nonsense", "nonsense"), ("=", "set_params")],
+    [
+        ("adapt.metod=ewc", "metod"),
+        ("adapt.method=magic", "adapt.method"),
+        ("gallery.k=-1", "gallery.k"),
+        ("nonsense", "nonsense"),
+        ("=", "set_params"),
+    ],
 )
 def test_a_wrong_change_is_one_line_and_changes_nothing(project, change, said):
     before = snapshot()
@@ -104,18 +110,18 @@ def test_a_killed_run_is_put_back_by_the_next(project):
 def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
     """Every step that touches a file may be the last one; the next run always finds the old parameters."""
     before = snapshot()
-    steps = 0
+    steps = left = 0
+    armed = False
+
+    def tick(event, args):
+        nonlocal left
+        if armed and event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.mkdir"):
+            left -= 1
+            if left < 0:
+                os._exit(9)
+
     for limit in range(60):
         left = limit
-
-        def tick(event, args):
-            nonlocal left
-            if armed and event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.mkdir") and str(project) in os.getcwd():
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-
-        armed = False
         pid = os.fork()
         if pid == 0:
             sys.addaudithook(tick)

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+
 from panda_ad.errors import Busy
 from panda_ad.lock import HELD, LOCK, repository_lock
 

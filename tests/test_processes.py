@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+
 from panda_ad import processes
 from panda_ad.processes import Group
 

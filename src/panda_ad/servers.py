@@ -55,7 +55,9 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
     """
     with _sigterm_as_interrupt(), running_servers(mlflow_port, prefect_port, say) as (addresses, groups):
         say(f"MLflow   {_without_credentials(addresses.mlflow)}")
-        say(f"Prefect  {_without_credentials(addresses.prefect)}/deployments   (press Run on 'retrain'; switch its schedule on there)")
+        say(
+            f"Prefect  {_without_credentials(addresses.prefect)}/deployments   (press Run on 'retrain'; switch its schedule on there)"
+        )
         say("Ctrl-C stops both.")
         try:
             while True:
@@ -79,7 +81,12 @@ def running_servers(
     home = HOME.absolute()
     home.mkdir(exist_ok=True)
     bin_folder = str(Path(sys.executable).parent)
-    env = {**os.environ, **QUIET, "PREFECT_HOME": str(home), "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)])}
+    env = {
+        **os.environ,
+        **QUIET,
+        "PREFECT_HOME": str(home),
+        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)]),
+    }
     groups: dict[str, Group] = {}
     with ExitStack() as stack:
 
@@ -94,7 +101,11 @@ def running_servers(
             mlflow = f"http://{HOST}:{port}"
             store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
             command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--backend-store-uri", store]
-            start("mlflow", [*command, "--artifacts-destination", "mlartifacts", "--workers", "1"], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+            start(
+                "mlflow",
+                [*command, "--artifacts-destination", "mlartifacts", "--workers", "1"],
+                {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            )
         if prefect is None:
             port = _free_port(prefect_port, "--prefect-port")
             prefect = f"http://{HOST}:{port}"
@@ -135,7 +146,9 @@ def _free_port(port: int, option: str) -> int:
         try:
             s.bind((HOST, port))
         except OSError as e:
-            raise UserError(f"port {port} on {HOST} cannot be used ({e.strerror}); choose another with {option}, or 0 for any free one") from None
+            raise UserError(
+                f"port {port} on {HOST} cannot be used ({e.strerror}); choose another with {option}, or 0 for any free one"
+            ) from None
         return int(s.getsockname()[1])
 
 

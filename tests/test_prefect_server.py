@@ -1,0 +1,268 @@
+"""The retrain deployment on a real Prefect server with a real worker, started and cancelled through the API as its UI does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+from prefect_project import call, clean_environment, make_project, new_data
+
+from panda_ad.lock import HELD, repository_lock
+from panda_ad.processes import Group
+from panda_ad.servers import running_servers
+
+pytestmark = pytest.mark.slow
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+
+
+class Prefect:
+    """The few calls of Prefect's API that its UI makes."""
+
+    def __init__(self, address, project, groups):
+        self.http = httpx.Client(base_url=f"{address}/api", timeout=30, trust_env=False)
+        self.address, self.project, self.groups = address, project, groups
+
+    def post(self, path, **body):
+        for _ in range(5):
+            response = self.http.post(path, json=body)
+            if response.status_code != 503:  # SQLite was busy: Prefect's own client tries again, too
+                break
+            time.sleep(0.5)
+        return response.raise_for_status().json()
+
+    def get(self, path):
+        return self.http.get(path).raise_for_status().json()
+
+    def press_run(self, **parameters):
+        deployment = self.get("/deployments/name/retrain/retrain")["id"]
+        return self.post(
+            f"/deployments/{deployment}/create_flow_run", parameters={"promote": False, **parameters}, state={"type": "SCHEDULED"}
+        )["id"]
+
+    def run_by_hand(self, **parameters):
+        """`python -m flows.retrain` with parameters; returns the finished flow run."""
+        code = f"from flows.retrain import retrain\nretrain(return_state=True, **{ ({'promote': False} | parameters)!r})"
+        environment = clean_environment() | {
+            "PREFECT_API_URL": f"{self.address}/api",
+            "PREFECT_HOME": str(self.project / ".prefect"),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.project, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        (run,) = self.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1, flow_runs={"deployment_id": {"is_null_": True}})
+        return run
+
+    def wait(self, run, states=frozenset(ENDED), seconds=90.0):
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            flow_run = self.get(f"/flow_runs/{run}")
+            if flow_run["state_type"] in states:
+                return flow_run
+            time.sleep(0.3)
+        raise AssertionError(
+            f"still {flow_run['state_name']} ({flow_run['state']['message']}) after {seconds} s, {self.logs(run)[-5:]}"
+        )
+
+    def tasks(self, run, seconds=10.0):
+        """Task runs by name; their events arrive a moment after the flow's end."""
+        limit = time.monotonic() + seconds
+        while True:
+            found = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
+            if all(t["state_type"] in ENDED | {"PENDING"} for t in found) or time.monotonic() > limit:
+                return {t["name"]: t for t in found}
+            time.sleep(0.3)
+
+    def logs(self, run):
+        return [
+            entry["message"] for entry in self.post("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
+        ]
+
+    def wait_for_line(self, run, line, seconds=60.0):
+        limit = time.monotonic() + seconds
+        while line not in self.logs(run):
+            assert time.monotonic() < limit, self.logs(run)
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory):
+    project = make_project(tmp_path_factory.mktemp("prefect") / "project")
+    call("dvc", "repro", "-q", cwd=project)
+    call("git", "add", "dvc.lock", cwd=project)
+    call("git", "commit", "-q", "-m", "Run", cwd=project)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(project):
+        for name in set(os.environ) - set(clean_environment()):
+            patch.delenv(name)
+        for name, value in clean_environment().items():
+            patch.setenv(name, value)
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # elsewhere, so none is started: these stages do not talk to it
+        with running_servers(prefect_port=0, say=lambda line: None) as (addresses, groups):
+            yield Prefect(addresses.prefect, project, groups)
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_way(prefect):
+    yield
+    for path in [*prefect.project.glob("down-*"), *prefect.project.glob("attempts-*"), prefect.project / "slow"]:
+        path.unlink(missing_ok=True)
+
+
+def stage_processes():
+    """The commands of slow stages that are alive."""
+    return [
+        p
+        for p in psutil.process_iter(["cmdline", "status"])
+        if "98765" in (p.info["cmdline"] or []) and p.info["status"] != "zombie"
+    ]
+
+
+def engine(prefect):
+    """The flow run's process, a child of the worker."""
+    worker = psutil.Process(prefect.groups["worker"].pid)
+    (found,) = [p for p in worker.children(recursive=True) if "prefect.engine" in p.cmdline()]
+    return found
+
+
+def test_run_button_gives_dvcs_graph_results_and_logs(prefect):
+    new_data(prefect.project, "two")
+    run = prefect.press_run()
+    ended = prefect.wait(run)
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
+    tasks = prefect.tasks(run)
+    assert set(tasks) == {"validate", "adapt@fabric", "adapt@grid", "publish@fabric", "publish@grid"}
+    names = {t["id"]: name for name, t in tasks.items()}
+    edges = {(name, names[parent["id"]]) for name, t in tasks.items() for parent in t["task_inputs"].get("wait_for", [])}
+    assert edges == {
+        ("adapt@fabric", "validate"),
+        ("adapt@grid", "validate"),
+        ("publish@fabric", "adapt@fabric"),
+        ("publish@grid", "adapt@grid"),
+    }
+    assert {t["state_name"] for t in tasks.values()} == {"Completed"}
+
+    prefect.wait_for_line(run, "adapted grid")
+    assert json.loads((prefect.project / "build/publish/grid.json").read_text())["prefect_run"] == run
+    artifacts = {a["key"]: a for a in prefect.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})}
+    assert set(artifacts) == {"retrain-results", "retrain-summary"}
+    assert [row["category"] for row in json.loads(artifacts["retrain-results"]["data"])] == ["fabric", "grid"]
+    assert "| adapt@grid | Completed |" in artifacts["retrain-summary"]["data"]
+    assert "up to date" in call("dvc", "repro", cwd=prefect.project)
+
+
+def test_run_again_does_nothing(prefect):
+    run = prefect.press_run(categories=["grid"])
+    assert prefect.wait(run)["state_type"] == "COMPLETED"
+    assert {name: t["state_name"] for name, t in prefect.tasks(run).items()} == dict.fromkeys(
+        ["validate", "adapt@grid", "publish@grid"], "Unchanged"
+    )
+
+
+def test_cancelling_stops_the_children(prefect):
+    new_data(prefect.project, "four")
+    (prefect.project / "slow").touch()
+    run = prefect.press_run()
+    prefect.wait_for_line(run, "waiting")
+    assert stage_processes()
+    prefect.post(f"/flow_runs/{run}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert prefect.wait(run, seconds=40)["state_type"] == "CANCELLED"
+    assert stage_processes() == []
+    with repository_lock("the next run"):
+        pass
+
+
+def test_a_killed_flow_process_is_crashed_at_once_and_the_next_run_succeeds(prefect):
+    (prefect.project / "slow").touch()
+    run = prefect.press_run()
+    prefect.wait_for_line(run, "waiting")
+    engine(prefect).kill()
+    assert prefect.wait(run, seconds=20)["state_type"] == "CRASHED"
+    assert stage_processes() == []
+    (prefect.project / "slow").unlink()
+    assert prefect.wait(prefect.press_run())["state_type"] == "COMPLETED"
+
+
+@pytest.fixture(scope="module")
+def dead_machine(prefect):
+    """Worker and flow die at the same moment; nobody is left to say so. Gives the run, a second one that waits, and when they died."""
+    new_data(prefect.project, "five")
+    (prefect.project / "slow").touch()
+    run = prefect.press_run()
+    prefect.wait_for_line(run, "waiting")
+    os.killpg(prefect.groups["worker"].pid, signal.SIGKILL)
+    killed = time.monotonic()
+    (prefect.project / "slow").unlink()
+    return run, prefect.press_run(), killed
+
+
+def test_a_failed_stage_is_retried_the_rest_goes_on_and_dvc_repro_resumes(prefect, dead_machine):
+    new_data(prefect.project, "three")
+    (prefect.project / "down-once-fabric").touch()
+    (prefect.project / "down-grid").touch()
+    ended = prefect.run_by_hand()
+    assert ended["state_type"] == "FAILED"
+    assert ended["state"]["message"].startswith("stage publish@grid failed")
+    tasks = prefect.tasks(ended["id"])
+    assert (tasks["publish@fabric"]["state_type"], tasks["publish@fabric"]["run_count"]) == ("COMPLETED", 2)
+    assert (tasks["publish@grid"]["state_type"], tasks["publish@grid"]["run_count"]) == ("FAILED", 2)
+    (prefect.project / "down-grid").unlink()
+    said = call("dvc", "repro", cwd=prefect.project)
+    assert [line for line in said.splitlines() if line.startswith("Running")] == ["Running stage 'publish@grid':"]
+
+
+def test_changed_parameters_are_an_experiment_and_leave_no_trace(prefect, dead_machine):
+    call("git", "commit", "-q", "-am", "New data", cwd=prefect.project)
+    ended = prefect.run_by_hand(method="ewc", set_params=["adapt.epochs=3"])
+    assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
+    assert call("git", "status", "--porcelain", cwd=prefect.project) == ""
+    experiment = ended["name"]
+    assert experiment in call("dvc", "exp", "list", cwd=prefect.project)
+    shown = json.loads(call("dvc", "exp", "show", "--json", cwd=prefect.project))
+    recorded = shown[1]["experiments"][0]["revs"][0]["data"]["params"]["params.yaml"]["data"]["adapt"]
+    assert (recorded["method"], recorded["epochs"]) == ("ewc", 3)
+    said = call("dvc", "repro", cwd=prefect.project)
+    assert "Running stage 'adapt" not in said and "Running stage 'validate" not in said, (
+        "the results of before come back from the cache"
+    )
+
+
+def test_a_wrong_parameter_is_one_line(prefect, dead_machine):
+    ended = prefect.run_by_hand(set_params=["adapt.metod=ewc"])
+    assert ended["state_type"] == "FAILED"
+    assert "metod" in ended["state"]["message"] and "\n" not in ended["state"]["message"]
+    response = prefect.http.post(
+        f"/deployments/{prefect.get('/deployments/name/retrain/retrain')['id']}/create_flow_run",
+        json={"parameters": {"method": "magic"}},
+    )
+    assert response.status_code == 409, "the form's choices are checked before anything runs"
+
+
+def test_one_run_at_a_time(prefect, dead_machine):
+    with repository_lock("make run"):
+        ended = prefect.run_by_hand()
+        assert ended["state_type"] == "FAILED"
+        assert f'another run (pid {os.getpid()}, "make run", since ' in ended["state"]["message"]
+    assert HELD not in os.environ
+
+
+def test_a_dead_machine_leaves_no_zombie_and_the_next_run_succeeds(prefect, dead_machine):
+    run, following, killed = dead_machine
+    assert prefect.wait(run, seconds=130)["state_type"] == "CRASHED"
+    assert time.monotonic() - killed < 120
+    assert stage_processes() == []
+    environment = clean_environment() | {
+        "PREFECT_API_URL": f"{prefect.address}/api",
+        "PREFECT_HOME": str(prefect.project / ".prefect"),
+    }
+    with Group([sys.executable, "-m", "prefect", "worker", "start", "--pool", "panda"], env=environment) as worker:
+        assert prefect.wait(following)["state_type"] == "COMPLETED", "it waited for the dead run's place"
+        assert worker.running
