@@ -25,6 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm"))
+"""Usual endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -140,9 +142,14 @@ def read_image(path: Path | str) -> np.ndarray:
     return decode(read_bytes(path), str(path))
 
 
+def mask_levels(data: bytes, name: str) -> np.ndarray:
+    """Decode a mask before it is binarised: uint8 (H, W), the largest channel. Raises UserError as `decode` does."""
+    return picture(data, name, BLACK).rgb.max(axis=2)
+
+
 def decode_mask(data: bytes, name: str) -> np.ndarray:
     """Decode a mask: bool (H, W), true where the largest channel reaches half of its range. Raises UserError as `decode` does."""
-    return picture(data, name, BLACK).rgb.max(axis=2) >= 128
+    return mask_levels(data, name) >= 128
 
 
 def read_mask(path: Path | str) -> np.ndarray:
