@@ -6,10 +6,9 @@ from panda_ad.report.build import (
     Neighbour,
     Report,
     ReportImage,
-    ReportThreshold,
     build_report,
     project_2d,
     write_report,
 )
 
-__all__ = ["DefectRow", "Metric", "Neighbour", "Report", "ReportImage", "ReportThreshold", "build_report", "project_2d", "write_report"]
+__all__ = ["DefectRow", "Metric", "Neighbour", "Report", "ReportImage", "build_report", "project_2d", "write_report"]

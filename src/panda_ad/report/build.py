@@ -20,6 +20,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from panda_ad.calibration import Threshold
 from panda_ad.files import write_text
 from panda_ad.report.encode import encode_images
 
@@ -36,25 +37,6 @@ class Metric:
     low: float | None = None
     high: float | None = None
     note: str = ""
-
-
-@dataclass(frozen=True)
-class ReportThreshold:
-    """The model's own threshold: an image is anomalous when score > `value`.
-
-    Attributes
-    ----------
-    value : in units of the score; infinite where the calibration set is too small for the rate asked.
-    rate : share of good parts that may raise an alarm, the budget asked for.
-    interval : (low, high) of the true false-alarm rate.
-    n : calibration images.  message : empty, or one line such as 'too few calibration images for this rate'.
-    """
-
-    value: float
-    rate: float
-    interval: tuple[float, float]
-    n: int
-    message: str = ""
 
 
 class Neighbour(NamedTuple):
@@ -76,7 +58,7 @@ class ReportImage:
     rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
     heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localisation.
     mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
-    neighbours : (thumb, squared distance, path) of the nearest normal images, nearest first.
+    neighbours : of the nearest normal images, nearest first; five are shown.
     """
 
     path: str
@@ -88,7 +70,7 @@ class ReportImage:
     rgb: np.ndarray
     heatmap: np.ndarray | None = None
     mask: np.ndarray | None = None
-    neighbours: Sequence[tuple[np.ndarray, float, str]] = ()
+    neighbours: Sequence[Neighbour] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ class Report:
 
     Attributes
     ----------
-    headline : the figures at the top.
+    headline : the figures at the top.  threshold : the model's own; anomalous means score > its value.
     paths, defects : (N,) name and kind ('good' or the defect's name) of every test image.
     labels : (N,) 0 good, 1 defective.  scores, p_values : (N,) float.  calibration_scores : (M,) float.
     images : those shown as pictures, at most as many as evaluate.report_images; each one's path is in `paths`.
@@ -124,7 +106,7 @@ class Report:
     title: str
     created: str
     headline: Sequence[Metric]
-    threshold: ReportThreshold
+    threshold: Threshold
     paths: Sequence[str]
     defects: Sequence[str]
     labels: np.ndarray
@@ -208,7 +190,7 @@ def script_json(value: object) -> str:
 def _data(report: Report) -> dict[str, Any]:
     """What the page's scripts read."""
     n = len(report.scores)
-    lengths = {"paths": report.paths, "defects": report.defects, "labels": report.labels, "p_values": report.p_values}
+    lengths: dict[str, Sequence[Any] | np.ndarray] = {"paths": report.paths, "defects": report.defects, "labels": report.labels, "p_values": report.p_values}
     for name, values in lengths.items():
         if len(values) != n:
             raise ValueError(f"report: {len(values)} {name} for {n} scores")

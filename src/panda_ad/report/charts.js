@@ -13,7 +13,7 @@ const make = (tag, attributes = {}, ...children) => {
   return element;
 };
 const number = value => new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false }).format(value);
-const percent = value => new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 3 }).format(value);
+const percent = value => `${new Intl.NumberFormat("en", { maximumSignificantDigits: 3 }).format(100 * value)}\u00a0%`;
 
 // First index of ascending `sorted` whose value is above v: so many values are <= v.
 function upperBound(sorted, v) {
@@ -101,7 +101,7 @@ function histogram(element, model) {
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
       scales: { x: { time: false, range: [0, bins] }, y: { range: (_, low, high) => [0, Math.max(1, high)] } },
       axes: [
-        axis({ show: last, size: 38, label: scale.log ? "score (logarithmic)" : "score", splits: () => scale.ticks.map(scale.toBin),
+        axis({ show: last, size: 22, label: scale.log ? "score (logarithmic)" : "score", splits: () => scale.ticks.map(scale.toBin),
           values: () => scale.ticks.map(number), grid: { show: false } }),
         { show: false },
       ],
@@ -116,8 +116,8 @@ function histogram(element, model) {
   return () => {
     for (const { group, chart, count, u } of rows) {
       const above = countAbove(group.scores, model.threshold), n = group.scores.length;
-      const text = `${above} of ${n} ${group.label ? "caught" : "alarm"}`;
-      count.replaceChildren(make("b", { text: `${above}` }), ` of ${n} `, make("span", { text: group.label ? "caught" : "alarm" }));
+      const text = `${above} of ${n} ${group.label ? "caught" : "false alarms"}`;
+      count.replaceChildren(make("b", { text: `${above}` }), ` of ${n} `, make("span", { text: group.label ? "caught" : "false alarms" }));
       chart.setAttribute("aria-label", `${group.name}: scores ${number(group.scores[0])} to ${number(group.scores[n - 1])}; ${text}`);
       u.redraw();
     }
@@ -140,6 +140,7 @@ function curveChart(element, readout, model, spec) {
   const at = t => spec.point(countAbove(model.good, t), countAbove(model.bad, t));
   const dot = (u, [x, y], fill, size) => {
     const { ctx } = u, ratio = devicePixelRatio;
+    ctx.setLineDash([]);
     ctx.beginPath();
     ctx.arc(u.valToPos(x, "x", true), u.valToPos(y, "y", true), size * ratio, 0, 7);
     ctx.fillStyle = fill; ctx.fill();
@@ -150,7 +151,7 @@ function curveChart(element, readout, model, spec) {
     padding: [8, 10, 0, 0],
     cursor: { drag: { x: false, y: false, setScale: false }, points: { show: false } },
     scales: { x: unit, y: unit },
-    axes: [axis({ label: spec.x, size: 40, space: 50 }), axis({ label: spec.y, size: 48, space: 40 })],
+    axes: [axis({ label: spec.x, size: 24, space: 50 }), axis({ label: spec.y, size: 34, space: 40 })],
     series: [
       {},
       { stroke: () => css("--accent"), width: 2, points: { show: false }, paths: uPlot.paths.linear() },

@@ -15,7 +15,7 @@ function featureMap(element, model, openImage) {
     padding: [8, 10, 0, 0],
     cursor: { show: true, x: false, y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
     scales: { x: { time: false, range: span }, y: { range: span } },
-    axes: [axis({ size: 24, space: 60 }), axis({ size: 40, space: 40 })],
+    axes: [axis({ size: 24, space: 60, label: "first component" }), axis({ size: 34, space: 40, label: "second component" })],
     series: [{}, ...groups.map(group => ({
       paths: () => null,
       stroke: () => css(group.color),

@@ -122,7 +122,7 @@ function makeGallery(model) {
     const part = shown.slice(0, limit);
     cards.replaceChildren(...part.map(card));
     if (!shown.length) cards.append(make("li", { class: "none", text: "No image fits these filters." }));
-    byId("shown").textContent = `${shown.length} of ${images.length} images${part.length < shown.length ? `, first ${part.length} shown` : ""}`;
+    byId("shown").textContent = `${shown.length} of ${images.length} images${part.length < shown.length ? `, the first ${part.length} shown` : ""}`;
     byId("more").hidden = part.length >= shown.length;
     byId("more").textContent = `Show ${Math.min(PAGE, shown.length - part.length)} more`;
   }
@@ -145,7 +145,7 @@ function makeGallery(model) {
     fact("kind", kind);
     fact("score", `${number(model.scores[row])} (threshold ${number(model.threshold)})`);
     fact("p-value", number(model.pValues[row]));
-    fact("decided by snapshot", String(image.snapshot));
+    if (images.some(other => other.snapshot > 0)) fact("decided by snapshot", String(image.snapshot));
     const near = make("ul", { class: "near large" });
     for (const [index, distance] of image.neighbours) {
       near.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt: "" }), make("b", { text: number(distance) }), make("span", { text: normals[index].path })));

@@ -46,7 +46,7 @@
     const k = countAbove(model.calibration, model.threshold);
     if (!m) return "No calibration images: nothing can be promised about false alarms.";
     const [low, high] = data.rates[k];
-    return `${k} of ${m} calibration images would raise an alarm: expect at most ${percent((k + 1) / (m + 1))} false alarms (1 in ${number((m + 1) / (k + 1))} good parts); ` +
+    return `${k} of ${m} calibration images would raise an alarm: expect at most ${percent((k + 1) / (m + 1))} false alarms (1 in ${Math.floor((m + 1) / (k + 1))} good parts); ` +
       `the true rate lies between ${percent(low)} and ${percent(high)} with ${percent(data.confidence)} confidence.`;
   }
 

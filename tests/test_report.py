@@ -1,0 +1,412 @@
+"""The HTML report, looked at in headless Chromium: what it shows is checked against numpy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import browser, file_url, watch  # noqa: F401
+from report_demo import KINDS, demo
+
+from panda_ad.calibration import threshold
+from panda_ad.report import Neighbour, Report, build_report, project_2d, write_report
+from panda_ad.report.encode import heat_scale, outline
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return demo(good=24, per_kind=8, size=(60, 80))
+
+
+@pytest.fixture(scope="module")
+def page_file(report, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(report, path)
+    return path
+
+
+@pytest.fixture
+def open_page(browser, request):  # noqa: F811
+    """open_page(path, **context options) -> page; fails the test afterwards if the page logged an error or asked the network."""
+    contexts, log = [], []
+
+    def opener(path: Path, **options):
+        context = browser.new_context(**({"viewport": {"width": 1300, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        watch(page, log)
+        page.goto(file_url(path))
+        page.wait_for_selector("html.ready", timeout=20_000)
+        page.wait_for_selector("#cards > li")
+        return page
+
+    yield opener
+    for context in contexts:
+        context.close()
+    assert log == []
+
+
+def slide(page, index: int) -> None:
+    page.eval_on_selector("#slider", "(e, i) => { e.value = i; e.dispatchEvent(new Event('input')); }", index)
+    page.wait_for_timeout(200)  # the gallery follows 120 ms later
+
+
+def count(page, name: str) -> int:
+    return int(page.text_content(f"#{name}"))
+
+
+def shown_rows(page) -> list[int]:
+    return page.eval_on_selector_all("#cards > .card", "cards => cards.map(c => Number(c.dataset.row))")
+
+
+def wrong_at(report: Report, limit: float) -> np.ndarray:
+    return (report.scores > limit) != (report.labels == 1)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_opens_offline_in_both_schemes(open_page, page_file, scheme):
+    page = open_page(page_file, color_scheme=scheme)
+    brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3")
+    assert brightness < 60 if scheme == "dark" else brightness > 220
+    assert page.locator(".uplot").count() == 7 + 2 + 1  # calibration, good and five kinds; ROC and PR; the map
+    blank = page.evaluate(
+        """() => [...document.querySelectorAll('.uplot canvas')].filter(c =>
+             !c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)).length"""
+    )
+    assert blank == 0
+
+
+def test_pictures_carry_heat_map_outline_and_neighbours(open_page, page_file, report):
+    page = open_page(page_file)
+    page.select_option("#filter-kind", "hole")
+    page.wait_for_timeout(200)
+    card = page.locator(".card").first
+    opaque = card.locator("canvas.heat").evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v > 0).length")
+    assert opaque > 0
+    assert card.locator(".outline path").first.get_attribute("d").startswith("M")
+    row = int(card.get_attribute("data-row"))
+    near = card.locator(".near img").evaluate_all("imgs => imgs.map(i => [i.alt, i.naturalWidth])")
+    assert [alt.split(",")[0].removeprefix("normal image ") for alt, _ in near] == [n.path for n in report.images[row].neighbours[:3]]
+    assert all(width > 0 for _, width in near)
+    page.uncheck("#show-heat")
+    page.uncheck("#show-outline")
+    assert not card.locator("canvas.heat").is_visible()
+    assert not card.locator(".outline").is_visible()
+
+
+def test_slider_counts_agree_with_numpy_at_every_position(open_page, page_file, report):
+    page = open_page(page_file)
+    values = np.unique(np.concatenate([report.scores, report.calibration_scores]))
+    assert int(page.get_attribute("#slider", "max")) == len(values)  # and one position below all
+    good, bad = report.scores[report.labels == 0], report.scores[report.labels == 1]
+    seen = page.evaluate(
+        """n => { const slider = document.getElementById('slider'), read = id => document.getElementById(id).textContent, out = [];
+             for (let i = 0; i <= n; i++) { slider.value = i; slider.dispatchEvent(new Event('input'));
+               out.push(['false-alarms', 'misses', 'precision', 'recall', 'cell-passed', 'cell-caught'].map(read)); }
+             return out; }""",
+        len(values),
+    )
+    for limit, (false_alarms, misses, precision, recall, passed, caught) in zip([-np.inf, *values], seen, strict=True):
+        assert int(false_alarms) == (good > limit).sum()
+        assert int(misses) == (bad <= limit).sum()
+        assert int(passed) == (good <= limit).sum()
+        assert int(caught) == (bad > limit).sum()
+        assert float(recall) == pytest.approx((bad > limit).mean(), abs=6e-4)
+        alarms = (report.scores > limit).sum()
+        assert precision == "–" if alarms == 0 else float(precision) == pytest.approx((bad > limit).sum() / alarms, abs=6e-4)
+    page.wait_for_timeout(200)
+    assert page.text_content("#summary") == f"0 false alarms of {len(good)} good, {len(bad)} misses of {len(bad)} defective"
+    assert page.text_content(f"[data-caught='{KINDS[0]}']").strip().startswith("0 of 8")
+
+
+def test_page_starts_at_the_models_threshold_and_resets_to_it(open_page, page_file, report):
+    page = open_page(page_file)
+    expected = int((report.scores[report.labels == 1] <= report.threshold.value).sum())
+    assert count(page, "misses") == expected
+    assert page.is_disabled("#reset")
+    slide(page, 3)
+    assert count(page, "misses") != expected
+    page.click("#reset")
+    assert count(page, "misses") == expected
+
+
+def test_budget_sets_the_conformal_threshold(open_page, page_file, report):
+    page = open_page(page_file)
+    for one_in in (5, 10, 30):
+        page.fill("#budget", str(one_in))
+        limit = threshold(report.calibration_scores, 1 / one_in).value
+        assert count(page, "misses") == (report.scores[report.labels == 1] <= limit).sum()
+        assert count(page, "false-alarms") == (report.scores[report.labels == 0] > limit).sum()
+    page.fill("#budget", "500")
+    assert "needs at least 499" in page.text_content("#promise")
+    assert count(page, "misses") == (report.scores[report.labels == 1] <= report.calibration_scores.max()).sum()
+
+
+def test_promise_quotes_the_interval_of_the_calibration(open_page, report, page_file):
+    page = open_page(page_file)
+    low, high = (f"{100 * v:.3g}" for v in threshold(report.calibration_scores, 0.05).interval)
+    text = page.text_content("#promise").replace("\u00a0", " ")
+    assert f"between {low} % and {high} %" in text
+
+
+def test_filters_filter_and_follow_the_slider(open_page, page_file, report):
+    page = open_page(page_file)
+    kinds = np.array(report.defects)
+    page.select_option("#filter-kind", "stain")
+    assert set(shown_rows(page)) == set(np.flatnonzero(kinds == "stain"))
+    page.select_option("#filter-verdict", "wrong")
+    assert set(shown_rows(page)) == set(np.flatnonzero((kinds == "stain") & wrong_at(report, report.threshold.value)))
+    page.select_option("#filter-kind", "")
+    values = np.unique(np.concatenate([report.scores, report.calibration_scores]))
+    for index in (len(values) // 3, len(values) // 2):
+        slide(page, index)
+        limit = values[index - 1]
+        assert set(shown_rows(page)) == set(np.flatnonzero(wrong_at(report, limit)))
+        assert page.text_content("#shown").startswith(f"{wrong_at(report, limit).sum()} of 64 images")
+    page.select_option("#filter-verdict", "false-alarm")
+    assert set(shown_rows(page)) == set(np.flatnonzero((report.scores > limit) & (report.labels == 0)))
+    slide(page, len(values))
+    assert "No image fits" in page.text_content("#cards")
+
+
+def test_sorts_sort_and_the_worst_mistakes_come_first(open_page, page_file, report):
+    page = open_page(page_file)
+    rows = shown_rows(page)
+    wrong = wrong_at(report, report.threshold.value)
+    assert len(rows) == 48 and page.is_visible("#more")
+    assert wrong[rows[: wrong.sum()]].all() and not wrong[rows[wrong.sum() :]].any()
+    misses = [r for r in rows if wrong[r] and report.labels[r] == 1]
+    assert misses == sorted(misses, key=lambda r: report.scores[r])  # the deepest miss first
+    page.click("#more")
+    assert sorted(shown_rows(page)) == list(range(64)) and not page.is_visible("#more")
+    for value, key in {"high": lambda r: -report.scores[r], "low": lambda r: report.scores[r], "name": lambda r: report.paths[r]}.items():
+        page.select_option("#sort", value)
+        assert shown_rows(page) == sorted(range(64), key=key)[:48]
+
+
+def test_keyboard_alone_is_enough(open_page, page_file, report):
+    page = open_page(page_file)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.focus("#slider")
+    before = int(page.input_value("#slider"))
+    page.keyboard.press("ArrowLeft")
+    assert int(page.input_value("#slider")) == before - 1
+    assert "false alarms of 24 good" in page.get_attribute("#slider", "aria-valuetext")
+    page.wait_for_timeout(200)
+
+    rows = shown_rows(page)
+    page.locator(".open").first.focus()
+    page.keyboard.press("Enter")
+    assert page.text_content("#viewer-title") == report.paths[rows[0]]
+    page.keyboard.press("ArrowRight")
+    assert page.text_content("#viewer-title") == report.paths[rows[1]]
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#viewer")
+    assert page.evaluate("document.activeElement.className") == "open"  # focus goes back where it was
+
+    page.focus("#map")
+    names = set()
+    for key in ["ArrowRight", "ArrowRight", "ArrowUp", "ArrowLeft", "ArrowDown"]:
+        page.keyboard.press(key)
+        names.add(page.text_content("#map-name").split(" · ")[0])
+    assert len(names) >= 3
+    assert names <= {*report.paths, *report.gallery_paths}
+
+
+def test_pointing_at_the_map_names_the_image_and_a_click_opens_it(open_page, page_file):
+    page = open_page(page_file, reduced_motion="reduce")  # no smooth scrolling under the pointer
+    page.focus("#map")
+    while " · score " not in page.text_content("#map-name"):
+        page.keyboard.press("ArrowLeft")
+    named = page.text_content("#map-name")
+    box = page.locator("#map .ring").bounding_box()
+    page.evaluate("document.activeElement.blur()")
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert page.text_content("#map-name") == named
+    page.mouse.down()
+    page.mouse.up()
+    assert page.text_content("#viewer-title") == named.split(" · ")[0]
+
+
+def test_click_in_histogram_and_roc_moves_the_threshold(open_page, page_file):
+    page = open_page(page_file, reduced_motion="reduce")
+    before = count(page, "misses")
+    box = page.locator("#histogram .u-over").first.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.98, box["y"] + 5)
+    assert count(page, "misses") > before
+    page.locator("#roc .u-over").scroll_into_view_if_needed()
+    box = page.locator("#roc .u-over").bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 2, box["y"] + 2)  # the corner where everything raises an alarm
+    assert count(page, "misses") == 0 and count(page, "false-alarms") > 0
+
+
+def test_controls_have_names_tables_have_headers_and_narrow_pages_do_not_scroll_sideways(open_page, page_file):
+    page = open_page(page_file, viewport={"width": 360, "height": 740}, reduced_motion="reduce")
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll('input, select, button, img, [role=img], [role=application]')].filter(e => !(
+             e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label') || e.alt || e.closest('button[aria-label]') || e.closest('[hidden]')
+           )).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert unnamed == []
+    assert page.locator("main").count() == page.locator("h1").count() == 1
+    assert page.locator("table:not(:has(caption)), table:not(:has(th[scope]))").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+def test_hostile_names_stay_text(open_page, report, tmp_path):
+    evil = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\u2028'\"&amp;{{7*7}}"
+    images = [replace(image, path=evil + image.path, neighbours=[Neighbour(n.thumb, n.distance, evil + n.path) for n in image.neighbours]) for image in report.images]
+    hostile = replace(
+        report,
+        category=evil,
+        title=evil,
+        images=images,
+        paths=[image.path for image in images],
+        defects=[evil if d == "hole" else d for d in report.defects],
+        per_defect=[replace(row, defect=evil) if row.defect == "hole" else row for row in report.per_defect],
+        gallery_paths=[evil] * len(report.gallery_paths),
+        provenance={evil: {evil: evil, "list": [evil]}},
+    )
+    path = tmp_path / "names & <b>.html"
+    write_report(hostile, path)
+    page = open_page(path)
+    page.locator(".open").first.click()
+    assert page.text_content("#viewer-title").startswith(evil)
+    assert page.text_content("h1") == evil
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[onerror]").count() == 0
+    caught = page.locator("#defects tbody tr", has_text="hacked").locator("td").nth(1).text_content()
+    expected = (report.scores[np.array(report.defects) == "hole"] > report.threshold.value).sum()
+    assert caught.strip().startswith(f"{expected} of")
+
+
+def test_policy_stops_a_script_that_is_not_the_pages_own(browser, page_file, tmp_path):  # noqa: F811
+    path = tmp_path / "injected.html"
+    path.write_text(page_file.read_text().replace("</main>", "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'></main>", 1))
+    page = browser.new_page()
+    page.goto(file_url(path))
+    page.wait_for_selector("html.ready")
+    assert page.evaluate("window.hacked") is None
+    page.close()
+
+
+@pytest.mark.parametrize("case", ["bare", "normals", "infinite", "many kinds", "equal", "one calibration score"])
+def test_unusual_reports_open(open_page, report, tmp_path, case):
+    plain = [replace(image, heatmap=None, mask=None, neighbours=()) for image in report.images]
+    good = np.flatnonzero(report.labels == 0)
+    kinds = [d if d == "good" else f"kind {i % 13}" for i, d in enumerate(report.defects)]
+    odd = {
+        "bare": replace(report, images=plain, per_defect=(), gallery_features_2d=None, test_features_2d=None, provenance={}),
+        "normals": replace(
+            report, paths=[report.paths[i] for i in good], defects=["good"] * len(good), labels=report.labels[good], scores=report.scores[good],
+            p_values=report.p_values[good], images=[report.images[i] for i in good], per_defect=(), test_features_2d=report.test_features_2d[good],
+        ),
+        "infinite": replace(report, threshold=replace(report.threshold, value=float("inf"), message="too few calibration images")),
+        "many kinds": replace(report, defects=kinds, images=[replace(image, defect=d) for image, d in zip(report.images, kinds, strict=True)]),
+        "equal": replace(report, scores=np.zeros(64), calibration_scores=np.zeros(3), threshold=replace(report.threshold, value=0.0)),
+        "one calibration score": replace(report, calibration_scores=report.calibration_scores[:1]),
+    }[case]
+    path = tmp_path / "report.html"
+    write_report(odd, path)
+    page = open_page(path)
+    assert count(page, "misses") == (odd.scores[odd.labels == 1] <= odd.threshold.value).sum()
+    if case == "bare":
+        assert page.locator("#show-heat, #map, #defects, .near").count() == 0
+    if case == "normals":
+        assert "Needs good and defective" in page.text_content("#roc")
+    if case == "many kinds":
+        assert page.locator("#histogram .kind").count() == 2 + 9 and "5 other kinds" in page.text_content("#histogram")
+
+
+def test_report_of_500_images_of_noise_stays_under_10_mb():
+    report = demo(good=10, per_kind=2, size=(48, 64))
+    rng = np.random.default_rng(0)
+    images = []
+    for i in range(500):  # noise is the worst case of a JPEG, and no neighbour is shared
+        near = [Neighbour(rng.integers(0, 256, (96, 96, 3), np.uint8), 1.0, f"train/{i}-{j}.png") for j in range(2)]
+        mask = rng.random((128, 128)) < 0.02
+        images.append(
+            replace(report.images[0], path=f"{i}.png", rgb=rng.integers(0, 256, (256, 256, 3), np.uint8), heatmap=rng.random((128, 128), np.float32),
+                    mask=mask if i % 2 else None, neighbours=near)  # fmt: skip
+        )
+    big = replace(
+        report, images=images, paths=[image.path for image in images], defects=["good"] * 500, labels=np.zeros(500, int), scores=rng.random(500),
+        p_values=rng.random(500), per_defect=(), test_features_2d=rng.random((500, 2)),
+    )  # fmt: skip
+    assert len(build_report(big).encode()) < 10_000_000
+
+
+def test_page_names_no_other_address(page_file):
+    text = page_file.read_text(encoding="utf-8")
+    markup = re.sub(r"<(script|style)[^>]*>.*?</\1>", "", text, flags=re.S)
+    assert not re.search(r"(src|href)=[\"'](?!#)", markup)
+
+
+def test_write_is_atomic_and_bad_input_is_refused(report, tmp_path):
+    path = tmp_path / "r.html"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="63 scores"):
+        write_report(replace(report, scores=report.scores[:-1]), path)
+    with pytest.raises(ValueError, match="not among the scored images"):
+        write_report(replace(report, paths=["x", *report.paths[1:]]), path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_report(replace(report, scores=np.where(np.arange(64) == 3, np.nan, report.scores)), path)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    write_report(report, path)
+    assert path.read_text(encoding="utf-8") == build_report(report)
+
+
+def test_projection_is_the_galleries_pca_with_fixed_signs():
+    from sklearn.decomposition import PCA
+
+    rng = np.random.default_rng(1)
+    gallery, test = rng.normal(size=(30, 7)) * np.arange(1, 8), rng.normal(size=(5, 7))
+    pca = PCA(2).fit(gallery)
+    ours, ours_test = project_2d(gallery, test)
+    np.testing.assert_allclose(np.abs(ours), np.abs(pca.transform(gallery)), atol=1e-4)
+    np.testing.assert_allclose(np.abs(ours_test), np.abs(pca.transform(test)), atol=1e-4)
+    np.testing.assert_allclose(project_2d(gallery[::-1], test)[1], ours_test, atol=1e-4)
+    one, rest = project_2d(np.ones((1, 1)), np.array([[3.0]]))
+    assert one.shape == rest.shape == (1, 2) and rest[0, 1] == 0
+
+
+def area(path: str) -> float:
+    """Signed area of an outline in pixels: holes count negative."""
+    total = 0.0
+    for loop in re.findall(r"M([^Z]*)Z", path):
+        x, y = np.array([[float(v) for v in point.split()] for point in loop.split("L")]).T / 2
+        total += float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
+    return total
+
+
+def test_outline_encloses_the_mask():
+    mask = np.zeros((20, 30), bool)
+    mask[5:12, 4:14] = True
+    path, width, height = outline(mask)
+    assert (width, height) == (60, 40)
+    assert area(path) == 70 - 4 / 8  # each corner is cut by an eighth of a pixel
+    mask[7:9, 6:8] = False
+    assert area(outline(mask)[0]) == 70 - 4 / 8 - (4 - 4 / 8)
+    mask[12, 14] = True  # touches the block at a corner only
+    assert outline(mask)[0].count("M") in (2, 3)
+    assert outline(np.ones((3, 4), bool))[0].count("M") == 1
+    assert outline(np.zeros((3, 4), bool)) is None
+    speck = np.zeros((3000, 2000), bool)
+    speck[1500, 1000] = True
+    path, width, height = outline(speck)
+    x, y = (float(v) for v in path[1:].split("L")[0].split())
+    assert x / width == pytest.approx(0.5, abs=0.02) and y / height == pytest.approx(0.5, abs=0.02)
+
+
+def test_heat_scale_is_shared_and_survives_flat_and_broken_maps(report):
+    low, high = heat_scale(report.images)
+    maxima = [image.heatmap.max() for image in report.images]
+    assert low < high and np.mean(np.array(maxima) > high) == pytest.approx(0.1, abs=0.03)
+    flat = [replace(report.images[0], heatmap=np.full((4, 4), np.nan, np.float32))]
+    assert heat_scale(flat) == (0.0, 1.0)
+    assert heat_scale([replace(report.images[0], heatmap=None)]) is None
