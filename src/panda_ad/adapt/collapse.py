@@ -1,0 +1,55 @@
+"""Collapse watch: does adaptation still tell images apart? (paper, section 3.2: 'catastrophic collapse')
+
+The compactness loss has a useless minimum, f(x) = c for every image. It is watched on the normal training images alone; no
+anomaly is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_RANK = 0.5
+MIN_VARIANCE = 0.25
+"""Collapsed: effective rank below this share of the unadapted features', or variance below this share."""
+
+SAMPLE = 1024
+"""Training images looked at; a fixed, seeded choice where there are more."""
+
+
+def feature_statistics(features: Tensor, centre: Tensor) -> dict[str, float]:
+    """What the watch logs.
+
+    Parameters
+    ----------
+    features : (N, D) of normal training images.  centre : (D,), of the compactness loss.
+
+    Returns
+    -------
+    centre_distance : mean of ||f(x) - c||, in feature units.
+    feature_variance : trace of the covariance / D.
+    effective_rank : exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli, EUSIPCO 2007), 1 to
+        min(N - 1, D); 0 where all features are equal.
+    """
+    x = features.double()
+    centred = x - x.mean(dim=0)
+    # the smaller of covariance and Gram matrix has the same non-zero spectrum
+    gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
+    spectrum = torch.linalg.eigvalsh(gram).clamp(min=0) / len(x)
+    trace = float(spectrum.sum())
+    p = spectrum / max(trace, 1e-300)
+    p = p[p > 1e-12]
+    return {
+        "centre_distance": float((x - centre.double()).norm(dim=1).mean()),
+        "feature_variance": trace / x.shape[1],
+        "effective_rank": math.exp(float(-(p * p.log()).sum())) if trace > 1e-20 else 0.0,
+    }
+
+
+def collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
+    """Whether features have collapsed since `start`, both as `feature_statistics` gives them."""
+    return not (
+        now["effective_rank"] >= MIN_RANK * start["effective_rank"] and now["feature_variance"] >= MIN_VARIANCE * start["feature_variance"]
+    )

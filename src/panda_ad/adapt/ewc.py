@@ -1,0 +1,64 @@
+"""Elastic weight consolidation, EWC (paper, section 3.2, equation 4; Kirkpatrick et al., PNAS 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from panda_ad.errors import UserError
+
+
+class ElasticPenalty:
+    """lambda / 2 * sum_i F_i (theta_i - theta*_i)^2 over a head's parameters, theta* their values at construction.
+
+    The gradient, lambda F (theta - theta*), is added in place instead of going through autograd, which would pass over the
+    parameters three more times per step.
+
+    Parameters
+    ----------
+    head : the module that will adapt.
+    fisher : parameter name -> F_i, non-negative, of the parameter's shape.
+    strength : lambda, unitless; 1e4 in the paper.
+
+    Raises
+    ------
+    UserError
+        `fisher` does not fit the head's parameters.
+    """
+
+    def __init__(self, head: nn.Module, fisher: Mapping[str, Tensor], strength: float):
+        named = dict(head.named_parameters())
+        check_fisher(fisher, head, "Fisher diagonal")
+        self.strength = strength
+        self.parameters = list(named.values())
+        self.anchors = [p.detach().clone() for p in self.parameters]
+        self.weights = [fisher[name].to(p).contiguous(memory_format=_format(p)) * strength for name, p in named.items()]
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """The penalty at the parameters' present values."""
+        return float(sum((w * (p - a).square()).sum() for w, p, a in zip(self.weights, self.parameters, self.anchors, strict=True)) / 2)
+
+    @torch.no_grad()
+    def add_gradient(self) -> None:
+        """Add the penalty's gradient to `.grad` of every parameter."""
+        for p, anchor, weight in zip(self.parameters, self.anchors, self.weights, strict=True):
+            assert p.grad is not None
+            p.grad.addcmul_(p - anchor, weight)
+
+
+def _format(parameter: Tensor) -> torch.memory_format:
+    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def check_fisher(fisher: Mapping[str, Tensor], head: nn.Module, source: str) -> None:
+    """UserError, naming `source`, unless there is a finite, non-negative value for each parameter of the head."""
+    for name, parameter in head.named_parameters():
+        if name not in fisher or fisher[name].shape != parameter.shape:
+            found = "missing" if name not in fisher else f"of shape {tuple(fisher[name].shape)}, not {tuple(parameter.shape)}"
+            raise UserError(f"{source}: {name} is {found}; it was made for another backbone, set adapt.fisher to one made for this")
+        if not bool((fisher[name] >= 0).all()) or not bool(torch.isfinite(fisher[name]).all()):
+            raise UserError(f"{source}: {name} has values that are negative or not finite; estimate it again")
