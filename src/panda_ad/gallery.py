@@ -1,4 +1,8 @@
-"""The gallery: features of normal training images, and exact k-nearest-neighbour search in it (paper, section 3.1)."""
+"""Exact k-nearest-neighbour search among the features of normal images (paper, section 3.3) and its compression.
+
+faiss finds candidates in float32; distances that count are computed again in float64, pair by pair, so that an image's score is the
+same number in whatever batch it arrives.
+"""
 
 from __future__ import annotations
 
@@ -10,120 +14,190 @@ import numpy as np
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 
-_MARGIN = 8  # candidates beyond k that are measured again in float64
-_BLOCK = 1024  # queries at a time
+_BLOCK = 256  # queries at a time: bounds the float64 differences at 256 * (k + 9) * D * 8 bytes
+_MARGINS = (8, 64)  # candidates beyond k: first try, second try; then the whole gallery
 
 
 class Gallery:
-    """Features of M normal images.
+    """Features of normal images, searched exactly.
+
+    Parameters
+    ----------
+    features : (M, D) float32.
 
     Attributes
     ----------
-    features : float32 (M, D).
+    features : as given, C-contiguous float32.
+
+    Raises
+    ------
+    UserError
+        No features, or some that are not finite.
     """
 
     def __init__(self, features: np.ndarray):
-        self.features = np.ascontiguousarray(features, dtype=np.float32)
-        if self.features.ndim != 2 or not len(self.features):
+        features = np.ascontiguousarray(features, dtype=np.float32)
+        if features.ndim != 2 or not features.size:
             raise UserError("the gallery is empty: no normal training images")
-        if not np.isfinite(self.features).all():
+        if not np.isfinite(features).all():
             raise UserError("a training image's features are not finite numbers; lower adapt.learning_rate, or use adapt.method: none")
-        self._index = faiss.IndexFlatL2(self.features.shape[1])
-        self._index.add(self.features)
+        self.features = features
+        # Distances do not change with the origin, but float32's error grows with the norm: search around the mean.
+        self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+        centred = features - self._mean
+        self._radius = float(np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1).max()))
+        self._index = faiss.IndexFlatL2(features.shape[1])
+        self._index.add(centred)
+
+    def __len__(self) -> int:
+        return len(self.features)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest gallery images of each query.
-
-        faiss finds candidates in float32; their distances are then computed anew in float64, a query at a time, so that the
-        result does not depend on the batch a query comes in. Ties go to the lower index.
+        """The k nearest gallery features.
 
         Parameters
         ----------
-        queries : float32 (N, D).
-        k : 1 to M.
+        queries : (N, D) float32.
 
         Returns
         -------
-        squared L2 distances (N, k) float64, ascending, and gallery indices (N, k) int64.
+        squared L2 distances (N, k) float64, ascending, and gallery indices (N, k) int64; equal distances by ascending index.
 
         Raises
         ------
         UserError
-            k exceeds the number of images in the gallery.
+            k exceeds the gallery.
         """
-        m = len(self.features)
-        if k > m:
-            raise UserError(f"gallery.k: {k} neighbours asked for, the gallery holds {m} images; lower it or add normal images")
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        distances, indices = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
-        for start in range(0, len(queries), _BLOCK):
-            block = queries[start : start + _BLOCK]
-            _, candidates = self._index.search(block, min(m, k + _MARGIN))
-            for i, (query, found) in enumerate(zip(block, candidates, strict=True), start):
-                exact = np.square(self.features[found].astype(np.float64) - query).sum(axis=1)
-                order = np.lexsort((found, exact))[:k]
-                distances[i], indices[i] = exact[order], found[order]
-        return distances, indices
+        return self._search(queries, k, None)
 
     def score(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Anomaly score: the sum of squared L2 distances to the k nearest, (N,) float64."""
+        """Sum of squared L2 distances to the k nearest, (N,) float64: the anomaly score of DN2 and PANDA."""
         return self.search(queries, k)[0].sum(axis=1)
 
     def leave_one_out(self, k: int) -> np.ndarray:
-        """Score of each gallery image against the others, (M,) float64; an exact copy of it is another image. UserError if M <= k."""
-        if len(self.features) <= k:
-            raise UserError(f"gallery.k: {k} neighbours asked for, a training image has {len(self.features) - 1} others; add normal images")
-        distances, indices = self.search(self.features, k + 1)
-        own = indices == np.arange(len(indices))[:, None]
-        own[~own.any(axis=1), -1] = True  # more than k exact copies with lower indices: any one of them stands for itself
-        return distances[~own].reshape(-1, k).sum(axis=1)
+        """Score (M,) float64 of each gallery feature against all others; only itself is left out, not its exact duplicates."""
+        return self._search(self.features, k, np.arange(len(self)))[0].sum(axis=1)
+
+    def _search(self, queries: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        available = len(self) - (own is not None)
+        if not 1 <= k <= available:
+            raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {available}; lower gallery.k or give more normal images")
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
+            raise ValueError(f"queries (N, {self.features.shape[1]}) are expected, found shape {queries.shape}")
+        distances, indices = np.empty((len(queries), k)), np.empty((len(queries), k), dtype=np.int64)
+        for start in range(0, len(queries), _BLOCK):
+            stop = start + _BLOCK
+            block = queries[start:stop], k, None if own is None else own[start:stop]
+            distances[start:stop], indices[start:stop] = self._block(*block)
+        return distances, indices
+
+    def _block(self, queries: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """`_search` for a few queries: candidates from faiss, and more of them where float32 cannot tell that they suffice."""
+        n, m, dimension = len(queries), len(self), queries.shape[1]
+        distances, indices = np.empty((n, k)), np.empty((n, k), dtype=np.int64)
+        centred = queries - self._mean
+        # |error of faiss| <= gamma (|q| + |g|)^2 for sums of D float32 products, and the rounding of the centring
+        radius = np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1)) + self._radius
+        error = (dimension + 8) * 2.0**-24 * (radius + float(np.abs(self._mean).max()) * 4) ** 2
+        left = np.arange(n)
+        for margin in _MARGINS:
+            wanted = k + (own is not None) + margin
+            if wanted >= m or not len(left):
+                break
+            rough, candidates = self._index.search(centred[left], wanted)
+            candidates.sort(axis=1)
+            found = self._rank(queries[left], candidates, k, None if own is None else own[left])
+            sure = found[0][:, -1] < rough[:, -1] - error[left]  # whatever is no candidate lies beyond the last one
+            distances[left[sure]], indices[left[sure]] = found[0][sure], found[1][sure]
+            left = left[~sure]
+        for i in left:  # ties at the margin, or a gallery hardly larger than k
+            mine = None if own is None else own[i : i + 1]
+            distances[i], indices[i] = self._scan(queries[i : i + 1], k, mine)
+        return distances, indices
+
+    def _scan(self, query: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """One query (1, D) against the whole gallery, in blocks."""
+        distances, indices = np.empty((1, 0)), np.empty((1, 0), dtype=np.int64)
+        for start in range(0, len(self), 4096):
+            candidates = np.arange(start, min(start + 4096, len(self)))[None]
+            nearest = self._rank(query, candidates, min(k, candidates.shape[1]), own)
+            distances, indices = np.concatenate([distances, nearest[0]], axis=1), np.concatenate([indices, nearest[1]], axis=1)
+            order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+            distances, indices = np.take_along_axis(distances, order, 1), np.take_along_axis(indices, order, 1)
+        return distances[0], indices[0]
+
+    def _rank(self, queries: np.ndarray, candidates: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of each query's candidates (N, C), which ascend, by float64 distance and then by index."""
+        difference = self.features[candidates].astype(np.float64)  # (N, C, D)
+        difference -= queries[:, None]
+        exact = np.square(difference, out=difference).sum(axis=2)
+        if own is not None:
+            exact[candidates == own[:, None]] = np.inf
+        order = np.argsort(exact, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(exact, order, 1), np.take_along_axis(candidates, order, 1)
 
     def save(self, path: Path | str) -> None:
-        """Write a faiss index file, atomically."""
+        """Write the features as a faiss IndexFlatL2 file, atomically."""
+        index = faiss.IndexFlatL2(self.features.shape[1])
+        index.add(self.features)
         with atomic_file(path) as temporary:
-            faiss.write_index(self._index, str(temporary))
+            faiss.write_index(index, str(temporary))
 
     @classmethod
     def load(cls, path: Path | str) -> Gallery:
-        """Read what `save` wrote. FileNotFoundError or RuntimeError where that cannot be read."""
-        if not Path(path).exists():
-            raise FileNotFoundError(2, "no such file", str(path))
-        index = faiss.read_index(str(path))
-        return cls(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d).copy())
+        """Read what `save` wrote. FileNotFoundError where it is missing, UserError where it is no such file."""
+        path = Path(path)
+        with open(path, "rb"):
+            pass
+        try:
+            index = faiss.read_index(str(path))
+            return cls(index.reconstruct_n(0, index.ntotal))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"{path}: not a gallery ({' '.join(str(e).split())[-100:]}); build the model again") from None
 
 
 def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Reduce a gallery to `size` features (paper, section 4: k-means as a trade of speed for accuracy).
+    """Make a gallery smaller.
 
     Parameters
     ----------
-    features : float32 (M, D).
-    method : `none`; `kmeans`, cluster centres; `coreset`, a subset that covers the rest (greedy k-centre).
+    features : (M, D) float32.
+    method : `none`; `kmeans`: `size` centres (paper, table of gallery sizes); `coreset`: greedy k-centre choice of `size` features
+        (Sener and Savarese, ICLR 2018).
+    size : K; a gallery not larger than that is kept whole.
 
     Returns
     -------
-    float32 (K, D), K <= size, and int64 (K,): the original image that each is, or is nearest to.
+    features (K, D) float32, and indices (K,) int64 of the original image at (coreset) or nearest to (kmeans) each.
     """
     features = np.ascontiguousarray(features, dtype=np.float32)
+    if method not in ("none", "kmeans", "coreset"):
+        raise ValueError(f"unknown compression {method!r}")
     if method == "none" or size >= len(features):
         return features, np.arange(len(features))
     if method == "coreset":
-        kept = greedy_coreset(features, size, seed)
-        return features[kept], kept
-    if method == "kmeans":
-        kmeans = faiss.Kmeans(features.shape[1], size, niter=50, seed=seed, min_points_per_centroid=1, max_points_per_centroid=10**9)
-        kmeans.train(features)
-        return kmeans.centroids, Gallery(features).search(kmeans.centroids, 1)[1][:, 0]
-    raise ValueError(f"unknown compression {method!r}")
+        chosen = greedy_coreset(features, size, seed)
+        return features[chosen], chosen
+    # min_points: no warning for few images; max_points: no subsampling
+    kmeans = faiss.Kmeans(features.shape[1], size, niter=25, seed=seed % 2**31, min_points_per_centroid=1, max_points_per_centroid=len(features))
+    kmeans.train(features)
+    centres = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+    return centres, Gallery(features).search(centres, 1)[1][:, 0]
 
 
 def greedy_coreset(features: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
-    """Greedy k-centre (Sener and Savarese, 2018): each next point is the one farthest from all chosen. int64 (size,), first by seed."""
-    chosen = np.empty(size, np.int64)
+    """Indices (size,) int64: a seeded first one, then always the feature farthest from those chosen. Memory (M, D) + (M,)."""
+    centred = features - features.mean(axis=0)
+    norms = np.square(centred).sum(axis=1)
+    chosen = np.empty(size, dtype=np.int64)
     chosen[0] = np.random.default_rng(seed).integers(len(features))
-    nearest = np.full(len(features), np.inf)
+    nearest = np.full(len(features), np.inf, dtype=np.float32)
     for i in range(size):
         if i:
-            chosen[i] = int(nearest.argmax())
-        nearest = np.minimum(nearest, np.square(features - features[chosen[i]]).sum(axis=1, dtype=np.float64))
+            chosen[i] = nearest.argmax()
+        latest = chosen[i]
+        np.minimum(nearest, norms + norms[latest] - 2 * (centred @ centred[latest]), out=nearest)
+        np.maximum(nearest, 0, out=nearest)  # float32 may put duplicates at less than 0
+        nearest[chosen[: i + 1]] = -1
     return chosen

@@ -1,0 +1,67 @@
+"""Methods that the paper compares with, on the same features; used by the benchmark only.
+
+Each takes the unadapted pooled features of normal training images, float32 (M, D), and of test images, (N, D), and returns anomaly
+scores (N,) float64, higher is more anomalous.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def one_class_svm(train: np.ndarray, queries: np.ndarray, nu: float = 0.1) -> np.ndarray:
+    """One-class SVM with an RBF kernel (Schoelkopf et al., 2001), gamma 1 / (D var); negated decision function."""
+    from sklearn.svm import OneClassSVM
+
+    return -OneClassSVM(kernel="rbf", gamma="scale", nu=nu).fit(train).decision_function(queries)
+
+
+def isolation_forest(train: np.ndarray, queries: np.ndarray, seed: int) -> np.ndarray:
+    """Isolation forest (Liu et al., 2008) of 100 trees; scikit-learn's score, negated."""
+    from sklearn.ensemble import IsolationForest
+
+    return -IsolationForest(n_estimators=100, random_state=seed).fit(train).score_samples(queries)
+
+
+def mahalanobis(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Squared Mahalanobis distance to a Gaussian whose covariance is shrunk as Ledoit and Wolf (2004) propose, so M < D works too."""
+    from sklearn.covariance import LedoitWolf
+
+    return LedoitWolf().fit(train.astype(np.float64)).mahalanobis(queries.astype(np.float64))
+
+
+def deep_svdd(train: np.ndarray, queries: np.ndarray, seed: int, epochs: int = 50) -> np.ndarray:
+    """Deep SVDD (Ruff et al., ICML 2018), one-class objective: mean ||phi(x) - c||^2 plus weight decay.
+
+    As there: a network without bias terms and with an unbounded activation (leaky ReLU), since biases could map everything to c; c the
+    mean of the untrained network's outputs, components nearer to 0 than 0.1 moved to +-0.1; Adam, weight decay 1e-6, learning rate
+    1e-4. Otherwise than there, the network is a bias-free MLP (D, 256, 128) on the pretrained features that the other
+    methods see, scaled by one number, in place of a LeNet on pixels with autoencoder pretraining.
+
+    Returns
+    -------
+    ||phi(x) - c||^2 per query.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.from_numpy(np.ascontiguousarray(train, dtype=np.float32))
+    scale = x.square().mean().sqrt().clamp(min=1e-12)
+    x = x / scale
+    layers = [nn.Linear(x.shape[1], 256, bias=False), nn.Linear(256, 128, bias=False)]
+    network = nn.Sequential(layers[0], nn.LeakyReLU(0.1), layers[1])
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)
+        centre = network(x).mean(dim=0)
+        centre = torch.where(centre.abs() < 0.1, torch.where(centre < 0, -0.1, 0.1), centre)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=1e-6)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(200):
+            optimizer.zero_grad()
+            F.mse_loss(network(x[rows]), centre.expand(len(rows), -1), reduction="sum").div(len(rows)).backward()
+            optimizer.step()
+    with torch.no_grad():
+        q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)) / scale
+        return (network(q) - centre).square().sum(dim=1).double().numpy()
