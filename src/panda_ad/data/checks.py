@@ -47,7 +47,7 @@ class Checked:
 def check(rows: pd.DataFrame, params: Params) -> Checked:
     """Find everything wrong with the rows of `collect`."""
     rows = rows.copy()
-    for find in (_small, _modes, _masks, _duplicates):  # in this order: each looks only at what the ones before let pass
+    for find in (_small, _modes, _duplicates, _masks):  # in this order: each looks only at what the ones before let pass
         for index, reason in find(rows[rows["problem"] == ""]).items():
             rows.loc[index, "problem"] = reason
     good = split_calibration(rows[rows["problem"] == ""], params.data.calibration_fraction, params.seed)
@@ -57,11 +57,12 @@ def check(rows: pd.DataFrame, params: Params) -> Checked:
     blocking, warnings = [], []
     for category in params.categories:
         blocking += _too_few(good[good["category"] == category], category, params)
-        for column, what in (("mode", "pixel modes"), ("size", "sizes")):
-            part = good[good["category"] == category]
-            values = part["mode"] if column == "mode" else part["width"].astype(str) + " x " + part["height"].astype(str)
-            if text := mixed(values):
-                warnings.append(f"{category}: images of different {what}: {text if len(text) < 200 else text[:200] + ' ...'}")
+        part = good[good["category"] == category]
+        if modes := mixed(part["mode"]):
+            warnings.append(f"{category}: images of different pixel modes: {modes}")
+        if part["width"].nunique() > 1 or part["height"].nunique() > 1:
+            spans = (f"{part['width'].min()} to {part['width'].max()} wide", f"{part['height'].min()} to {part['height'].max()} high")
+            warnings.append(f"{category}: images of different sizes, {spans[0]} and {spans[1]} (pixels); all are scaled to one")
     return Checked(rows, problems, blocking, warnings)
 
 
