@@ -1,0 +1,236 @@
+"""Where MLflow is, and quick clear failure when it is not there.
+
+MLFLOW_TRACKING_URI names a server; without it a SQLite file and a folder beside params.yaml are used. Credentials come from
+MLflow's own variables (MLFLOW_TRACKING_USERNAME and others) and are never printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from panda_ad.errors import UserError
+from panda_ad.files import atomic_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+DEFAULTS = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # with MLflow's own 7, a lost server blocks for four minutes
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # the model's requirements are written by publish
+}
+"""Environment of every MLflow client here, where the user has not set it; read by MLflow when it is imported."""
+
+WAIT = 3.0
+"""Seconds that a server has to answer before it counts as down."""
+
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_MODELS = Path(".cache/models")
+
+
+def root() -> Path:
+    """The repository: the working directory, or, in DVC's temporary copy for a queued experiment, the one it was copied from."""
+    here = Path.cwd()
+    for folder in here.parents:
+        if folder.name == ".dvc":
+            return folder.parent
+    return here
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or the repository's SQLite file."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root() / 'mlflow.db'}"
+
+
+def artifact_root() -> str:
+    """Where a local store keeps artifacts, as a file: URI (a path may hold spaces)."""
+    return (root() / "mlartifacts").as_uri()
+
+
+def server_command(host: str, port: int) -> list[str]:
+    """Arguments after `python -m` of an MLflow server on the local store.
+
+    Clients write artifacts to the folder themselves, so that runs made with and without the server can each be read both ways.
+    """
+    command = ["mlflow", "server", "--host", host, "--port", str(port), "--backend-store-uri", tracking_uri(), "--workers", "1"]
+    return [*command, "--default-artifact-root", artifact_root(), "--no-serve-artifacts"]
+
+
+def without_credentials(uri: str) -> str:
+    """A URI that may be printed and logged."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def connect() -> MlflowClient:
+    """A client of the tracking server and registry; a local store is created on first use.
+
+    Raises
+    ------
+    UserError
+        The server does not answer within seconds, or the local store cannot be opened.
+    """
+    uri = tracking_uri()
+    _preflight(uri)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    with mlflow_errors():
+        import mlflow
+        from mlflow import MlflowClient
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if uri.startswith("sqlite:///"):
+            _create_store(Path(uri.removeprefix("sqlite:///")))
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        return MlflowClient(uri, uri)
+
+
+def local_store() -> bool:
+    """Whether artifacts of new experiments go to this repository's folder."""
+    return tracking_uri().startswith("sqlite:")
+
+
+@contextlib.contextmanager
+def mlflow_errors() -> Iterator[None]:
+    """What MLflow or its transport raises, as one line that names the server."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        kinds = {f"{k.__module__.partition('.')[0]}.{k.__name__}" for k in type(e).__mro__}
+        if kinds & {"mlflow.MlflowException", "requests.RequestException", "sqlalchemy.SQLAlchemyError"}:
+            raise UserError(f"MLflow at {without_credentials(tracking_uri())}: {_first_line(e)}") from e
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[0][:300]
+
+
+def _preflight(uri: str) -> None:
+    """UserError where nothing answers. Any HTTP status counts as an answer: what it means is for the client to find out."""
+    parts = urlsplit(uri)
+    scheme, shown = parts.scheme.partition("+")[0], without_credentials(uri)
+    down = f"MLflow at {shown} does not answer; start the server or mend MLFLOW_TRACKING_URI, then run the same command again"
+    if scheme in ("http", "https"):
+        bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        try:
+            urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=WAIT).close()
+        except urllib.error.HTTPError:
+            return
+        except (OSError, ValueError) as e:
+            raise UserError(f"{down} ({getattr(e, 'reason', e)})") from None
+    elif scheme in _PORTS and parts.hostname:
+        try:
+            socket.create_connection((parts.hostname, parts.port or _PORTS[scheme]), timeout=WAIT).close()
+        except OSError as e:
+            raise UserError(f"{down} ({e})") from None
+    elif scheme == "file" or not scheme:
+        raise UserError(f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; use sqlite:///FILE or a server's address")
+
+
+def _create_store(path: Path) -> None:
+    """Create the SQLite store under another name: one that was killed half-way could never be opened again."""
+    if path.exists():
+        return
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        SqlAlchemyStore(f"sqlite:///{temporary}", artifact_root())._dispose_engine()
+        try:
+            os.link(temporary, path)  # unlike a rename, leaves alone what another process created meanwhile
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+    finally:
+        for leftover in path.parent.glob(f"{temporary.name}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def find_version(client: MlflowClient, model: str) -> ModelVersion:
+    """The registered version that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME/VERSION` names.
+
+    Raises
+    ------
+    UserError
+        It is not written like that, or there is no such model, alias or version.
+    """
+    from mlflow.exceptions import MlflowException
+
+    text = unquote(model.removeprefix("models:").strip("/"))
+    name, at, alias = text.partition("@")
+    number = ""
+    if not at:
+        name, _, number = text.rpartition("/")
+    if not name or not (alias if at else number.isdigit()):
+        raise UserError(f"{model}: write models:/NAME@staging or models:/NAME/VERSION")
+    try:
+        return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
+    except MlflowException as e:
+        if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        raise UserError(f"{model}: no such registered model at {without_credentials(tracking_uri())} ({_first_line(e)})") from None
+
+
+def download_bundle(model: str) -> Path:
+    """Folder with the bundle of a registered version: its own place where that is on this machine, else a copy in .cache/models.
+
+    Raises
+    ------
+    UserError
+        There is no such version, its server does not answer, or its files are gone.
+    """
+    with mlflow_errors():
+        client = connect()
+        return bundle_of(client, find_version(client, model))
+
+
+def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
+    """As `download_bundle`, for a version already looked up."""
+    import mlflow.artifacts
+
+    uri = client.get_model_version_download_uri(version.name, version.version) + "/artifacts/bundle"
+    if uri.startswith("file:") or uri.startswith("/"):
+        folder = Path(unquote(urlsplit(uri).path))
+        if not folder.is_dir():
+            raise UserError(f"{version.name} version {version.version}: its files are gone from {folder}; publish it again")
+        return folder
+    kept = _MODELS / version.tags["panda.bundle"]
+    if not kept.is_dir():
+        with atomic_folder(kept) as folder:
+            mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+            if (folder / "bundle").is_dir():  # MLflow puts the folder itself below dst_path
+                for item in (folder / "bundle").iterdir():
+                    item.rename(folder / item.name)
+                (folder / "bundle").rmdir()
+    return kept
+
+
+def aliases(name: str, version: int | str) -> list[str]:
+    """Aliases that point at a version, sorted. UserError where it is not there."""
+    with mlflow_errors():
+        client = connect()
+        return sorted(find_version(client, f"{name}/{version}").aliases)
+
+

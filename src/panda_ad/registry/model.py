@@ -1,0 +1,74 @@
+"""The registered model's code: MLflow copies this file into the model and runs it there (models from code, nothing pickled).
+
+Input: a column `image` of encoded image files (over REST: base64). Output per image: score, p_value, decision, anomalous, and with
+the parameter `heatmap` the heat map as a base64 PNG at the image's size.
+"""
+
+import base64
+import io
+
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc import PythonModel
+
+BATCH = 32
+
+
+class PandaModel(PythonModel):
+    """Scores images with the bundle among the model's artifacts, through the package that travels with it."""
+
+    def load_context(self, context):
+        """Load the bundle. Torch is imported here, so that logging the model does not need it."""
+        from panda_ad.detector import Detector
+
+        self.detector = Detector.load(context.artifacts["bundle"])
+
+    def predict(self, context, model_input, params=None):
+        """DataFrame with a column `image` of bytes (N rows) -> DataFrame with the verdicts, same index.
+
+        Raises MlflowException (HTTP 400) naming the row whose image cannot be decoded.
+        """
+        import pandas as pd
+
+        from panda_ad.data.images import decode
+        from panda_ad.errors import UserError
+
+        heatmap = bool((params or {}).get("heatmap", False))
+        if heatmap and self.detector.localizer is None:
+            raise MlflowException("heatmap: this model was built without heat maps", error_code=INVALID_PARAMETER_VALUE)
+        verdicts = []
+        data = list(model_input["image"])
+        for start in range(0, len(data), BATCH):
+            try:
+                images = [decode(bytes(d), f"row {start + i}") for i, d in enumerate(data[start : start + BATCH])]
+            except UserError as e:
+                raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from None
+            verdicts += self.detector.score(images, heatmaps=heatmap)
+        table = pd.DataFrame(
+            {
+                "score": [v.score for v in verdicts],
+                "p_value": [v.p_value for v in verdicts],
+                "decision": ["defect" if v.anomalous else "good" for v in verdicts],
+                "anomalous": [bool(v.anomalous) for v in verdicts],
+            },
+            index=model_input.index,
+        )
+        if heatmap:
+            table["heatmap"] = [_png(v.heatmap) for v in verdicts]
+        return table
+
+
+def _png(heatmap):
+    """Float32 (H, W) -> base64 PNG of 8 bits, its own smallest value black and largest white."""
+    import numpy as np
+    from PIL import Image
+
+    low, high = float(heatmap.min()), float(heatmap.max())
+    grey = np.round((heatmap - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(grey).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+set_model(PandaModel())

@@ -1,0 +1,156 @@
+"""One MLflow run per change, written so that doing it again, or again after a kill, adds nothing twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from panda_ad.params import Params
+from panda_ad.registry import connection
+from panda_ad.registry.change import Change, digest_file, digest_files, provenance
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+_BATCH = 1000  # metrics per request, MLflow's limit
+_PARAMS = 100  # parameters per request, MLflow's limit
+_HELD = "panda.artifacts"
+_VALUE = 6000  # characters of a parameter, MLflow's limit
+
+
+def experiment_id(client: MlflowClient, dataset: str) -> str:
+    """Id of experiment panda-<dataset>, created where it is not there; a deleted one is restored."""
+    from mlflow.exceptions import MlflowException
+
+    name = f"panda-{dataset}"
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = f"{connection.artifact_root()}/{name}" if connection.local_store() else None
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as e:
+            if e.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another process was faster
+            assert found is not None
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def run_of(client: MlflowClient, experiment: str, change: Change) -> Run:
+    """The change's run, created where there is none, and open for writing."""
+    found = _find(client, experiment, change.key)
+    if found is None:
+        tags = {**provenance(), "panda.change": change.key, "panda.data": change.data_hash}
+        made = client.create_run(experiment, tags=tags, run_name=f"change {change.key[:8]}")
+        found = _find(client, experiment, change.key) or made
+        if found.info.run_id != made.info.run_id:  # two machines at once: all keep to the older run
+            client.delete_run(made.info.run_id)
+    if found.info.status != "RUNNING":
+        client.update_run(found.info.run_id, status="RUNNING")
+    return found
+
+
+def _find(client: MlflowClient, experiment: str, key: str) -> Run | None:
+    runs = client.search_runs([experiment], f"tags.`panda.change` = '{key}'", order_by=["attributes.start_time ASC"])
+    return min(runs, key=lambda r: (r.info.start_time, r.info.run_id), default=None)
+
+
+def log_tags(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
+    """Add tags; the first commit stays, unless it was recorded with uncommitted changes."""
+    from mlflow.entities import RunTag
+
+    known = run.data.tags
+    keep = {"mlflow.source.git.commit", "panda.git_dirty", "mlflow.source.git.branch", "mlflow.user"}
+    settled = known.get("panda.git_dirty") == "false"
+    new = {k: v for k, v in tags.items() if known.get(k) != v and not (settled and k in keep and k in known)}
+    if new:
+        client.log_batch(run.info.run_id, tags=[RunTag(k, v) for k, v in new.items()])
+
+
+def log_params(client: MlflowClient, run: Run, params: Params) -> None:
+    """All parameters, flattened: `adapt.method`; what is no single value as JSON."""
+    from mlflow.entities import Param
+
+    flat = {k: v for k, v in flatten(params.model_dump()).items() if k not in run.data.params}
+    items = [Param(k, v[:_VALUE]) for k, v in flat.items()]
+    for start in range(0, len(items), _PARAMS):
+        client.log_batch(run.info.run_id, params=items[start : start + _PARAMS])
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{'a': {'b': [1]}} -> {'a.b': '[1]'}; an empty mapping stays, as '{}'."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return flat
+
+
+def log_metrics(client: MlflowClient, run: Run, values: Mapping[str, float]) -> None:
+    """Single figures; one that the run has already, with this value, is left alone."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    known = run.data.metrics
+    changed = [Metric(k, float(v), now, 0) for k, v in values.items() if known.get(k) != float(v)]
+    _log(client, run, changed)
+
+
+def log_history(client: MlflowClient, run: Run, prefix: str, path: Path) -> None:
+    """Columns of a history.csv as metrics at its column `step`; the timestamp is the file's. Steps the run has are left alone."""
+    from mlflow.entities import Metric
+
+    if not path.is_file():
+        return
+    stamp = int(path.stat().st_mtime * 1000)
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    new: list[Metric] = []
+    for column in [c for c in (rows[0] if rows else {}) if c != "step"]:
+        key = f"{prefix}/{column}"
+        known = {m.step for m in client.get_metric_history(run.info.run_id, key)} if key in run.data.metrics else set()
+        for number, row in enumerate(rows):
+            step = int(float(row["step"])) if row.get("step") else number
+            value = float(row[column]) if row[column] else math.nan
+            if step not in known and math.isfinite(value):
+                new.append(Metric(key, value, stamp, step))
+    _log(client, run, new)
+
+
+def _log(client: MlflowClient, run: Run, metrics: list[Metric]) -> None:
+    for start in range(0, len(metrics), _BATCH):
+        client.log_batch(run.info.run_id, metrics=metrics[start : start + _BATCH])
+
+
+def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]]) -> None:
+    """Files and folders as artifacts, by artifact folder ('' is the top); what the run holds with this content is left alone.
+
+    The tag that says what it holds comes after the upload: a kill between the two costs an upload, never a file.
+    """
+    held: dict[str, str] = json.loads(run.data.tags.get(_HELD, "{}"))
+    before = dict(held)
+    for folder, paths in files.items():
+        for path in paths:
+            if not path.exists():
+                continue
+            target = f"{folder}/{path.name}".lstrip("/")
+            content = digest_files(path, (p for p in path.rglob("*") if p.is_file())) if path.is_dir() else digest_file(path)
+            if held.get(target) == content[:16]:
+                continue
+            if path.is_dir():
+                client.log_artifacts(run.info.run_id, str(path), target)
+            else:
+                client.log_artifact(run.info.run_id, str(path), folder or None)
+            held[target] = content[:16]
+    if held != before:
+        client.set_tag(run.info.run_id, _HELD, json.dumps(held))

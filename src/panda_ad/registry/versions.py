@@ -1,0 +1,153 @@
+"""Registered versions: a bundle saved as an MLflow model, registered once per content."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panda_ad.errors import UserError
+from panda_ad.registry.change import PACKAGE, source_files
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models import Model
+
+SERVING = (
+    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy", "torch", "torchvision", "tqdm",
+)  # fmt: skip
+"""Distributions that a served model needs; pinned as installed where it was made."""
+
+MODEL_CODE = Path(__file__).with_name("model.py")
+
+
+def requirements() -> list[str]:
+    """`name==version` for serving, without local version labels (a build `+cpu` exists on one index only)."""
+    return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in SERVING]
+
+
+def newest(client: MlflowClient, name: str) -> ModelVersion | None:
+    """The newest version of a registered model; None where there is none."""
+    found = client.search_model_versions(f"name = '{name}'", max_results=1000)
+    return max(found, key=lambda v: int(v.version), default=None)
+
+
+def ensure_model(client: MlflowClient, name: str, description: str) -> None:
+    """Create the registered model where it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        try:
+            client.create_registered_model(name, description=description)
+        except MlflowException as again:
+            if again.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def register(
+    client: MlflowClient,
+    run: Run,
+    name: str,
+    *,
+    label: str,
+    bundle: Path,
+    content: str,
+    example: bytes,
+    tags: Mapping[str, str],
+    card: str,
+    metrics: Mapping[str, float],
+) -> ModelVersion:
+    """Log the bundle as a model of `run` and register it as a new version of `name`.
+
+    The version is created last, in one call with all its tags, from files that are complete: a kill before leaves no version.
+    What it leaves, a logged model that is not ready, is taken up by the next call.
+
+    Parameters
+    ----------
+    label : name of the logged model within the run.  content : the bundle's hash.  example : an image file.
+    metrics : of the run, shown on the version's page as well.
+    """
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    experiment, run_id = run.info.experiment_id, run.info.run_id
+    known = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}' AND tags.`panda.bundle` = '{content}'")
+    model = next(iter(known), None)
+    if model is None:
+        model = client.create_logged_model(experiment, label, run_id, tags={"panda.bundle": content}, model_type="anomaly detector")
+    if str(model.status) != "READY":
+        with tempfile.TemporaryDirectory(prefix="panda-model-") as folder:
+            save(Path(folder) / "model", bundle, example, model.artifact_location, run_id, model.model_id)
+            client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        now = run.info.start_time
+        client.log_batch(run_id, metrics=[Metric(k, v, now, 0, model_id=model.model_id, run_id=run_id) for k, v in metrics.items()])
+        client.finalize_logged_model(model.model_id, "READY")
+    return client.create_model_version(
+        name, f"models:/{model.model_id}", run_id, tags=dict(tags), description=card, model_id=model.model_id
+    )
+
+
+def save(folder: Path, bundle: Path, example: bytes, location: str, run_id: str, model_id: str) -> Model:
+    """Write the MLflow model: code of `model.py`, the bundle, the package's own source, signature, example, requirements."""
+    import mlflow.pyfunc
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.double, "score"),
+                ColSpec(DataType.double, "p_value"),
+                ColSpec(DataType.string, "decision"),
+                ColSpec(DataType.boolean, "anomalous"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("heatmap", DataType.boolean, False)]),
+    )
+    model = Model(artifact_path=location, run_id=run_id, model_uuid=model_id, model_id=model_id)
+    with tempfile.TemporaryDirectory(prefix="panda-code-") as code:
+        for path in (p for p in source_files() if p.suffix == ".py"):
+            target = Path(code) / PACKAGE.name / path.relative_to(PACKAGE)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        (Path(code) / "bundle").symlink_to(bundle.absolute())  # MLflow keeps a folder's name: one path for every category
+        warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
+        mlflow.pyfunc.save_model(
+            str(folder),
+            mlflow_model=model,
+            python_model=str(MODEL_CODE),
+            artifacts={"bundle": str(Path(code) / "bundle")},
+            code_paths=[str(Path(code) / PACKAGE.name)],
+            signature=signature,
+            input_example=pd.DataFrame({"image": [example]}),
+            pip_requirements=requirements(),
+        )
+    for cache in folder.rglob("__pycache__"):
+        shutil.rmtree(cache, ignore_errors=True)
+    return model
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version at an alias; None where the alias is not set. UserError where there is no such registered model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        model = client.get_registered_model(name)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UserError(f"{name}: no such registered model; run `dvc repro` to publish one") from None
+    version = model.aliases.get(alias)
+    return None if version is None else client.get_model_version(name, version)
