@@ -1,0 +1,184 @@
+"""What is run: jobs of a data set under the paper's protocols, and the settings their figures depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from panda_ad.benchmark.sources import FIRST_20, Images, Ref
+from panda_ad.errors import UserError
+from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
+
+Protocol = Literal["one-vs-rest", "leave-one-out"]
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "raw": ("none", "ocsvm", "iforest", "gaussian", "deep_svdd"),
+    "trajectory": ("compactness", "ses"),
+    "ewc": ("ewc",),
+    "oe": ("oe",),
+}
+"""Methods that share their work: the unadapted features, or one training run (SES keeps its snapshots, compactness the last)."""
+
+METHODS = tuple(method for methods in FAMILIES.values() for method in methods)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a figure depends on, apart from which data set, class, method and seed.
+
+    Attributes
+    ----------
+    backbone, gallery : sections of params.yaml.
+    adapt : family ('trajectory', 'ewc', 'oe') -> its `adapt` section.
+    train, test : at most so many training images per class and test images per data set or category; None: all.
+    outliers : folder of outlier images, None where OE is not run.
+    fisher : folder of labelled source images for EWC's Fisher diagonal; None: from the training images.
+    bf16 : heads train with bfloat16 convolutions; weights, updates and all scoring stay float32.
+    """
+
+    backbone: BackboneParams
+    gallery: GalleryParams
+    adapt: Mapping[str, AdaptParams]
+    train: int | None
+    test: int | None
+    outliers: Path | None = None
+    fisher: Path | None = None
+    bf16: bool = False
+
+    def facts(self, family: str) -> dict[str, Any]:
+        """The part that the cells of a family depend on, as JSON."""
+        backbone = self.backbone.model_dump(exclude={"cache_gb"})
+        facts: dict[str, Any] = {"backbone": backbone, "train": self.train, "test": self.test, "normalize": self.gallery.normalize}
+        if family in ("raw", "trajectory", "ewc"):
+            facts["k"] = self.gallery.k
+        if family in self.adapt:
+            unused = {"outliers", "fisher", "on_collapse"} | (set() if family == "ewc" else {"ewc_lambda", "fisher_samples"})
+            facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})
+            facts["bf16"] = self.bf16
+        if family == "ewc":
+            facts["fisher"] = self.fisher.name if self.fisher else None
+        if family == "oe":
+            facts["outliers"] = self.outliers.name if self.outliers else None
+        return facts
+
+    def key(self, family: str) -> str:
+        """Short hash of `facts`."""
+        return hashlib.sha256(json.dumps(self.facts(family), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work: the methods of a family, for one normal class of a data set and one seed.
+
+    Attributes
+    ----------
+    category : '' for one-vs-rest sets, else the MVTec-like category.
+    target : what the table has a line for: the normal class, the class left out, or the category.
+    normal : the classes that are normal.
+    """
+
+    dataset: str
+    category: str
+    protocol: str
+    target: str
+    normal: tuple[str, ...]
+    seed: int
+    family: str
+    methods: tuple[str, ...] = field(default=())
+
+    @property
+    def label(self) -> str:
+        """Short name for people."""
+        return f"{self.dataset} {self.target} {self.family} seed {self.seed}"
+
+    def cell_path(self, out: Path, method: str, settings: Settings) -> Path:
+        """Where the finished cell of `method` is written."""
+        return out / "cells" / self.dataset / f"{self.protocol}-{self.target}" / f"{method}-s{self.seed}-{settings.key(self.family)}.json"
+
+    def missing(self, out: Path, settings: Settings) -> list[str]:
+        """Methods that have no finished cell yet."""
+        return [m for m in self.methods if not self.cell_path(out, m, settings).exists()]
+
+
+def jobs_of(
+    dataset: str, sets: Mapping[str, Images], protocol: Protocol, methods: Sequence[str], seeds: Sequence[int], classes: Sequence[str] | None
+) -> list[list[Job]]:
+    """Jobs of a data set, a list per normal class (or class left out, or category) in the order of its classes.
+
+    Parameters
+    ----------
+    sets : category -> images, as `read_set` gives them.
+    classes : only these classes or categories; None: all (the first 20 of Flowers and CUB, as in the paper).
+
+    Raises
+    ------
+    UserError
+        A method or class is unknown.
+    """
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown:
+        raise UserError(f"benchmark: no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    targets = list(_targets(dataset, sets, protocol))
+    names = [target for _, target, _ in targets]
+    absent = [c for c in classes or () if c not in names]
+    if absent:
+        raise UserError(f"benchmark: {dataset} has no class {absent[0]!r}; it has {', '.join(names)}")
+    result = []
+    for category, target, normal in targets:
+        if classes and target not in classes:
+            continue
+        jobs = [
+            Job(dataset, category, "category" if category else protocol, target, normal, seed, family, chosen)
+            for seed in seeds
+            for family, all_methods in FAMILIES.items()
+            if (chosen := tuple(m for m in all_methods if m in methods))
+        ]
+        result.append(jobs)
+    return result
+
+
+def _targets(dataset: str, sets: Mapping[str, Images], protocol: Protocol) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(category, target, normal classes)."""
+    for category, images in sets.items():
+        names = list(images.train)
+        if category:
+            yield category, category, ("good",)
+        elif protocol == "leave-one-out":
+            for name in names:
+                yield "", name, tuple(n for n in names if n != name)
+        else:
+            for name in names[:20] if dataset in FIRST_20 else names:
+                yield "", name, (name,)
+
+
+def choose(count: int, limit: int | None, name: str) -> np.ndarray:
+    """Sorted indices of at most `limit` of `count` images, the same ones at each run and for each seed, method and protocol."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
+
+
+def choose_test(images: Images, limit: int | None) -> np.ndarray:
+    """Sorted indices of at most `limit` test images, the classes represented as in the whole set (to within one image)."""
+    if limit is None or limit >= len(images.test):
+        return np.arange(len(images.test))
+    of_class = np.asarray(images.test_class)
+    chosen = []
+    for name in sorted(set(images.test_class)):
+        members = np.flatnonzero(of_class == name)
+        share = max(1, round(limit * len(members) / len(of_class)))
+        chosen.append(members[choose(len(members), share, f"test {name}")])
+    return np.sort(np.concatenate(chosen))
+
+
+def train_refs(images: Images, normal: Sequence[str], limit: int | None) -> list[Ref]:
+    """Training images of the normal classes: at most `limit` in all, drawn evenly from them."""
+    share = None if limit is None else max(1, limit // len(normal))
+    return [images.train[name][i] for name in normal for i in choose(len(images.train[name]), share, f"train {name}")]
