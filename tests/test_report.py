@@ -258,6 +258,28 @@ def test_controls_have_names_tables_have_headers_and_narrow_pages_do_not_scroll_
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
 
 
+def test_budget_shown_is_one_the_calibration_can_keep(open_page, report, tmp_path):
+    few = report.calibration_scores[:9]
+    path = tmp_path / "report.html"
+    write_report(replace(report, calibration_scores=few, threshold=threshold(few, 0.05)), path)  # asked for 1 in 20, can keep 1 in 10
+    page = open_page(path)
+    assert page.input_value("#budget") == "10"
+    assert "too few" in page.text_content(".warning")
+
+
+def test_page_works_in_a_sandboxed_frame_as_artifact_views_have(browser, page_file):  # noqa: F811
+    page, log = browser.new_page(), []
+    watch(page, log)
+    page.set_content("<iframe sandbox='allow-scripts' width=1200 height=2000></iframe>")
+    page.eval_on_selector("iframe", "(frame, html) => { frame.srcdoc = html; }", page_file.read_text(encoding="utf-8"))
+    frame = page.frame_locator("iframe")
+    frame.locator("canvas.heat").first.wait_for()
+    frame.locator(".open").first.click()
+    assert frame.locator("#viewer-title").text_content()
+    assert log == []
+    page.close()
+
+
 def test_hostile_names_stay_text(open_page, report, tmp_path):
     evil = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\u2028'\"&amp;{{7*7}}"
     images = [replace(image, path=evil + image.path, neighbours=[Neighbour(n.thumb, n.distance, evil + n.path) for n in image.neighbours]) for image in report.images]

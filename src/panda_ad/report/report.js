@@ -64,8 +64,8 @@
     const spoken = `${falseAlarms} false alarms of ${model.good.length} good, ${misses} misses of ${model.bad.length} defective`;
     slider.setAttribute("aria-valuetext", `score ${number(model.threshold)}: ${spoken}`);
     if (document.activeElement !== budget && m) {
-      const k = countAbove(model.calibration, model.threshold);
-      budget.value = model.threshold === model.own ? budget.defaultValue : Math.floor((m + 1) / (k + 1));
+      const kept = Math.floor((m + 1) / (countAbove(model.calibration, model.threshold) + 1)); // what this threshold really promises
+      budget.value = model.threshold === model.own && Number(budget.defaultValue) <= kept ? budget.defaultValue : kept;
     }
     for (const cell of document.querySelectorAll("[data-caught]")) {
       const kind = data.kinds.indexOf(cell.dataset.caught);
