@@ -25,7 +25,7 @@ CACHE = Path(".cache/activations")
 Runner = Callable[[Sequence[Sequence[Job]], Settings, Path, Path, Path], None]
 """Runs jobs (a list per data set and class, first things first): jobs, settings, data, out, cache."""
 
-__all__ = ["CACHE", "METHODS", "OUT", "SETS", "benchmark", "make_settings", "plan", "run_jobs", "tables"]
+__all__ = ["CACHE", "METHODS", "OUT", "SETS", "benchmark", "make_settings", "make_tables", "plan", "run_jobs"]
 
 
 def benchmark(
@@ -73,7 +73,7 @@ def benchmark(
     settings = make_settings(params, methods, train, test, changes, data, bf16)
     jobs = plan(datasets, data, methods, protocol, classes, seeds)
     (runner or run_jobs)(jobs, settings, data, out, cache)
-    return tables(jobs, settings, params, out, protocol, mlflow)
+    return make_tables(jobs, settings, params, out, protocol, mlflow)
 
 
 def make_settings(
@@ -124,7 +124,7 @@ def run_jobs(jobs: Sequence[Sequence[Job]], settings: Settings, data: Path, out:
         print(f"[{i}/{len(missing)}] {job.label}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
-def tables(
+def make_tables(
     jobs: Sequence[Sequence[Job]], settings: Settings, params: Params, out: Path, protocol: Protocol, mlflow: bool
 ) -> dict[str, list[Row]]:
     """Write the tables of the finished cells of `jobs`; those still missing are left out, and the table says how many classes it covers."""

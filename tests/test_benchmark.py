@@ -1,0 +1,239 @@
+"""The benchmark: protocols, resumption, tables against a hand-worked case, and the Dask flow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from panda_ad.benchmark import METHODS, benchmark, make_settings, plan
+from panda_ad.benchmark.cells import Bench
+from panda_ad.benchmark.protocols import choose_test, train_refs
+from panda_ad.benchmark.sources import Images, as_item, read_set
+from panda_ad.benchmark.tables import build_table
+from panda_ad.errors import UserError
+from panda_ad.metrics import auroc
+from panda_ad.params import Params, load_params, parse_params
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("disc", "stripes", "blank")
+
+
+def picture(kind: str, rng: np.random.Generator) -> np.ndarray:
+    y, x = np.mgrid[:32, :32]
+    image = rng.normal(0.4, 0.05, (32, 32, 3))
+    if kind == "disc":
+        image[(y - 16) ** 2 + (x - 16) ** 2 < rng.integers(40, 90)] = (0.9, 0.2, 0.2)
+    elif kind == "stripes":
+        image[(x + rng.integers(8)) % 8 < 4] = (0.1, 0.3, 0.9)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A one-vs-rest set of 3 classes, a set in MVTec's layout, and outliers."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def write(folder: Path, kind: str, count: int) -> None:
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(picture(kind, rng)).save(folder / f"{i:03}.png")
+
+    for kind in CLASSES:
+        write(root / "shapes" / "train" / kind, kind, 8)
+        write(root / "shapes" / "test" / kind, kind, 4)
+        write(root / "outliers" / kind, kind, 6)
+    write(root / "parts" / "bolt" / "train" / "good", "disc", 6)
+    write(root / "parts" / "bolt" / "test" / "good", "disc", 3)
+    write(root / "parts" / "bolt" / "test" / "scratch", "stripes", 3)
+    return root
+
+
+@pytest.fixture
+def params() -> Params:
+    values = load_params(ROOT / "params.yaml").model_dump()
+    values["backbone"] |= {"input_size": 32, "precision": "fp32"}
+    values["adapt"] |= {"epochs": 1, "snapshots": 2, "fisher_samples": 4}
+    values["evaluate"]["bootstrap"] = 50
+    return parse_params(values)
+
+
+@pytest.fixture
+def run(data, params, tmp_path, monkeypatch):
+    monkeypatch.setenv("PANDA_BENCH_DATA", str(data))
+
+    def call(*args, **more):
+        more = {"mlflow": False, "out": tmp_path / "out", "cache": tmp_path / "cache", **more}
+        return benchmark(params, *args, **more)
+
+    return call
+
+
+def cells_of(folder: Path) -> dict[str, dict]:
+    cells = [json.loads(p.read_text()) for p in sorted((folder / "cells").rglob("*.json"))]
+    return {f"{c['target']} {c['method']}": c for c in cells}
+
+
+def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):
+    rows = run(["shapes"], METHODS, classes=["disc"], changes=[f"oe.outliers={data / 'outliers' / 'stripes'}"])["shapes"]
+    assert [r.method for r in rows] == list(METHODS)
+    cells = cells_of(tmp_path / "out")
+    assert set(cells) == {f"disc {m}" for m in METHODS}
+    for cell in cells.values():
+        assert cell["labels"] == [c != "disc" for c in read_set("shapes", data)[""].test_class]
+        assert cell["auroc"] == pytest.approx(auroc(np.array(cell["labels"]), np.array(cell["scores"])))
+    assert cells["disc none"]["auroc"] == 1.0  # discs, stripes and noise: what any features tell apart
+    shared = ("steps", "snapshot_auroc", "train_means", "seconds")
+    assert [cells["disc ses"][k] for k in shared] == [cells["disc compactness"][k] for k in shared]
+    text = (tmp_path / "out" / "shapes.md").read_text()
+    assert "32 x 32 px" in text and "embedded" in text and "PANDA-EWC" in text
+    assert (tmp_path / "out" / "shapes.csv").read_text().count("\n") == len(METHODS) + 1
+
+
+def test_dn2_is_the_paper_s_score(run, data, params, tmp_path, monkeypatch):
+    run(["shapes"], ["none"], classes=["stripes"])
+    cell = cells_of(tmp_path / "out")["stripes none"]
+    settings = make_settings(params, ["none"], None, None, [], data, False)
+    (job,) = plan(["shapes"], data, ["none"], "one-vs-rest", ["stripes"], [0])[0]
+    bench = Bench(settings, data, tmp_path / "again", tmp_path / "cache")
+    train, test = bench.raw(bench.train_items(job)), bench.raw(bench.test_items(job)[0])
+    naive = [sorted(((train.astype(float) - q) ** 2).sum(1))[:2] for q in test]
+    np.testing.assert_allclose(cell["scores"], np.sum(naive, axis=1), rtol=1e-6)
+
+
+def test_killed_run_resumes_at_its_cell(run, tmp_path, monkeypatch):
+    calls = []
+    real = Bench.run
+
+    def dies_at_third(self, job):
+        calls.append(job.target)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, job)
+
+    monkeypatch.setattr(Bench, "run", dies_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(["shapes"], ["none"])
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "cells").rglob("*.json")}
+    assert len(first) == 2 and not list((tmp_path / "out").rglob("*.tmp"))
+    run(["shapes"], ["none"])
+    assert calls[3:] == [calls[2]]  # only what was missing
+    assert all(p.stat().st_mtime_ns == t for p, t in first.items())
+    run(["shapes"], ["none"])
+    assert len(calls) == 4
+
+
+def test_other_settings_are_other_cells(run, tmp_path):
+    run(["shapes"], ["none", "ses"], classes=["disc"])
+    run(["shapes"], ["none", "ses"], classes=["disc"], changes=["ses.epochs=2"])
+    folder = tmp_path / "out" / "cells" / "shapes" / "one-vs-rest-disc"
+    assert len(list(folder.glob("ses-*"))) == 2
+    assert len(list(folder.glob("none-*"))) == 1  # DN2 does not depend on epochs
+
+
+def test_leave_one_out_and_categories(run, tmp_path):
+    run(["shapes"], ["none"], protocol="leave-one-out", train=8)
+    cells = cells_of(tmp_path / "out")
+    assert set(cells) == {f"{c} none" for c in CLASSES}
+    assert cells["disc none"]["labels"].count(1) == 4 and cells["disc none"]["n_train"] == 8  # 4 of each of two classes
+    assert (tmp_path / "out" / "shapes-leave-one-out.md").exists()
+    run(["parts"], ["none"])
+    cell = cells_of(tmp_path / "out")["bolt none"]
+    assert cell["protocol"] == "category" and cell["labels"].count(1) == 3
+
+
+def test_raw_features_are_shared_among_classes(run, tmp_path, monkeypatch):
+    run(["shapes"], ["none"])
+    files = list((tmp_path / "out" / "raw").rglob("*.npy"))
+    assert len(files) == 1 + len(CLASSES)  # one of all test images, one of each class's training images
+
+
+def test_subsets_are_stratified_and_stable(data):
+    images = Images({"a": [np.full((2, 2, 3), i, np.uint8) for i in range(50)]}, list(range(100)), ["a"] * 80 + ["b"] * 20)
+    chosen = choose_test(images, 10)
+    assert [images.test_class[i] for i in chosen].count("a") == 8 and len(set(chosen)) == 10
+    assert (chosen == choose_test(images, 10)).all()
+    assert [r[0, 0, 0] for r in train_refs(images, ["a"], 5)] == [r[0, 0, 0] for r in train_refs(images, ["a"], 5)]
+    grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    assert as_item(grey).read().shape == (4, 4, 3) and as_item(grey).key != as_item(grey.T).key
+
+
+def cell(target: str, method: str, seed: int, labels: list[int], scores: list[float]) -> dict:
+    value = auroc(np.array(labels), np.array(scores))
+    return {"target": target, "method": method, "seed": seed, "labels": labels, "scores": scores, "auroc": value, "protocol": "one-vs-rest"}
+
+
+def test_table_by_hand():
+    """Two classes, DN2 at .75 and 1, SES at 1 and .5 / 1 over two seeds; every resampling of a separated set stays separated."""
+    a, b = [0, 0, 1, 1], [1, 1, 0, 0]
+    cells = [
+        cell("airplane", "none", 0, a, [0, 2, 1, 3]),
+        cell("cat", "none", 0, b, [1, 1, 0, 0]),
+        cell("airplane", "ses", 0, a, [0, 0, 1, 1]),
+        cell("cat", "ses", 0, b, [1, 1, 1, 1]),
+        cell("airplane", "ses", 1, a, [0, 0, 1, 1]),
+        cell("cat", "ses", 1, b, [1, 1, 0, 0]),
+    ]
+    none, ses = build_table("cifar10", cells, 2000, 0.95)
+    assert (none.mean, none.gain, none.seed_sd) == (87.5, None, None)
+    assert (none.low, none.high) == (50.0 + 0.0, 100.0)  # airplane alone varies, from 0 to 1, around .75
+    assert (ses.mean, ses.gain, ses.low, ses.high) == (87.5, 0.0, 87.5, 87.5)
+    assert (ses.tuned, ses.held_out) == (100.0, 75.0)
+    assert ses.seed_sd == pytest.approx(np.std([75, 100], ddof=1))
+    assert (ses.gain_low, ses.gain_high) == (-12.5, 37.5)
+
+
+@pytest.mark.parametrize(
+    ("datasets", "more", "words"),
+    [
+        (["cats_vs_dogs"], {}, ["cats_vs_dogs", "Kaggle", "train/<class>/"]),
+        (["nowhere"], {}, ["nowhere", "cifar10", "fashion_mnist"]),
+        (["shapes"], {"classes": ["cube"]}, ["cube", "disc"]),
+        (["shapes"], {"methods": ["magic"]}, ["magic", "ewc"]),
+        (["shapes"], {"methods": ["oe"]}, ["oe", "outliers"]),
+        (["shapes"], {"changes": ["ses.speed=3"]}, ["ses.speed=3", "METHOD.KEY=VALUE"]),
+        (["shapes"], {"changes": ["ewc.epochs=-1"]}, ["ewc", "epochs"]),
+    ],
+)
+def test_mistakes_are_named_in_one_line(run, datasets, more, words):
+    with pytest.raises(UserError) as e:
+        run(datasets, **{"methods": ["none"], **more})
+    assert "\n" not in str(e.value)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_no_data_folder_is_named(run, monkeypatch):
+    monkeypatch.delenv("PANDA_BENCH_DATA")
+    with pytest.raises(UserError, match="PANDA_BENCH_DATA"):
+        run(["shapes"])
+
+
+@pytest.mark.slow
+def test_dask_cluster_gives_the_same_cells(data, tmp_path):
+    """`panda-ad benchmark --dask local` in a process of its own: two workers, an ephemeral Prefect server, nothing left running."""
+    environment = {
+        **os.environ,
+        "PANDA_BENCH_DATA": str(data),
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "true",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    common = ["benchmark", "shapes", "-m", "none", "-m", "ses", "--size", "32", "--no-mlflow", "--set", "ses.epochs=1"]
+    for out, more in (("dask", ["--dask", "local"]), ("plain", [])):
+        command = [sys.executable, "-m", "panda_ad.cli", *common, "--out", str(tmp_path / out), *more]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=220)
+        assert done.returncode == 0, done.stderr[-2000:]
+    dask, plain = cells_of(tmp_path / "dask"), cells_of(tmp_path / "plain")
+    assert set(dask) == set(plain) == {f"{c} {m}" for c in CLASSES for m in ("none", "ses")}
+    for name, one in plain.items():
+        np.testing.assert_allclose(dask[name]["scores"], one["scores"], rtol=1e-5, err_msg=name)
