@@ -1,11 +1,63 @@
 """Fixtures shared by the tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+
+from panda_ad.params import Params, parse_params
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """Root of this checkout."""
-    return Path(__file__).resolve().parents[1]
+    return REPO
+
+
+def noise(seed: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+    """uint8 (H, W, 3), a picture of its own for each seed."""
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def save(pixels: np.ndarray, path: Path) -> Path:
+    """Write an array as an image, with its folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def make_mvtec(root: Path, category: str = "nut", train: int = 10, good: int = 3, defective: int = 3, masks: bool = True, seed: int = 0) -> Path:
+    """A tiny data set in MVTec layout, 16 x 16 pixels of noise, defects 'crack' and 'scratch'; returns the category's folder."""
+    folder = root / category
+    seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))
+    for i in range(train):
+        save(noise(next(seeds)), folder / "train" / "good" / f"{i:03d}.png")
+    for i in range(good):
+        save(noise(next(seeds)), folder / "test" / "good" / f"{i:03d}.png")
+    for defect in ("crack", "scratch"):
+        for i in range(defective):
+            save(noise(next(seeds)), folder / "test" / defect / f"{i:03d}.png")
+            if masks:
+                mask = np.zeros((16, 16), np.uint8)
+                mask[4:8, 4:8] = 255
+                save(mask, folder / "ground_truth" / defect / f"{i:03d}_mask.png")
+    return folder
+
+
+@pytest.fixture
+def make_params() -> Callable[..., Params]:
+    """`make_params(categories, data={...}, adapt={...})`: params.yaml with sections updated."""
+
+    def make(categories: list[str], **sections: dict) -> Params:
+        raw = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8"))
+        raw["categories"] = categories
+        for name, values in sections.items():
+            raw[name] = {**raw[name], **values} if isinstance(values, dict) else values
+        return parse_params(raw)
+
+    return make
