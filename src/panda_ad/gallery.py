@@ -179,8 +179,9 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     if method == "coreset":
         chosen = greedy_coreset(features, size, seed)
         return features[chosen], chosen
-    # min_points: no warning for few images; max_points: no subsampling
-    kmeans = faiss.Kmeans(features.shape[1], size, niter=25, seed=seed % 2**31, min_points_per_centroid=1, max_points_per_centroid=len(features))
+    # nredo: the best of five starts; min_points: no warning for few images; max_points: no subsampling
+    options = {"niter": 25, "nredo": 5, "seed": seed % 2**31, "min_points_per_centroid": 1, "max_points_per_centroid": len(features)}
+    kmeans = faiss.Kmeans(features.shape[1], size, **options)
     kmeans.train(features)
     centres = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
     return centres, Gallery(features).search(centres, 1)[1][:, 0]

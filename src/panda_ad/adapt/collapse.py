@@ -15,7 +15,7 @@ MIN_RANK = 0.5
 MIN_VARIANCE = 0.25
 """Collapsed: effective rank below this share of the unadapted features', or variance below this share."""
 
-SAMPLE = 1024
+SAMPLE = 256
 """Training images looked at; a fixed, seeded choice where there are more."""
 
 

@@ -1,0 +1,169 @@
+"""The gallery against brute force in float64."""
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from panda_ad.errors import UserError
+from panda_ad.gallery import Gallery, compress
+
+
+def brute(gallery: np.ndarray, queries: np.ndarray, k: int, leave_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances and indices of the k nearest, one pair at a time."""
+    d = np.array([[((q.astype(float) - g.astype(float)) ** 2).sum() for g in gallery] for q in queries])
+    if leave_out:
+        np.fill_diagonal(d, np.inf)
+    order = np.argsort(d, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(d, order, 1), order
+
+
+@pytest.fixture(scope="module")
+def features() -> np.ndarray:
+    return np.random.default_rng(0).normal(5, 1, (300, 24)).astype(np.float32)
+
+
+def test_search_equals_brute_force(features):
+    queries = np.random.default_rng(1).normal(5, 1, (40, 24)).astype(np.float32)
+    distances, indices = Gallery(features).search(queries, 5)
+    expected = brute(features, queries, 5)
+    np.testing.assert_array_equal(indices, expected[1])
+    np.testing.assert_allclose(distances, expected[0], rtol=1e-14)
+    assert distances.dtype == np.float64 and indices.dtype == np.int64
+    np.testing.assert_allclose(Gallery(features).score(queries, 2), expected[0][:, :2].sum(axis=1), rtol=1e-14)  # DN2: k = 2
+
+
+def test_exact_where_float32_is_blind():
+    """Features far from the origin, almost equal: float32's |q|^2 - 2 q g + |g|^2 has no digit left."""
+    rng = np.random.default_rng(0)
+    features = (1000 + rng.normal(0, 1e-3, (200, 16))).astype(np.float32)
+    queries = (1000 + rng.normal(0, 1e-3, (30, 16))).astype(np.float32)
+    np.testing.assert_array_equal(Gallery(features).search(queries, 3)[1], brute(features, queries, 3)[1])
+
+
+def test_exact_among_more_near_ties_than_candidates():
+    """All candidates equally far but for less than float32 resolves, and one far outlier that inflates the error bound."""
+    rng = np.random.default_rng(0)
+    directions = rng.normal(size=(200, 8))
+    features = (directions / np.linalg.norm(directions, axis=1, keepdims=True) * (1 + rng.normal(0, 3e-8, (200, 1)))).astype(np.float32)
+    features[17] = 1e4
+    queries = np.zeros((25, 8), np.float32)
+    np.testing.assert_array_equal(Gallery(features).search(queries, 3)[1], brute(features, queries, 3)[1])
+
+
+def test_ties_go_to_the_lower_index():
+    features = np.zeros((100, 4), np.float32)
+    distances, indices = Gallery(features).search(np.ones((30, 4), np.float32), 3)
+    np.testing.assert_array_equal(indices, np.tile([0, 1, 2], (30, 1)))
+    np.testing.assert_array_equal(distances, np.full((30, 3), 4.0))
+
+
+def test_leave_one_out_equals_brute_force(features):
+    expected = brute(features, features, 2, leave_out=True)[0].sum(axis=1)
+    np.testing.assert_allclose(Gallery(features).leave_one_out(2), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 50])
+def test_leave_one_out_keeps_exact_duplicates(features, copies):
+    """A copy of an image is another image; with one copy the second neighbour is a different image, with two it is a copy."""
+    doubled = np.concatenate([features, np.repeat(features[:1], copies, axis=0)])
+    expected = brute(doubled, doubled, 2, leave_out=True)[0].sum(axis=1)
+    scores = Gallery(doubled).leave_one_out(2)
+    np.testing.assert_allclose(scores, expected, rtol=1e-14)
+    assert (scores[0] == 0) == (copies >= 2)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4), st.integers(1, 40), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_scores_do_not_depend_on_batch_order_or_threads(seed, k, threads, batch, grid):
+    rng = np.random.default_rng(seed)
+    features = rng.normal(3, 1, (120, 8)).astype(np.float32)
+    queries = rng.normal(3, 1, (40, 8)).astype(np.float32)
+    if grid:  # many exact ties
+        features, queries = features.round(), queries.round()
+    gallery = Gallery(features)
+    before = faiss.omp_get_max_threads()
+    distances, indices = gallery.search(queries, k)
+    order = rng.permutation(len(queries))
+    faiss.omp_set_num_threads(threads)
+    try:
+        parts = [gallery.search(queries[order[i : i + batch]], k) for i in range(0, len(order), batch)]
+    finally:
+        faiss.omp_set_num_threads(before)
+    np.testing.assert_array_equal(np.concatenate([p[0] for p in parts]), distances[order])
+    np.testing.assert_array_equal(np.concatenate([p[1] for p in parts]), indices[order])
+
+
+def test_k_larger_than_the_gallery_is_a_users_mistake(features):
+    gallery = Gallery(features[:3])
+    assert gallery.search(features, 3)[0].shape == (300, 3)
+    with pytest.raises(UserError, match="gallery.k: 4 neighbours are asked for, the gallery has 3"):
+        gallery.search(features, 4)
+    with pytest.raises(UserError, match="the gallery has 2"):
+        gallery.leave_one_out(3)
+
+
+def test_unusable_features():
+    with pytest.raises(UserError, match="empty"):
+        Gallery(np.empty((0, 4), np.float32))
+    with pytest.raises(UserError, match="not finite"):
+        Gallery(np.array([[1, np.nan]], np.float32))
+    with pytest.raises(ValueError, match="queries"):
+        Gallery(np.ones((2, 3), np.float32)).search(np.ones((2, 4), np.float32), 1)
+
+
+def test_a_query_that_is_not_finite_gets_no_finite_score(features):
+    query = np.full((1, 24), np.nan, np.float32)
+    assert not np.isfinite(Gallery(features).score(query, 2)).any()
+
+
+def test_save_and_load(features, tmp_path):
+    gallery = Gallery(features)
+    gallery.save(tmp_path / "gallery.faiss")
+    loaded = Gallery.load(tmp_path / "gallery.faiss")
+    np.testing.assert_array_equal(loaded.features, features)
+    np.testing.assert_array_equal(loaded.search(features, 3)[0], gallery.search(features, 3)[0])
+    assert faiss.read_index(str(tmp_path / "gallery.faiss")).ntotal == 300
+    assert [p.name for p in tmp_path.iterdir()] == ["gallery.faiss"]
+
+
+def test_load_of_what_is_no_gallery(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Gallery.load(tmp_path / "absent.faiss")
+    (tmp_path / "bad.faiss").write_bytes(b"not faiss")
+    with pytest.raises(UserError, match=r"bad\.faiss: not a gallery"):
+        Gallery.load(tmp_path / "bad.faiss")
+
+
+def test_compress_none_and_small_galleries(features):
+    for method, size in (("none", 5), ("kmeans", 300), ("coreset", 1000)):
+        kept, indices = compress(features, method, size, 0)
+        np.testing.assert_array_equal(kept, features)
+        np.testing.assert_array_equal(indices, np.arange(300))
+    with pytest.raises(ValueError, match="unknown"):
+        compress(features, "pca", 5, 0)
+
+
+def test_kmeans_finds_clusters():
+    rng = np.random.default_rng(0)
+    means = rng.normal(0, 20, (4, 6))
+    features = (means[np.arange(200) % 4] + rng.normal(0, 0.1, (200, 6))).astype(np.float32)
+    centres, indices = compress(features, "kmeans", 4, 0)
+    assert centres.dtype == np.float32
+    assert sorted(indices % 4) == [0, 1, 2, 3]
+    np.testing.assert_allclose(centres[np.argsort(indices % 4)], means, atol=0.2)
+    np.testing.assert_array_equal(compress(features, "kmeans", 4, 0)[0], centres)
+
+
+def test_coreset_is_greedy_k_centre(features):
+    kept, indices = compress(features, "coreset", 20, 3)
+    np.testing.assert_array_equal(kept, features[indices])
+    for i in range(1, 20):  # each is the farthest from all before it
+        nearest = brute(kept[:i], features, 1)[0][:, 0]
+        assert nearest[indices[i]] == pytest.approx(nearest.max(), rel=1e-4)
+
+
+def test_coreset_never_takes_an_image_twice():
+    features = np.ones((50, 3), np.float32)
+    assert len(set(compress(features, "coreset", 10, 0)[1])) == 10
