@@ -1,0 +1,1 @@
+"""Synthetic inspection images: what the sample data is made of (see scripts/make_sample.py)."""
