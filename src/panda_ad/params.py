@@ -92,10 +92,23 @@ class EvaluateParams(_Section):
     report_images: PositiveInt
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class GateParams(_Section):
-    margin: Annotated[float, Field(ge=0, le=1)]
-    min_image_auroc: Annotated[float, Field(ge=0, le=1)]
-    min_pixel_auroc: Annotated[float, Field(ge=0, le=1)]
+    """One entry per rule of `registry/gate.py`; null turns a rule off."""
+
+    margin: Share | None
+    recall_margin: Share | None
+    confidence: Fraction
+    min_image_auroc: Share | None
+    min_pixel_auroc: Share | None
+    min_defect_auroc: Share | dict[str, Share] | None
+    min_defect_recall: Share | dict[str, Share] | None
+    must_catch: list[str]
+    false_alarm_risk: Fraction | None
+    max_latency_ms: Annotated[float, Field(gt=0)] | None
+    max_bundle_mb: Annotated[float, Field(gt=0)] | None
 
 
 class Params(_Section):
