@@ -49,7 +49,11 @@ def run_job(job: Job, settings: Settings, data: Path, out: Path, cache: Path) ->
     return [str(path) for path in bench_of(settings, data, out, cache).run(job)]
 
 
-@flow(name="benchmark", validate_parameters=False, description="Jobs of the benchmark on a Dask cluster; finished cells are not run again.")
+@flow(
+    name="benchmark",
+    validate_parameters=False,
+    description="Jobs of the benchmark on a Dask cluster; finished cells are not run again.",
+)
 def run_on_cluster(groups: list[list[Job]], settings: Settings, data: Path, out: Path, cache: Path) -> int:
     """Run what is missing; returns the number of cells written. Needs a DaskTaskRunner (see `dask_runner`)."""
     missing = [job for group in groups for job in group if job.missing(out, settings)]

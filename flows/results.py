@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.states import State
 
-from panda_ad.params import load_params
+from panda_ad.registry.connection import without_credentials
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GateResult:
 
 
 def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
-    """Create the artifacts `retrain-results` (table), `retrain-summary` (markdown) and a link per category's MLflow run."""
+    """Create the artifacts `retrain-results` (table), `retrain-summary` (markdown) and a link per category's version in MLflow."""
     rows = [_row(gate) for gate in gates]
     create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
     lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
@@ -43,10 +43,10 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
     lines += [f"| {name} | {state.name} | {_cell(str(state.message or ''))} |" for name, state in states.items()]
     links = {gate.category: link for gate in gates if (link := _mlflow_link(gate.category))}
-    lines += [""] + [f"- [MLflow run of {category}, with its report]({link})" for category, link in links.items()]
+    lines += [""] + [f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
-        create_link_artifact(link, link_text=f"MLflow run of {category}", key=f"mlflow-{_key(category)}")
+        create_link_artifact(link, link_text=f"MLflow: registered version of {category}", key=f"mlflow-{_key(category)}")
 
 
 def _row(gate: GateResult) -> dict[str, Any]:
@@ -78,16 +78,13 @@ def _figure(metrics: Mapping[str, Any], name: str) -> str:
 
 def _mlflow_link(category: str) -> str | None:
     """Address of the category's registered version; None before it is published. Credentials in the server's address are left out."""
-    version = _read(Path("build/publish") / f"{category}.json").get("version")
-    if version is None:
+    published = _read(Path("build/publish") / f"{category}.json")
+    if "version" not in published:
         return None
-    uri = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    server = (
-        f"{uri.scheme}://{uri.netloc.rpartition('@')[2]}{uri.path.rstrip('/')}"
-        if uri.scheme in ("http", "https")
-        else "http://127.0.0.1:5000"
-    )
-    return f"{server}/#/models/panda-{load_params().dataset}-{category}/versions/{version}"
+    server = without_credentials(os.environ.get("MLFLOW_TRACKING_URI", "")).rstrip("/")
+    if not server.startswith(("http://", "https://")):
+        server = "http://127.0.0.1:5000"  # where `make ui` shows the local store
+    return f"{server}/#/models/{quote(published['model_name'])}/versions/{published['version']}"
 
 
 def _key(category: str) -> str:

@@ -68,21 +68,21 @@ def record_experiment(name: str) -> State:
 
 @flow(name="retrain", description="The pipeline of dvc.yaml, one task per stage, then the gate and promotion to staging.")
 def retrain(
-    categories: list[str] | None = None,
+    categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
     method: Method = "as in params.yaml",
-    set_params: list[str] | None = None,
+    set_params: list[str] = [],  # noqa: B006
     promote: bool = True,
 ) -> State:
     """Run the pipeline of dvc.yaml, then the gate.
 
     Args:
-        categories: Categories to retrain, e.g. ["fabric"]. Empty: all of params.yaml.
+        categories: What to retrain, e.g. fabric. No items: all categories of params.yaml.
         method: How features are adapted in this run.
-        set_params: Parameters changed for this run, e.g. ["adapt.epochs=5", "gallery.k=1"]; it is then recorded as a DVC experiment
-            and params.yaml stays as it is.
+        set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5. A run with changes is recorded as a DVC
+            experiment of the run's name; params.yaml stays as it is.
         promote: Let the gate decide about promotion to staging. Off: only the challenger is registered.
     """
-    changes = list(set_params or []) + ([] if method == "as in params.yaml" else [f"adapt.method={method}"])
+    changes = set_params + ([] if method == "as in params.yaml" else [f"adapt.method={method}"])
     try:
         with repository_lock(f"Prefect flow run {flow_run.name}"), changed_params(changes):
             return _retrain(categories, promote, recorded=bool(changes))
@@ -90,22 +90,23 @@ def retrain(
         return Failed(message=str(e))
 
 
-def _retrain(categories: Sequence[str] | None, promote: bool, recorded: bool) -> State:
+def _retrain(categories: Sequence[str], promote: bool, recorded: bool) -> State:
     known = load_params().categories
     chosen = list(categories or known)
     if unknown := [c for c in chosen if c not in known]:
         raise UserError(f"categories: {', '.join(unknown)} not in params.yaml, which has {', '.join(known)}")
     stages, changed = read_pipeline()
     stages = select(stages, chosen)
+    last = [s for s in stages if not any(s.name in other.parents for other in stages)]
     states = _run_stages(stages, changed)
     if recorded and all(s.is_completed() for s in states.values()):
         states["record"] = record_experiment.with_options(task_run_name="record experiment")(
-            str(flow_run.name), wait_for=list(states.values()), return_state=True
+            str(flow_run.name), wait_for=[states[s.name] for s in last], return_state=True
         )
     gates: dict[str, State] = {}
     if promote:
         for category in chosen:
-            done = [states[s.name] for s in stages if s.category == category]
+            done = [states[s.name] for s in last if s.category == category]
             gates[category] = promote_category.with_options(name="promote", task_run_name=f"promote {category}")(
                 category, wait_for=done, return_state=True
             )

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from panda_ad.errors import UserError
 from panda_ad.processes import Group
+from panda_ad.registry.connection import DEFAULTS, server_command, without_credentials
 
 HOST = "127.0.0.1"
 HOME = Path(".prefect")
@@ -54,9 +55,9 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
         A port is taken, or a server does not start or ends; names its log.
     """
     with _sigterm_as_interrupt(), running_servers(mlflow_port, prefect_port, say) as (addresses, groups):
-        say(f"MLflow   {_without_credentials(addresses.mlflow)}")
+        say(f"MLflow   {without_credentials(addresses.mlflow)}")
         say(
-            f"Prefect  {_without_credentials(addresses.prefect)}/deployments   (press Run on 'retrain'; switch its schedule on there)"
+            f"Prefect  {without_credentials(addresses.prefect)}/deployments   (press Run on 'retrain'; switch its schedule on there)"
         )
         say("Ctrl-C stops both.")
         try:
@@ -99,17 +100,15 @@ def running_servers(
         if mlflow is None:
             port = _free_port(mlflow_port, "--mlflow-port")
             mlflow = f"http://{HOST}:{port}"
-            store = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-            command = ["mlflow", "server", "--host", HOST, "--port", str(port), "--backend-store-uri", store]
-            start(
-                "mlflow",
-                [*command, "--artifacts-destination", "mlartifacts", "--workers", "1"],
-                {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            )
+            start("mlflow", server_command(HOST, port), {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
         if prefect is None:
             port = _free_port(prefect_port, "--prefect-port")
             prefect = f"http://{HOST}:{port}"
-            start("prefect", ["prefect", "server", "start", "--host", HOST, "--port", str(port)], {})
+            start(
+                "prefect",
+                ["prefect", "server", "start", "--host", HOST, "--port", str(port)],
+                {"PREFECT_SERVER_UI_API_URL": f"{prefect}/api"},
+            )
         addresses = Addresses(mlflow=mlflow, prefect=prefect.removesuffix("/api"))
         env |= {
             "PREFECT_API_URL": f"{addresses.prefect}/api",
@@ -133,11 +132,6 @@ def running_servers(
 def _remote(variable: str) -> str | None:
     address = os.environ.get(variable, "")
     return address.rstrip("/") if urlsplit(address).scheme in ("http", "https") else None
-
-
-def _without_credentials(address: str) -> str:
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _free_port(port: int, option: str) -> int:
