@@ -6,6 +6,7 @@ the parameter `heatmap` the heat map as a base64 PNG at the image's size.
 
 import base64
 import io
+import warnings
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
@@ -13,6 +14,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 BATCH = 32
+warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")  # the signature is logged with the model
 
 
 class PandaModel(PythonModel):

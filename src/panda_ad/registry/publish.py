@@ -90,7 +90,10 @@ def publish_version(client: MlflowClient, run: Run, params: Params, category: st
     version = versions.newest(client, name)
     if version is None or version.tags.get("panda.bundle") != content:
         fresh = client.get_run(run.info.run_id).data
+        config = _json(bundle / "bundle.json")
         origin = {
+            "panda.budget": repr(config["false_alarm_rate"]),
+            "panda.calibration_images": str(len(_json(bundle / "calibration.json")["scores"])),
             "panda.bundle": content,
             "panda.bundle_mb": f"{size_mb(bundle):.2f}",
             "panda.category": category,
@@ -101,7 +104,7 @@ def publish_version(client: MlflowClient, run: Run, params: Params, category: st
         }
         card = model_card(
             name=name,
-            bundle=_json(bundle / "bundle.json"),
+            bundle=config,
             metrics=metrics,
             counts=_counts(category),
             tags=fresh.tags,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from panda_ad.registry.change import PACKAGE, source_files
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.models import Model
 
 SERVING = (
@@ -122,8 +121,7 @@ def save(folder: Path, bundle: Path, example: bytes, location: str, run_id: str,
             target = Path(code) / PACKAGE.name / path.relative_to(PACKAGE)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        (Path(code) / "bundle").symlink_to(bundle.absolute())  # MLflow keeps a folder's name: one path for every category
-        warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
+        shutil.copytree(bundle, Path(code) / "bundle")  # MLflow keeps a folder's name and refuses links: one path for every category
         mlflow.pyfunc.save_model(
             str(folder),
             mlflow_model=model,
@@ -139,15 +137,13 @@ def save(folder: Path, bundle: Path, example: bytes, location: str, run_id: str,
     return model
 
 
-def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """The version at an alias; None where the alias is not set. UserError where there is no such registered model."""
+def registered(client: MlflowClient, name: str) -> RegisteredModel:
+    """A registered model, with aliases and tags. UserError where it is not there."""
     from mlflow.exceptions import MlflowException
 
     try:
-        model = client.get_registered_model(name)
+        return client.get_registered_model(name)
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise UserError(f"{name}: no such registered model; run `dvc repro` to publish one") from None
-    version = model.aliases.get(alias)
-    return None if version is None else client.get_model_version(name, version)

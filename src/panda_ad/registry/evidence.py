@@ -1,0 +1,113 @@
+"""What the gate looks at, gathered from MLflow: scores of candidate and incumbent on the same test images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from panda_ad.errors import UserError
+from panda_ad.params import Params
+from panda_ad.registry.change import plain
+from panda_ad.registry.connection import bundle_of
+from panda_ad.registry.gate import Evidence, align, same_images, score_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+_BATCH = 32
+_TIMED = 20  # images
+
+
+def gather(client: MlflowClient, params: Params, category: str, candidate: ModelVersion, incumbent: ModelVersion | None) -> Evidence:
+    """Evidence for one decision.
+
+    Where the test set has changed since the incumbent was evaluated, the incumbent scores the candidate's test images through its
+    own bundle; they must then be in the working directory.
+
+    Raises
+    ------
+    UserError
+        An artifact is gone, or a test image is not here or differs from the one evaluated.
+    """
+    scores = score_table(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/scores.csv"))
+    metrics = json.loads(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
+    theirs, known = None, frozenset[str]()
+    if incumbent is not None:
+        theirs = score_table(artifact(client, incumbent.tags["panda.run"], f"{plain(category)}/scores.csv"))
+        theirs = align(theirs, scores) if same_images(theirs, scores) else rescore(bundle_of(client, incumbent), params, scores)
+        manifest = score_table(artifact(client, incumbent.run_id, "data/manifest.csv"))
+        known = frozenset(manifest["sha256"][manifest["category"] == category])
+    tests = frozenset[str]()
+    if params.gate.must_catch:
+        manifest = score_table(artifact(client, candidate.tags["panda.run"], "data/manifest.csv"))
+        rows = manifest[manifest["split"] == "test"]
+        tests = frozenset(rows["path"]) | frozenset(rows["sha256"])
+    return Evidence(
+        scores=scores,
+        threshold=metrics["threshold"],
+        metrics=metrics,
+        budget=float(candidate.tags["panda.budget"]),
+        calibration=int(candidate.tags["panda.calibration_images"]),
+        incumbent=theirs,
+        known=known,
+        test_images=tests,
+        bundle_mb=float(candidate.tags["panda.bundle_mb"]),
+        latency_ms=None if params.gate.max_latency_ms is None else latency_ms(bundle_of(client, candidate)),
+        seed=params.seed,
+        resamples=params.evaluate.bootstrap,
+    )
+
+
+def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
+    """A run's artifact as a file on this machine. UserError where it is gone."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(client.download_artifacts(run_id, path))
+    except (MlflowException, OSError) as e:
+        raise UserError(f"MLflow run {run_id}: {path} cannot be read ({str(e).splitlines()[0]}); publish again") from None
+
+
+def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores that a bundle gives the images of `rows` (path, sha256, label): its columns with `score` replaced."""
+    from panda_ad.data.images import decode
+    from panda_ad.data.layouts import image_root
+    from panda_ad.detector import Detector
+
+    detector, root = Detector.load(bundle), image_root(params)
+    scores: list[float] = []
+    paths, hashes = rows["path"].tolist(), rows["sha256"].tolist()
+    for start in range(0, len(paths), _BATCH):
+        images = []
+        for path, sha256 in zip(paths[start : start + _BATCH], hashes[start : start + _BATCH], strict=True):
+            try:
+                data = (root / path).read_bytes()
+            except OSError as e:
+                raise UserError(f"{root / path}: {e.strerror}; needed to compare on the new test set, get it with `dvc checkout`") from None
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise UserError(f"{root / path}: not the image that was evaluated; run `dvc repro`, or `dvc checkout` for the images of dvc.lock")
+            images.append(decode(data, path))
+        scores += [v.score for v in detector.score(images)]
+    return rows.assign(score=scores)
+
+
+def latency_ms(bundle: Path) -> float:
+    """Median milliseconds that the detector takes for one decoded image on this machine (one of its gallery's thumbnails)."""
+    from panda_ad.data.images import decode
+    from panda_ad.detector import Detector
+
+    detector = Detector.load(bundle)
+    image = decode(detector.thumbnails[0], "thumbnail")
+    detector.score([image])
+    times = []
+    for _ in range(_TIMED):
+        start = time.perf_counter()
+        detector.score([image])
+        times.append((time.perf_counter() - start) * 1000)
+    return statistics.median(times)

@@ -1,0 +1,256 @@
+"""The gate: rules that a candidate must pass before an alias moves to it. Pure functions of score tables and parameters.
+
+Candidate and incumbent are compared on the same test images. Each rule is one function, one entry of params.yaml's `gate`
+(null: off), and one `Rule` in the decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from panda_ad.metrics import auroc, paired_bootstrap
+from panda_ad.params import GateParams
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FEW = 10
+"""With fewer new good images than this, calibration is checked on all good test images."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule's outcome.
+
+    Attributes
+    ----------
+    name : plain name, as in the refusal.
+    passed : whether the candidate keeps it.
+    value, limit : the figure and what it is held against; `by` is how far it lies on the wrong side, 0 where passed.
+    text : the figure in words, for people.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    by: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules look at.
+
+    Attributes
+    ----------
+    scores : the candidate's test scores: columns path, sha256, label (0 good, 1 defect), defect, score.
+    threshold : the candidate's; an image is anomalous where score > threshold.
+    metrics : the candidate's figures of evaluation (pixel_auroc).
+    budget : share of good parts that may raise an alarm.
+    calibration : number of calibration images behind the threshold.
+    incumbent : the version in place on the same images, column `score`, same order as `scores`; None where there is none.
+    known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
+    test_images : paths and sha256 of all test images of all categories, to tell a misspelt must_catch entry.
+    bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
+    seed, resamples : of the paired bootstrap.
+    """
+
+    scores: pd.DataFrame
+    threshold: float
+    metrics: Mapping[str, float]
+    budget: float
+    calibration: int
+    incumbent: pd.DataFrame | None = None
+    known: frozenset[str] = frozenset()
+    test_images: frozenset[str] = frozenset()
+    bundle_mb: float | None = None
+    latency_ms: float | None = None
+    seed: int = 0
+    resamples: int = 1000
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", self.scores["label"].to_numpy(dtype=np.int64))
+
+    @property
+    def values(self) -> np.ndarray:
+        """(N,) float64, the candidate's scores."""
+        return self.scores["score"].to_numpy(dtype=np.float64)
+
+
+def judge(evidence: Evidence, params: GateParams) -> list[Rule]:
+    """Every rule that is switched on and has something to look at."""
+    return [rule for check in RULES for rule in check(evidence, params)]
+
+
+def recall_at_budget(budget: float) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Metric: share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
+
+    def metric(labels: np.ndarray, scores: np.ndarray) -> float:
+        normal = np.sort(scores[labels == 0])[::-1]
+        allowed = min(int(np.floor(budget * len(normal) + 1e-9)), len(normal) - 1)
+        return float((scores[labels == 1] > normal[allowed]).mean())
+
+    return metric
+
+
+def image_auroc_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
+    """Image AUROC at most `margin` below the incumbent's, in a share `confidence` of paired resamples."""
+    return _not_worse("image AUROC not worse", auroc, e, params.margin, params.confidence)
+
+
+def recall_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
+    """The same for recall where the false-alarm budget is spent on the good test images."""
+    return _not_worse("recall at the false-alarm budget not worse", recall_at_budget(e.budget), e, params.recall_margin, params.confidence)
+
+
+def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
+    """Image AUROC at least `min_image_auroc`."""
+    return _at_least("image AUROC floor", auroc(e.labels, e.values), params.min_image_auroc)
+
+
+def pixel_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
+    """Pixel AUROC at least `min_pixel_auroc`, where it was measured."""
+    return _at_least("pixel AUROC floor", e.metrics["pixel_auroc"], params.min_pixel_auroc) if "pixel_auroc" in e.metrics else []
+
+
+def defect_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
+    """AUROC of each kind of defect against the good images."""
+    good = e.labels == 0
+    return _per_defect("AUROC floor of defect", e, params.min_defect_auroc, lambda kind: auroc(e.labels[good | kind], e.values[good | kind]))
+
+
+def defect_recall_floor(e: Evidence, params: GateParams) -> list[Rule]:
+    """Share of each kind of defect above the threshold."""
+    return _per_defect(
+        "recall floor of defect", e, params.min_defect_recall, lambda kind: float((e.values[kind] > e.threshold).mean())
+    )
+
+
+def must_catch(e: Evidence, params: GateParams) -> list[Rule]:
+    """Each listed image scores above the threshold. One that is no test image at all fails: it would guard nothing."""
+    rules = []
+    paths, hashes = e.scores["path"].to_numpy(), e.scores["sha256"].to_numpy()
+    for entry in params.must_catch:
+        own = np.flatnonzero((paths == entry) | (hashes == entry))
+        if len(own):
+            lowest = float(e.values[own].min())
+            rules.append(_rule(f"must catch {entry}", lowest, e.threshold, e.threshold - lowest, lowest > e.threshold, "score", ">"))
+        elif entry not in e.test_images:
+            text = "not among the test images; give its path in the manifest or its sha256"
+            rules.append(Rule(f"must catch {entry}", False, float("nan"), e.threshold, float("nan"), text))
+    return rules
+
+
+def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
+    """Alarms on the newest good images are no more than chance allows, given so many calibration images.
+
+    If these images are exchangeable with the calibration set, the number of alarms among m of them is beta-binomial: the true
+    false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k). Refused where so many alarms or more have a
+    probability below `false_alarm_risk`.
+    """
+    if params.false_alarm_risk is None:
+        return []
+    from scipy.stats import betabinom
+
+    good = e.labels == 0
+    newest = good & ~e.scores["sha256"].isin(e.known).to_numpy()
+    chosen = newest if e.known and newest.sum() >= _FEW else good
+    m, alarms = int(chosen.sum()), int((e.values[chosen] > e.threshold).sum())
+    k = max(1, int(np.floor(e.budget * (e.calibration + 1) + 1e-9)))
+    chance = float(betabinom.sf(alarms - 1, m, k, e.calibration + 1 - k)) if alarms else 1.0
+    limit = params.false_alarm_risk
+    which = "newest good images" if chosen is newest else "good test images"
+    text = f"{alarms} alarms on {m} {which}, chance {chance:.2g} (limit {limit:.2g})"
+    return [Rule("calibration holds", chance >= limit, chance, limit, max(0.0, limit - chance), text)]
+
+
+def latency_ceiling(e: Evidence, params: GateParams) -> list[Rule]:
+    """Median time of one image at most `max_latency_ms`."""
+    return _at_most("latency", e.latency_ms, params.max_latency_ms, "ms")
+
+
+def bundle_size_ceiling(e: Evidence, params: GateParams) -> list[Rule]:
+    """Bundle at most `max_bundle_mb`."""
+    return _at_most("bundle size", e.bundle_mb, params.max_bundle_mb, "MB")
+
+
+RULES: tuple[Callable[[Evidence, GateParams], list[Rule]], ...] = (
+    image_auroc_not_worse,
+    recall_not_worse,
+    image_auroc_floor,
+    pixel_auroc_floor,
+    defect_auroc_floor,
+    defect_recall_floor,
+    must_catch,
+    calibration_holds,
+    latency_ceiling,
+    bundle_size_ceiling,
+)
+
+
+def refusal(rules: list[Rule]) -> str:
+    """The failed rules in one line."""
+    return "; ".join(f"{r.name}: {r.text}" for r in rules if not r.passed)
+
+
+def same_images(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    """Whether two score tables are of the same images with the same labels."""
+    keys = ["sha256", "label"]
+    return sorted(map(tuple, a[keys].to_numpy().tolist())) == sorted(map(tuple, b[keys].to_numpy().tolist()))
+
+
+def align(scores: pd.DataFrame, to: pd.DataFrame) -> pd.DataFrame:
+    """`scores` in the order of `to`, by content; both of the same images, each once."""
+    return scores.drop_duplicates("sha256").set_index("sha256").loc[to["sha256"]].reset_index()
+
+
+def _not_worse(name: str, metric, e: Evidence, margin: float | None, confidence: float) -> list[Rule]:
+    if margin is None or e.incumbent is None:
+        return []
+    theirs = e.incumbent["score"].to_numpy(dtype=np.float64)
+    ours, before = metric(e.labels, e.values), metric(e.labels, theirs)
+    drops = -paired_bootstrap(metric, e.labels, e.values, theirs, e.resamples, e.seed)
+    drop = float(np.quantile(drops, confidence))
+    text = f"{ours:.4f} against {before:.4f}; with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
+    passed = drop <= margin
+    return [Rule(name, passed, drop, margin, max(0.0, drop - margin), text + ("" if passed else f", {drop - margin:.4f} too much"))]
+
+
+def _per_defect(
+    name: str, e: Evidence, floor: float | Mapping[str, float] | None, measure: Callable[[np.ndarray], float]
+) -> list[Rule]:
+    if floor is None:
+        return []
+    kinds = e.scores["defect"].to_numpy()
+    rules = []
+    for kind in sorted(set(kinds[e.labels == 1])):
+        limit = floor.get(kind) if isinstance(floor, Mapping) else floor
+        rules += _at_least(f"{name} {kind}", measure((kinds == kind) & (e.labels == 1)), limit)
+    return rules
+
+
+def _at_least(name: str, value: float, limit: float | None) -> list[Rule]:
+    return [] if limit is None else [_rule(name, value, limit, limit - value, value >= limit, "", ">=")]
+
+
+def _at_most(name: str, value: float | None, limit: float | None, unit: str) -> list[Rule]:
+    return [] if limit is None or value is None else [_rule(name, value, limit, value - limit, value <= limit, unit, "<=")]
+
+
+def _rule(name: str, value: float, limit: float, by: float, passed: bool, unit: str, sign: str) -> Rule:
+    text = f"{value:.4g}{f' {unit}' if unit else ''} (limit {sign} {limit:.4g})" + ("" if passed else f", off by {by:.4g}")
+    return Rule(name, passed, value, limit, 0.0 if passed else by, text)
+
+
+def score_table(path: Path) -> pd.DataFrame:
+    """Read scores.csv; floats exactly as written."""
+    import pandas as pd
+
+    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str})

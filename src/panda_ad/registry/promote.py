@@ -1,0 +1,225 @@
+"""Promotion through the gate, and rollback.
+
+Order of writes, so that a crash at any point leaves each alias on one whole, judged version:
+
+1. the decision with every figure (artifact of the candidate's run, tags of the version);
+2. @previous to the version in place;
+3. the alias itself, in one request: this is the move;
+4. the audit record, then MLflow's stage field for old dashboards.
+
+After a crash before 3 the next `promote` decides and moves again; after 3 it finds the move done and writes the missing record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from panda_ad.errors import GateRefused, UserError
+from panda_ad.files import write_json
+from panda_ad.lock import repository_lock
+from panda_ad.params import Params, load_params
+from panda_ad.registry import audit
+from panda_ad.registry.change import model_name, plain
+from panda_ad.registry.connection import connect, find_version, mlflow_errors
+from panda_ad.registry.evidence import gather
+from panda_ad.registry.gate import Rule, judge, refusal
+from panda_ad.registry.versions import registered
+from panda_ad.stages.common import BUILD
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+Target = Literal["staging", "champion"]
+SOURCE = {"staging": "challenger", "champion": "staging"}
+PREVIOUS = {"staging": "previous", "champion": "previous-champion"}
+_STAGE = {"staging": "Staging", "champion": "Production"}
+_ROLLED_BACK = "panda.rolled_back."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate decided for one category, and what was done.
+
+    Attributes
+    ----------
+    outcome : 'promoted', 'refused', 'unchanged' (the alias is there already) or 'held back' (rolled back before).
+    version, incumbent : the candidate, and the version that `to` held (None: it held none).
+    rules : every rule that was judged, with its figures; empty where none had to be.
+    """
+
+    category: str
+    name: str
+    to: str
+    version: str
+    incumbent: str | None
+    outcome: str
+    reason: str
+    when: str = field(default_factory=audit.now)
+    rules: list[Rule] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}, @{self.to}: {self.outcome} ({self.reason})"
+
+
+def promote(categories: str | Sequence[str] | None = None, to: str = "staging") -> list[Decision]:
+    """Put `to` on each category's candidate (@challenger for staging, @staging for champion) if the gate lets it through.
+
+    Each decision is also left in build/decisions/<category>.json.
+
+    Raises
+    ------
+    GateRefused
+        At least one category was refused; names each failed rule and by how much. The other categories were promoted.
+    UserError
+        Unknown category or target, nothing to promote, or MLflow does not answer.
+    """
+    if to not in SOURCE:
+        raise UserError(f"--to {to}: staging or champion is expected")
+    params = load_params()
+    chosen = [categories] if isinstance(categories, str) else list(params.categories if categories is None else categories)
+    _check(params, chosen)
+    with repository_lock(f"promote to {to}"), mlflow_errors():
+        client = connect()
+        decisions = []
+        for category in chosen:
+            decisions.append(_promote(client, params, category, to))
+            write_json(BUILD / "decisions" / f"{category}.json", as_json(decisions[-1]))
+    if refused := [d for d in decisions if d.outcome == "refused"]:
+        raise GateRefused("; ".join(f"{d.name} version {d.version} not promoted to @{d.to}: {d.reason}" for d in refused))
+    return decisions
+
+
+def _promote(client: MlflowClient, params: Params, category: str, to: str) -> Decision:
+    name = model_name(params.dataset, category)
+    model = registered(client, name)
+    aliases = {alias: str(version) for alias, version in model.aliases.items()}
+    version, current = aliases.get(SOURCE[to]), aliases.get(to)
+    if version is None:
+        todo = "run `dvc repro` to publish one" if to == "staging" else "promote one to staging first"
+        raise UserError(f"{name}: no version @{SOURCE[to]}; {todo}")
+    if version == current:
+        _complete_audit(client, name, audit.records(model), to, current)
+        return Decision(category, name, to, version, current, "unchanged", f"it is @{to} already")
+    candidate = client.get_model_version(name, version)
+    if when := candidate.tags.get(f"{_ROLLED_BACK}{to}"):
+        back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
+        return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
+    incumbent = None if current is None else client.get_model_version(name, current)
+    rules = judge(gather(client, params, category, candidate, incumbent), params.gate)
+    failed = refusal(rules)
+    against = f"against version {current}" if current else "first version, floors only"
+    reason = failed or f"{len(rules)} rules passed, {against}"
+    decision = Decision(category, name, to, version, current, "refused" if failed else "promoted", reason, rules=rules)
+    _record(client, decision, candidate)
+    if not failed:
+        _move(client, name, to, current, version, reason)
+    return decision
+
+
+def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -> None:
+    """Every figure, before anything moves: an artifact of the run, and tags of the version."""
+    path = f"{plain(decision.category)}/decisions/{decision.to}-version-{decision.version}.json"
+    client.log_dict(candidate.tags["panda.run"], as_json(decision), path)
+    prefix = f"gate.{decision.to}"
+    tags = {prefix: f"{decision.outcome} {decision.when}", f"{prefix}.against": decision.incumbent or "none"}
+    tags |= {f"{prefix}.{_tag(r.name)}": f"{'passed' if r.passed else 'FAILED'}: {r.text}" for r in decision.rules}
+    for key in candidate.tags:  # figures of an earlier decision on the same version
+        if key.startswith(f"{prefix}.") and key not in tags:
+            client.delete_model_version_tag(candidate.name, candidate.version, key)
+    for key, value in tags.items():
+        client.set_model_version_tag(candidate.name, candidate.version, key, value)
+
+
+def _move(client: MlflowClient, name: str, alias: str, before: str | None, after: str, why: str) -> None:
+    if before is not None:
+        client.set_registered_model_alias(name, PREVIOUS[alias], before)
+    client.set_registered_model_alias(name, alias, after)
+    audit.record(client, name, action="promote", alias=alias, before=before, after=after, why=why)
+    _set_stage(client, name, alias, after)
+
+
+def rollback(category: str, to_version: int | str | None = None, alias: str = "staging") -> Decision:
+    """Put `alias` back to the version it held before, or to a given one, past the gate: a person decides.
+
+    The version it leaves is held back: `promote` does not put it there again until a rollback names it.
+
+    Raises
+    ------
+    UserError
+        There is no version to go back to, or the alias holds it already.
+    """
+    params = load_params()
+    _check(params, [category])
+    if alias not in SOURCE:
+        raise UserError(f"rollback of @{alias}: staging or champion is expected")
+    name = model_name(params.dataset, category)
+    with repository_lock(f"rollback {category}"), mlflow_errors():
+        client = connect()
+        model = registered(client, name)
+        aliases = {a: str(v) for a, v in model.aliases.items()}
+        current = aliases.get(alias)
+        target = str(to_version) if to_version is not None else aliases.get(PREVIOUS[alias])
+        if target is None or (to_version is None and target == current):
+            raise UserError(f"{name}: @{alias} has held no version before version {current}; name one with --to-version")
+        if target == current:
+            raise UserError(f"{name}: version {target} is @{alias} already")
+        version = find_version(client, f"{name}/{target}")
+        why = f"asked for version {target}" if to_version is not None else "asked for the version before"
+        if current is not None:
+            client.set_model_version_tag(name, current, f"{_ROLLED_BACK}{alias}", audit.now())
+        if f"{_ROLLED_BACK}{alias}" in version.tags:
+            client.delete_model_version_tag(name, target, f"{_ROLLED_BACK}{alias}")
+        client.set_registered_model_alias(name, alias, target)
+        audit.record(client, name, action="rollback", alias=alias, before=current, after=target, why=why)
+        earlier = audit.predecessor(audit.records(model), alias, target)
+        if earlier is not None:
+            client.set_registered_model_alias(name, PREVIOUS[alias], earlier)
+        elif PREVIOUS[alias] in aliases:
+            client.delete_registered_model_alias(name, PREVIOUS[alias])
+        _set_stage(client, name, alias, target)
+    return Decision(category, name, alias, target, current, "rolled back", f"from version {current}, {why}")
+
+
+def as_json(decision: Decision) -> dict[str, Any]:
+    """A decision as plain values; a figure that is no number is None."""
+    value = asdict(decision)
+    for rule in value["rules"]:
+        rule |= {k: None for k in ("value", "limit", "by") if rule[k] != rule[k]}
+    return value
+
+
+def _check(params: Params, chosen: Sequence[str]) -> None:
+    if unknown := [c for c in chosen if c not in params.categories]:
+        raise UserError(f"{', '.join(unknown)}: no such category in params.yaml, which has {', '.join(params.categories)}")
+
+
+def _complete_audit(client: MlflowClient, name: str, moves: list[dict[str, Any]], alias: str, current: str) -> None:
+    """Write the record that a crash right after a move has left out."""
+    own = [m for m in moves if m["alias"] == alias]
+    if not own or own[-1]["to"] != current:
+        before = own[-1]["to"] if own else None
+        why = "recorded later: the move was made, its record was not"
+        audit.record(client, name, action="promote", alias=alias, before=before, after=current, why=why)
+
+
+def _set_stage(client: MlflowClient, name: str, alias: str, version: str) -> None:
+    """MLflow's own, deprecated, stage field for dashboards that read it; servers without it are left alone."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException, AttributeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        aliases = client.get_registered_model(name).aliases
+        if alias == "staging" and str(aliases.get("champion")) == version:
+            return  # one stage per version, and Production says more
+        client.transition_model_version_stage(name, version, _STAGE[alias], archive_existing_versions=True)
+
+
+def _tag(name: str) -> str:
+    """A rule's name as part of a tag's."""
+    return re.sub(r"[^\w.\- ]", ".", name)[:200]
