@@ -42,6 +42,7 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
+    context.delete_data_docs_site("local_site")  # the default one, in a temporary folder
     context.variables.progress_bars = {"globally": False}
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
     index = {"class_name": "DefaultSiteIndexBuilder"}
@@ -53,7 +54,7 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     checkpoint = gx.Checkpoint(
         name="validate",
         validation_definitions=[definition],
-        actions=[gx.checkpoint.UpdateDataDocsAction(name="docs")],
+        actions=[gx.checkpoint.UpdateDataDocsAction(name="docs", site_names=["docs"])],
         result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["path"]},
     )
     outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": _gx_rows(checked.rows)})
@@ -64,10 +65,15 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
 
 
 def _gx_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as Great Expectations reads them: '' as missing, and in `found_bad` why a row is bad."""
+    """The rows as Great Expectations reads them: '' as missing, and in `found_bad` why a row is bad.
+
+    Texts are escaped, because its pages print them as they are: a file's name could be HTML.
+    """
     import numpy as np
 
     frame = rows.assign(usable=(rows["problem"] == "").map({True: "yes", False: "no"})).rename(columns={"problem": "found_bad"})
+    for column in ("path", "mask", "defect", "found_bad"):
+        frame[column] = [escape(text, quote=False) for text in frame[column]]
     numbers = frame.select_dtypes("Int64").columns
     frame[numbers] = frame[numbers].astype("float64")
     return frame.astype(object).where(frame.notna() & (frame != ""), None).astype({c: np.float64 for c in numbers})

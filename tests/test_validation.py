@@ -1,0 +1,275 @@
+"""The checks on a data set, their agreement with Great Expectations, and the validate stage."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPO, make_mvtec, noise, save
+from PIL import Image
+
+from panda_ad.data.checks import check
+from panda_ad.data.manifest import build_manifest, collect, load_manifest
+from panda_ad.data.validation import offline, validate
+from panda_ad.errors import UserError
+from panda_ad.stages import validate as stage
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def checked(make_params, categories=("nut",), **data):
+    params = make_params(list(categories), data={"root": "data", **data})
+    return check(collect(params), params)
+
+
+def edit(path: str, pixels: np.ndarray) -> None:
+    save(pixels, Path("data/nut") / path)
+
+
+def copy(source: str, target: str) -> None:
+    shutil.copyfile(Path("data/nut") / source, Path("data/nut") / target)
+
+
+def truncate(path: str) -> None:
+    file = Path("data/nut") / path
+    file.write_bytes(file.read_bytes()[:400])
+
+
+def mask(marked: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
+    out = np.zeros(size, np.uint8)
+    out[4:8, 4:8] = marked
+    return out
+
+
+BAD = {
+    "truncated": (lambda: truncate("train/good/003.png"), "nut/train/good/003.png", "truncated"),
+    "empty": (lambda: Path("data/nut/test/good/001.png").write_bytes(b""), "nut/test/good/001.png", "empty"),
+    "non-image": (lambda: Path("data/nut/train/good/notes.txt").write_text("hello"), "nut/train/good/notes.txt", "not an image"),
+    "bomb": (lambda: Path("data/nut/train/good/bomb.pbm").write_bytes(b"P4 20000 20000 \0"), "nut/train/good/bomb.pbm", "100,000,000 pixels"),
+    "too small": (lambda: edit("train/good/000.png", noise(1, (4, 16))), "nut/train/good/000.png", "16 x 4 pixels, too small"),
+    "float": (lambda: Image.fromarray(np.zeros((16, 16), np.float32)).save("data/nut/train/good/f.tiff"), "nut/train/good/f.tiff", "mode F"),
+    "duplicate in train": (lambda: copy("train/good/001.png", "train/good/zz ü.png"), "nut/train/good/zz ü.png", "same picture as nut/train/good/001.png"),
+    "duplicate across": (lambda: copy("train/good/002.png", "test/good/zz.png"), "nut/test/good/zz.png", "same picture as nut/train/good/002.png"),
+    "other format": (
+        lambda: Image.open("data/nut/train/good/002.png").save("data/nut/train/good/zz.bmp"),
+        "nut/train/good/zz.bmp",
+        "same picture as nut/train/good/002.png",
+    ),
+    "defect in train": (lambda: edit("train/scratch/000.png", noise(77)), "nut/train/scratch/000.png", "defective image in train"),
+    "missing mask": (lambda: Path("data/nut/ground_truth/crack/001_mask.png").unlink(), "nut/test/crack/001.png", "has no mask"),
+    "mask size": (lambda: edit("ground_truth/crack/001_mask.png", mask(255, (16, 20))), "nut/test/crack/001.png", "is 20 x 16 pixels, the image 16 x 16"),
+    "empty mask": (lambda: edit("ground_truth/crack/001_mask.png", mask(0)), "nut/test/crack/001.png", "001_mask.png is empty"),
+    "zeros and ones": (lambda: edit("ground_truth/crack/001_mask.png", mask(1)), "nut/test/crack/001.png", "largest value is 1"),
+    "broken mask": (
+        lambda: Path("data/nut/ground_truth/crack/001_mask.png").write_bytes(b"no"),
+        "nut/test/crack/001.png",
+        "its mask nut/ground_truth/crack/001_mask.png: not an image",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_image_is_named_with_its_reason(name, make_params):
+    make_mvtec(Path("data"))
+    spoil, path, reason = BAD[name]
+    spoil()
+    found = checked(make_params)
+    assert [p for p, _ in found.problems] == [path] and reason in found.problems[0][1] and "\n" not in found.problems[0][1]
+    assert found.blocking == [] and path not in set(found.usable["path"])
+
+
+def test_great_expectations_find_the_same(make_params):
+    make_mvtec(Path("data"), train=12)
+    for name in ("truncated", "non-image", "too small", "duplicate across", "defect in train", "missing mask"):
+        BAD[name][0]()
+    edit("ground_truth/crack/000_mask.png", mask(255, (16, 20)))
+    edit("ground_truth/crack/002_mask.png", mask(0))
+    params = make_params(["nut"], data={"root": "data", "min_train": 11})
+    found = check(collect(params), params)
+    failed = {e.description: e.unexpected for e in validate(found, params, Path("docs")) if not e.success}
+    assert len(found.problems) == 8
+    assert failed == {
+        "Nothing was found wrong with any file": 8,
+        "Every file decodes": 2,
+        "Images are at least 8 pixels high": 1,
+        "No picture occurs twice in a category, within or across train and test": 2,
+        "No defective image in train": 1,
+        "Every defective image of nut has a mask": 1,
+        "Masks are as wide as their images": 1,
+        "Masks mark at least one pixel": 1,
+        "nut: at least 11 usable training images, with those held out for calibration": None,
+    }
+
+
+def test_clean_data_passes_everything(make_params):
+    make_mvtec(Path("data"))
+    make_mvtec(Path("data"), "bolt", masks=False, seed=1)
+    params = make_params(["nut", "bolt"], data={"root": "data"})
+    found = check(collect(params), params)
+    assert found.problems == found.blocking == found.warnings == []
+    expectations = validate(found, params, Path("docs"))
+    assert all(e.success for e in expectations) and len(expectations) == 21
+
+
+def test_every_accepted_kind_of_image_is_usable(make_params):
+    folder = make_mvtec(Path("data")) / "train" / "good"
+    Image.fromarray(np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(noise(1)).quantize(8).save(folder / "palette.png")
+    Image.fromarray(noise(2)).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise(3)[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(np.dstack([noise(4), noise(5)[:, :, :1]])).save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise(6, (16, 24))).save(folder / "turned.jpg", exif=exif)
+    found = checked(make_params)
+    assert found.problems == [] and len(found.usable) == 10 + 6 + 9
+    modes = dict(zip(found.usable["path"].str.rsplit("/").str[-1], found.usable["mode"], strict=True))
+    assert modes["sixteen.png"] == "I;16" and modes["palette.png"] == "P" and modes["cmyk.jpg"] == "CMYK" and modes["alpha.png"] == "RGBA"
+    turned = found.usable[found.usable["path"].str.endswith("turned.jpg")].iloc[0]
+    assert (turned["width"], turned["height"]) == (16, 24)
+    assert any("pixel modes" in w for w in found.warnings) and any("sizes, 16 to 16 wide and 16 to 24 high" in w for w in found.warnings)
+
+
+def test_a_mask_is_compared_with_the_upright_image(make_params):
+    make_mvtec(Path("data"))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(noise(6, (16, 24))).save("data/nut/test/crack/001.png", exif=exif)
+    edit("ground_truth/crack/001_mask.png", mask(255, (24, 16)))
+    assert checked(make_params).problems == []
+
+
+def test_contradictory_duplicates_are_all_listed(make_params):
+    make_mvtec(Path("data"))
+    copy("train/good/004.png", "test/crack/001.png")
+    found = dict(checked(make_params).problems)
+    assert set(found) == {"nut/train/good/004.png", "nut/test/crack/001.png"}
+    assert all("other label" in reason for reason in found.values())
+
+
+def test_the_same_picture_in_two_categories_is_no_duplicate(make_params):
+    make_mvtec(Path("data"))
+    shutil.copytree("data/nut", "data/bolt")
+    assert checked(make_params, ["nut", "bolt"]).problems == []
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_too_few_images(images, make_params):
+    make_mvtec(Path("data"), train=images)
+    found = checked(make_params)
+    assert found.blocking == [("nut/train/good", f"{images} usable training images of nut, data.min_train asks for 8")]
+
+
+def test_empty_category(make_params):
+    Path("data/nut/train/good").mkdir(parents=True)
+    found = checked(make_params)
+    assert len(found.blocking) == 3 and found.usable.empty
+    assert any("no usable anomalous test images" in reason for _, reason in found.blocking)
+    assert build_manifest(make_params(["nut"], data={"root": "data"}))[1] == found.blocking
+
+
+def test_gallery_must_keep_images_beside_calibration(make_params):
+    make_mvtec(Path("data"), train=10)
+    assert "3 of 10 training images of nut left" in checked(make_params, calibration_fraction=0.7).blocking[0][1]
+
+
+def test_one_kind_of_test_image_is_not_enough(make_params):
+    make_mvtec(Path("data"), good=0)
+    assert checked(make_params).blocking == [("nut/test", "no usable normal test images of nut: without both kinds nothing can be evaluated")]
+
+
+def write_params(**data) -> None:
+    raw = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8"))
+    raw.update(categories=["nut"], dataset="parts")
+    raw["data"].update(root="data", **data)
+    Path("params.yaml").write_text(yaml.safe_dump(raw))
+
+
+def problems() -> list[list[str]]:
+    with open("build/validation/problems.csv", newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_stage_fails_after_writing_its_reports(capsys):
+    write_params()
+    make_mvtec(Path("data"))
+    truncate("train/good/003.png")
+    copy("train/good/001.png", "train/good/zz.png")
+    with pytest.raises(UserError) as e:
+        stage.main()
+    message = str(e.value)
+    assert "2 problems" in message and "nut/train/good/003.png" in message and "build/validation/problems.csv" in message and "\n" not in message
+    assert [p for p, _ in problems()] == ["nut/train/good/003.png", "nut/train/good/zz.png"]
+    report = json.loads(Path("build/validation/report.json").read_text())
+    assert report["success"] is False and report["bad_files"] == 2
+    assert not list(Path("build").glob(".*"))  # no temporary folder left
+
+
+def test_stage_quarantines():
+    write_params(on_invalid="quarantine")
+    make_mvtec(Path("data"))
+    truncate("train/good/003.png")
+    stage.main()
+    rows = load_manifest("build/validation/manifest.csv", "nut")
+    assert len(rows) == 18 and "nut/train/good/003.png" not in set(rows["path"]) and len(problems()) == 1
+    report = json.loads(Path("build/validation/report.json").read_text())
+    assert report["success"] is True and report["bad_files"] == 1 and report["images"] == 18
+    assert report["categories"]["nut"] == {"train": {"good": 7}, "calibration": {"good": 2}, "test": {"crack": 3, "good": 3, "scratch": 3}}
+
+
+def test_quarantine_does_not_hide_a_shortage():
+    write_params(on_invalid="quarantine")
+    make_mvtec(Path("data"), train=8)
+    truncate("train/good/003.png")
+    with pytest.raises(UserError, match="7 usable training images of nut"):
+        stage.main()
+
+
+def test_stage_gives_the_same_bytes_again():
+    write_params()
+    make_mvtec(Path("data"))
+    names = ("manifest.csv", "problems.csv", "report.json")
+    stage.main()
+    first = [Path("build/validation", n).read_bytes() for n in names]
+    shutil.rmtree(".cache")
+    stage.main()
+    assert first == [Path("build/validation", n).read_bytes() for n in names]
+
+
+def test_stage_as_a_command():
+    write_params()
+    Path("data").mkdir()
+    done = subprocess.run([sys.executable, "-m", "panda_ad.stages.validate"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["panda-ad: validate: categories: no folder 'nut' in data; it holds none at all"]
+
+
+def test_data_docs_need_no_network(make_params):
+    make_mvtec(Path("data"))
+    Path("data/nut/test/good/<script>alert(1)<img src=x onerror=alert(1)>.png").write_bytes(b"x")
+    params = make_params(["nut"], data={"root": "data"})
+    found = check(collect(params), params)
+    validate(found, params, Path("docs"))
+    pages = {p.relative_to("docs").as_posix(): p.read_text(encoding="utf-8") for p in Path("docs").rglob("*") if p.is_file()}
+    assert set(pages) == {"index.html", "results.html", "expectations.html"}
+    for name, html in pages.items():
+        assert "Content-Security-Policy" in html and "<style>" in html
+        for forbidden in ("<script", "<link", "<img", "url(", "src="):
+            assert forbidden not in html.replace("src=x onerror", ""), (name, forbidden)
+    assert "not an image" in pages["index.html"] and "No picture occurs twice" in pages["results.html"]
+    assert "&lt;script&gt;alert(1)" in pages["results.html"]
+    assert 'href="results.html"' in pages["index.html"] and 'href="index.html"' in pages["results.html"]
+
+
+def test_offline_drops_what_runs_or_loads():
+    html = '<html><head><link href="https://x/y.css"><script src="https://x/z.js"></script></head><body onload="f()"><p>kept</p><script>f()</script></body></html>'
+    out = offline(html)
+    assert "kept" in out and "https://x" not in out and "f()" not in out and "<style>" in out
