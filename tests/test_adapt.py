@@ -1,0 +1,267 @@
+"""Adaptation of the embedded backbone on a few images."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from panda_ad.adapt import adapt, pack_snapshots, ses_scores, unpack_snapshots
+from panda_ad.adapt.collapse import feature_statistics
+from panda_ad.adapt.compactness import features_of
+from panda_ad.backbones import Backbone, in_micro_batches, load_backbone
+from panda_ad.errors import UserError
+from panda_ad.gallery import Gallery
+from panda_ad.params import AdaptParams
+
+METHODS = ("compactness", "ses", "ewc", "oe")
+
+
+def params(method: str = "compactness", **changes) -> AdaptParams:
+    """Four steps: 10 images, batches of 5, 2 epochs."""
+    values = {"method": method, "epochs": 2, "batch_size": 5, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-5, "clip_norm": 1e-3}
+    values |= {"snapshots": 3, "ewc_lambda": 1e4, "fisher": None, "fisher_samples": 2, "outliers": "folder", "on_collapse": "warn"}
+    return AdaptParams(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("embedded")
+
+
+@pytest.fixture(scope="module")
+def layer2() -> np.ndarray:
+    """Trunk activations of 10 'images' at 32 px, float16 (10, 128, 4, 4); like real ones they are not negative."""
+    return np.abs(np.random.default_rng(0).normal(0, 1, (10, 128, 4, 4))).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def outliers() -> np.ndarray:
+    return np.abs(np.random.default_rng(1).normal(0.5, 1, (7, 128, 4, 4))).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def adapted(backbone, layer2, outliers) -> dict:
+    """Each method's result, and the backbone's state before and after."""
+    before = copy.deepcopy(backbone.state_dict())
+    results = {m: adapt(backbone, layer2, params(m), seed=0, outliers=outliers) for m in METHODS}
+    return {**results, "before": before, "after": backbone.state_dict()}
+
+
+def with_state(backbone: Backbone, state: dict) -> torch.nn.Module:
+    head = copy.deepcopy(backbone.head)
+    head.load_state_dict(state, strict=False)
+    return head
+
+
+def test_the_pretrained_backbone_is_bit_identical_after_training(adapted):
+    assert adapted["before"].keys() == adapted["after"].keys()
+    for name, value in adapted["before"].items():
+        assert torch.equal(value, adapted["after"][name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_parameter_trains_and_batch_norm_statistics_do_not(adapted, backbone, method):
+    state, base = adapted[method].snapshots[-1], backbone.head.state_dict()
+    assert set(state) == {k for k in base if not k.endswith("num_batches_tracked")}
+    for name, value in state.items():
+        assert value.dtype == torch.float32
+        statistic = name.endswith(("running_mean", "running_var"))
+        assert torch.equal(value, base[name]) == statistic, name
+
+
+def test_steps_and_history(adapted):
+    assert adapted["compactness"].steps == [4] and adapted["ewc"].steps == [4] and adapted["oe"].steps == [4]
+    assert adapted["ses"].steps == [0, 2, 4]
+    for method in METHODS:
+        history = adapted[method].history
+        assert [row["step"] for row in history] == [0, 1, 2, 3, 4]
+        assert history[-1]["epoch"] == 2 and np.isfinite(history[-1]["loss"])
+        assert {"centre_distance", "feature_variance", "effective_rank"} <= set(history[0])
+    assert adapted["ewc"].history[-1]["penalty"] > 0
+
+
+def test_the_first_ses_snapshot_is_the_pretrained_head(adapted, backbone):
+    for name, value in adapted["ses"].snapshots[0].items():
+        assert torch.equal(value, backbone.head.state_dict()[name])
+
+
+def test_ses_follows_compactness(adapted):
+    """Same seed, same steps: SES only keeps more of the way."""
+    for name, value in adapted["compactness"].snapshots[0].items():
+        assert torch.equal(value, adapted["ses"].snapshots[-1][name]), name
+
+
+def test_ses_with_one_snapshot_equals_compactness_up_to_scale(backbone, layer2):
+    one, plain = (adapt(backbone, layer2, params(m, snapshots=1), seed=0) for m in ("ses", "compactness"))
+    assert one.steps == plain.steps == [4]
+    gallery = Gallery(features_of(with_state(backbone, plain.snapshots[0]), layer2).numpy())
+    queries = features_of(with_state(backbone, one.snapshots[0]), layer2[::-1].copy()).numpy() + 0.1
+    scores = gallery.score(queries, 2)
+    mean = gallery.leave_one_out(2).mean()
+    np.testing.assert_allclose(ses_scores(scores[None], np.array([mean]))[0] * mean, scores, rtol=1e-14)
+
+
+def test_one_step_by_hand(backbone, layer2):
+    """The first step against autograd written out: eval mode, clip, weight decay, learning rate."""
+    result = adapt(backbone, layer2, params(batch_size=10, epochs=1), seed=0)
+    head = copy.deepcopy(backbone.head).requires_grad_(True)
+    features = head(torch.from_numpy(layer2).float())
+    centre = features.detach().mean(dim=0)
+    loss = ((features - centre) ** 2).sum(dim=1).mean() / 512
+    assert result.history[-1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    named = dict(head.named_parameters())
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients))
+    assert result.history[-1]["gradient_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert norm > 1e-3
+    for (name, p), g in zip(named.items(), gradients, strict=True):
+        expected = -0.1 * (g * (1e-3 / norm) + 5e-5 * p.detach())
+        found = result.snapshots[0][name] - p.detach()
+        assert float((found - expected).norm()) <= 0.01 * float(expected.norm()) + 1e-7 * float(p.detach().norm()), name
+
+
+def test_training_lowers_the_loss(backbone, layer2):
+    result = adapt(backbone, layer2, params(epochs=10, learning_rate=0.3), seed=0)
+    assert result.history[-1]["centre_distance"] < 0.99 * result.history[0]["centre_distance"]
+
+
+def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
+    fisher = {k: torch.ones_like(p) for k, p in backbone.head.named_parameters()}
+
+    def distance(strength: float) -> float:
+        result = adapt(backbone, layer2, params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0), seed=0, fisher=fisher)
+        base = backbone.head.state_dict()
+        return float(sum((v - base[k]).square().sum() for k, v in result.snapshots[0].items()))
+
+    free, held = distance(0.0), distance(1e4)
+    assert held < 0.5 * free
+    plain = adapt(backbone, layer2, params(epochs=8, weight_decay=0.0), seed=0)
+    base = backbone.head.state_dict()
+    assert free == pytest.approx(float(sum((v - base[k]).square().sum() for k, v in plain.snapshots[0].items())), rel=1e-6)
+
+
+def test_outlier_exposure_learns_to_tell_them_apart(backbone, layer2, outliers):
+    result = adapt(backbone, layer2, params("oe", epochs=15, learning_rate=1.0), seed=0, outliers=outliers)
+    head, classifier = with_state(backbone, result.snapshots[0]), result.classifier
+    assert classifier is not None and classifier["weight"].shape == (1, 512) and classifier["bias"].shape == (1,)
+
+    def logits(x: np.ndarray) -> np.ndarray:
+        return (features_of(head, x) @ classifier["weight"][0] + classifier["bias"]).numpy()
+
+    assert (logits(outliers)[:, None] > logits(layer2)[None]).mean() > 0.95  # AUROC; the outlier is the higher
+    assert result.collapsed_at is None
+
+
+def test_equal_seeds_give_equal_weights(backbone, layer2, adapted):
+    again = adapt(backbone, layer2, params("ses"), seed=0)
+    other = adapt(backbone, layer2, params("ses"), seed=1)
+    assert all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in again.snapshots[-1].items())
+    assert not all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in other.snapshots[-1].items())
+    assert again.history == adapted["ses"].history
+
+
+def test_rows_come_by_integer_arrays_from_a_memory_map(backbone, layer2, adapted, tmp_path):
+    np.save(tmp_path / "layer2.npy", layer2)
+    mapped = adapt(backbone, np.load(tmp_path / "layer2.npy", mmap_mode="r"), params("ses"), seed=0)
+    assert all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in mapped.snapshots[-1].items())
+
+
+def test_bfloat16_training_goes_the_same_way(backbone, layer2):
+    states = [adapt(backbone, layer2, params(epochs=4), seed=0, precision=p).snapshots[0] for p in (torch.float32, torch.bfloat16)]
+    base = backbone.head.state_dict()
+    a, b = (torch.cat([(s[k] - base[k]).flatten() for k in s]) for s in states)
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.95
+
+
+def test_method_none(backbone, layer2):
+    result = adapt(backbone, layer2, params("none"), seed=0)
+    assert result.snapshots == [] and result.steps == [] and result.classifier is None
+
+
+def test_users_mistakes(backbone, layer2):
+    with pytest.raises(UserError, match="no normal training images"):
+        adapt(backbone, layer2[:0], params(), seed=0)
+    with pytest.raises(UserError, match=r"adapt\.outliers"):
+        adapt(backbone, layer2, params("oe"), seed=0, outliers=layer2[:0])
+
+
+def test_progress_counts_the_steps(backbone, layer2):
+    ticks: list[tuple[int, int]] = []
+    adapt(backbone, layer2, params(), seed=0, progress=lambda *tick: ticks.append(tick))
+    assert ticks == [(i, 4) for i in range(1, 5)]
+
+
+@pytest.mark.parametrize(("method", "on_collapse", "kept"), [("ses", "warn", "all"), ("ses", "fallback", "good"), ("compactness", "fallback", "good")])
+def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collapse, kept):
+    """Weight decay alone, far too strong, shrinks every feature; the head before that is kept."""
+    settings_ = params(method, epochs=10, weight_decay=0.2, learning_rate=0.3, on_collapse=on_collapse)
+    result = adapt(backbone, layer2, settings_, seed=0)
+    assert result.collapsed_at is not None and 0 < result.collapsed_at <= 20
+    if kept == "all":
+        assert result.steps == [0, 10, 20]
+        return
+    good = result.provenance["fell_back_to"]
+    assert result.steps[-1] == good < result.collapsed_at
+    before = [row for row in result.history if row["step"] == good][0]
+    features = features_of(with_state(backbone, result.snapshots[-1]), layer2)
+    centre = features_of(backbone.head, layer2).double().mean(dim=0).float()
+    assert feature_statistics(features, centre)["feature_variance"] == pytest.approx(before["feature_variance"], rel=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-9, 0))
+@settings(deadline=None, max_examples=50)
+def test_packing_keeps_the_differences_and_twice_is_as_once(seed, magnitude):
+    rng = np.random.default_rng(seed)
+    base = {"w": torch.tensor(rng.normal(0, 10.0 ** rng.uniform(-6, 1), (4, 50)), dtype=torch.float32), "bn.running_mean": torch.ones(3)}
+    spread = 10.0 ** (magnitude + rng.uniform(-3, 0, (4, 50)))
+    moved = base["w"] + torch.tensor(rng.normal(size=(4, 50)) * spread, dtype=torch.float32)
+    packed = pack_snapshots(base, [{**base, "w": moved}, base])
+    once = unpack_snapshots(base, packed)
+    delta, found = (moved - base["w"]).double(), (once[0]["w"] - base["w"]).double()
+    ulp = np.spacing(np.maximum(base["w"].abs().numpy(), moved.abs().numpy())).astype(np.float64)
+    assert (np.abs((found - delta).numpy()) <= delta.abs().numpy() * 2.0**-11 + ulp + float(delta.abs().max()) * 2.0**-36).all()
+    assert torch.equal(once[1]["w"], base["w"]) and torch.equal(once[0]["bn.running_mean"], base["bn.running_mean"])
+    twice = unpack_snapshots(base, pack_snapshots(base, once))
+    assert torch.equal(twice[0]["w"], once[0]["w"])
+
+
+def test_packing_of_real_heads(adapted, backbone):
+    base = backbone.head.state_dict()
+    packed = pack_snapshots(base, adapted["ses"].snapshots)
+    assert all(v.is_contiguous() and (v.dtype == torch.float16 or k.endswith(".scale")) for k, v in packed.items())
+    assert not any("running" in k for k in packed)
+    states = unpack_snapshots(base, packed)
+    assert len(states) == 3
+    for state, original in zip(states, adapted["ses"].snapshots, strict=True):
+        for k, v in original.items():
+            torch.testing.assert_close(state[k], v, rtol=1e-6, atol=float((v - base[k]).abs().max()) / 1000 + 1e-12)
+    assert pack_snapshots(base, []) == {} and unpack_snapshots(base, {}) == []
+    del packed["1.layer4.1.conv2.weight"]
+    with pytest.raises(ValueError, match=r"snapshot 1 .* layer4\.1\.conv2\.weight"):
+        unpack_snapshots(base, packed)
+
+
+def test_scores_do_not_depend_on_batch_order_or_threads(backbone, layer2, adapted):
+    """The way the detector takes: fixed micro-batches, then the gallery."""
+    head = with_state(backbone, adapted["ses"].snapshots[-1])
+    rng = np.random.default_rng(0)
+    queries = np.abs(rng.normal(0, 1.1, (11, 128, 4, 4))).astype(np.float16)
+
+    def scores(x: np.ndarray) -> np.ndarray:
+        return Gallery(gallery).score(in_micro_batches(lambda b: head(b.float()), torch.from_numpy(x))[0].numpy(), 2)
+
+    gallery = in_micro_batches(lambda b: head(b.float()), torch.from_numpy(layer2))[0].numpy()
+    expected = scores(queries)
+    threads = torch.get_num_threads()
+    try:
+        for count, batch in itertools.product((1, 2), (1, 4, 11)):
+            torch.set_num_threads(count)
+            order = rng.permutation(len(queries))
+            found = np.concatenate([scores(queries[order[i : i + batch]]) for i in range(0, len(order), batch)])
+            np.testing.assert_array_equal(found, expected[order])
+    finally:
+        torch.set_num_threads(threads)
