@@ -73,18 +73,26 @@ def path(rng: np.random.Generator, start: tuple[float, float], angle: float, len
     return np.vstack([start, np.asarray(start) + np.cumsum(steps, axis=0)])
 
 
-def distance_to(points: NDArray[np.float64], x: Field, y: Field) -> tuple[Field, Field]:
-    """Distance of every canvas point to a polyline (n, 2), pixels, and the place along it, 0..1, of the nearest point."""
-    nearest, place = np.full_like(x, np.inf), np.zeros_like(x)
+def distance_to(points: NDArray[np.float64], x: Field, y: Field, reach: float = 14.0) -> tuple[Field, Field]:
+    """Distance to a polyline (n, 2) and the place along it, 0..1, of the nearest point, for every canvas point.
+
+    Farther than `reach` pixels from the line's bounding box the distance is infinite and the place 0: most of the canvas is.
+    """
+    low, high = points.min(axis=0) - reach, points.max(axis=0) + reach
+    near = (x > low[0]) & (x < high[0]) & (y > low[1]) & (y < high[1])
+    px, py = x[near], y[near]
+    nearest, place = np.full_like(px, np.inf), np.zeros_like(px)
     n = len(points) - 1
     for i in range(n):
         a, ab = points[i], points[i + 1] - points[i]
-        t = np.clip(((x - a[0]) * ab[0] + (y - a[1]) * ab[1]) / max(float(ab @ ab), 1e-9), 0, 1)
-        d = np.hypot(x - a[0] - t * ab[0], y - a[1] - t * ab[1])
+        t = np.clip(((px - a[0]) * ab[0] + (py - a[1]) * ab[1]) / max(float(ab @ ab), 1e-9), 0, 1)
+        d = np.hypot(px - a[0] - t * ab[0], py - a[1] - t * ab[1])
         closer = d < nearest
         nearest = np.where(closer, d, nearest)
         place = np.where(closer, (i + t) / n, place)
-    return nearest, place
+    distance, along = np.full_like(x, np.inf), np.zeros_like(x)
+    distance[near], along[near] = nearest, place
+    return distance, along
 
 
 def mix(below: Surface, above: Surface | NDArray[np.float64], alpha: Field) -> Surface:
