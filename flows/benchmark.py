@@ -5,8 +5,9 @@ panda-ad benchmark cifar10 --dask tcp://scheduler:8786
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,26 @@ def dask_runner(address: str | None = None, **cluster_kwargs: Any):
         else:
             local = {"threads_per_worker": 1, "dashboard_address": None, "host": "127.0.0.1", **cluster_kwargs}
             runner = DaskTaskRunner(cluster_kwargs=local)
-        run_on_cluster.with_options(task_runner=runner)(
-            [list(group) for group in jobs], settings, data.resolve(), out.resolve(), cache.resolve()
-        )
+        groups = [list(group) for group in jobs]
+        with _prefect_server():
+            run_on_cluster.with_options(task_runner=runner)(groups, settings, data.resolve(), out.resolve(), cache.resolve())
 
     return run
+
+
+@contextlib.contextmanager
+def _prefect_server() -> Iterator[None]:
+    """The server that PREFECT_API_URL names, else one of our own for the time being: left to itself, each worker would start its own."""
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    server = SubprocessASGIServer()
+    server.start(timeout=180)  # a busy machine needs more than Prefect's 20 seconds
+    try:
+        with temporary_settings({PREFECT_API_URL: server.api_url}):
+            yield
+    finally:
+        server.stop()

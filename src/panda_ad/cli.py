@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -111,7 +110,6 @@ def benchmark(
     runner = None
     if dask is not None:
         sys.path.insert(0, str(Path.cwd()))  # flows/ belongs to the repository, not to the installed package
-        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")  # a busy machine needs more than Prefect's 20
         from flows.benchmark import dask_runner
 
         runner = dask_runner(None if dask == "local" else dask)

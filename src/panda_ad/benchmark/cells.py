@@ -22,8 +22,8 @@ from panda_ad.adapt import Adapted, adapt
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.ses import ses_scores
 from panda_ad.backbones import Head, load_backbone, resolve_precision
-from panda_ad.benchmark.protocols import Job, Settings, choose_test, train_refs
-from panda_ad.benchmark.sources import Images, Ref, as_item, read_labelled, read_set
+from panda_ad.benchmark.protocols import OUTLIERS, Job, Settings, choose, choose_test, train_refs
+from panda_ad.benchmark.sources import Images, Ref, as_item, as_outlier, read_labelled, read_set
 from panda_ad.files import atomic_file, write_json
 from panda_ad.gallery import Gallery
 from panda_ad.metrics import auroc
@@ -57,6 +57,13 @@ class Bench:
         """`refs` as items of the activation cache, their activations stored there; hashed once per `name`."""
         if name not in self._items:
             self._items[name] = [as_item(ref) for ref in refs]
+            self.activations.warm(self._items[name], label=" ".join(map(str, name)))
+        return self._items[name]
+
+    def outliers(self, name: tuple, files: Sequence[Ref], like: np.ndarray) -> list[Item]:
+        """Outlier images as items, at the resolution of the normal images."""
+        if name not in self._items:
+            self._items[name] = [as_outlier(path, like) for path in files if isinstance(path, Path)]
             self.activations.warm(self._items[name], label=" ".join(map(str, name)))
         return self._items[name]
 
@@ -208,7 +215,11 @@ def _ewc(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
 def _oe(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     """The logit of outlier exposure's linear head on the adapted features."""
     assert bench.settings.outliers is not None
-    outliers = bench.items(("outliers", bench.settings.outliers.name), read_labelled(bench.settings.outliers)[0])
+    files, _ = read_labelled(bench.settings.outliers)
+    limit = None if bench.settings.train is None else OUTLIERS * bench.settings.train
+    like = bench.train_items(job)[0].read()
+    name = ("outliers", bench.settings.outliers.name, *like.shape[:2])
+    outliers = bench.outliers(name, [files[i] for i in choose(len(files), limit, "outliers")], like)
     adapted = _adapted(bench, job, outliers=bench.layer2(outliers))
     assert adapted.classifier is not None
     features = bench.features(bench.layer2(bench.test_items(job)[0]), adapted.snapshots[-1])

@@ -25,6 +25,9 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """Methods that share their work: the unadapted features, or one training run (SES keeps its snapshots, compactness the last)."""
 
+OUTLIERS = 4
+"""Where training images are limited, at most so many times as many outliers are used."""
+
 METHODS = tuple(method for methods in FAMILIES.values() for method in methods)
 
 
@@ -64,7 +67,7 @@ class Settings:
         if family == "ewc":
             facts["fisher"] = self.fisher.name if self.fisher else None
         if family == "oe":
-            facts["outliers"] = self.outliers.name if self.outliers else None
+            facts["outliers"] = f"{self.outliers.name}, at the normal images' resolution" if self.outliers else None
         return facts
 
     def key(self, family: str) -> str:
