@@ -121,7 +121,7 @@ def publish_version(client: MlflowClient, run: Run, params: Params, category: st
             example=_example(category, params),
             tags={**origin, **evaluated},
             card=card,
-            metrics={k: v for k, v in fresh.metrics.items() if k.startswith(f"{plain(category)}/")},
+            metrics=[f"{plain(category)}/{k}" for k in metrics],
         )
     for key, value in evaluated.items():
         if version.tags.get(key) != value:

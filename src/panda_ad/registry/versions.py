@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,7 @@ def register(
     example: bytes,
     tags: Mapping[str, str],
     card: str,
-    metrics: Mapping[str, float],
+    metrics: Sequence[str],
 ) -> ModelVersion:
     """Log the bundle as a model of `run` and register it as a new version of `name`.
 
@@ -74,7 +74,7 @@ def register(
     Parameters
     ----------
     label : name of the logged model within the run.  content : the bundle's hash.  example : an image file.
-    metrics : of the run, shown on the version's page as well.
+    metrics : names of the run's figures that the version's page shows too.
     """
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -88,8 +88,10 @@ def register(
             save(Path(folder) / "model", bundle, example, model.artifact_location, run_id, model.model_id)
             client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        now = run.info.start_time
-        client.log_batch(run_id, metrics=[Metric(k, v, now, 0, model_id=model.model_id, run_id=run_id) for k, v in metrics.items()])
+        latest = [client.get_metric_history(run_id, key)[-1] for key in metrics]
+        # equal to what the run has in every part, so that the run keeps one value of each
+        linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id, run_id=run_id) for m in latest]
+        client.log_batch(run_id, metrics=linked)
         client.finalize_logged_model(model.model_id, "READY")
     return client.create_model_version(
         name, f"models:/{model.model_id}", run_id, tags=dict(tags), description=card, model_id=model.model_id

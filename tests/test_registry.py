@@ -1,0 +1,401 @@
+"""Publishing, promotion, rollback and lineage against a real SQLite store."""
+
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from registry_project import make_project, read_rows, set_gate, write, write_bundle, write_rows, write_scores
+
+from panda_ad.errors import GateRefused, UserError
+from panda_ad.registry import audit
+from panda_ad.registry.connection import connect, download_bundle, without_credentials
+from panda_ad.registry.lineage import explain_version
+from panda_ad.registry.promote import promote, rollback
+from panda_ad.registry.publish import main as publish
+
+NAME = "panda-sample-fabric"
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An empty MLflow database; creating one takes seconds, copying it nothing."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        connect()
+    assert [p.name for p in folder.iterdir()] == ["mlflow.db"]
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_store):
+    """A repository ready to publish, with spaces in its path; the working directory."""
+    folder = make_project(tmp_path / "my plant")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def retrained(folder, quality=1.0, weights=b"weights 2"):
+    """Another change: other code, another model, other scores."""
+    write(folder / "requirements.lock", f"# {weights!r}\n")
+    write_bundle(folder, "fabric", weights)
+    write_scores(folder, "fabric", quality)
+
+
+def aliases():
+    return {k: int(v) for k, v in connect().get_registered_model(NAME).aliases.items()}
+
+
+def moves():
+    return [(m["action"], m["alias"], m["from"], m["to"]) for m in audit.history(connect(), NAME)]
+
+
+def the_run():
+    (run,) = connect().search_runs(["1"])
+    return run
+
+
+def test_publish_puts_everything_on_record(project, monkeypatch):
+    monkeypatch.setenv("PANDA_PREFECT_RUN", "f00d")
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:secret@127.0.0.1:4200/api")
+    publish("fabric")
+    out = json.loads((project / "build/publish/fabric.json").read_text())
+    client, run = connect(), the_run()
+    assert (out["run_id"], out["model_name"], out["version"]) == (run.info.run_id, NAME, 1)
+    assert run.info.status == "FINISHED" and run.info.end_time
+    assert run.data.params["adapt.method"] == "ses" and run.data.params["categories"] == '["fabric"]'
+    assert run.data.metrics["fabric/image_auroc"] == out["metrics"]["image_auroc"]
+    assert run.data.metrics["fabric/seconds/adapt"] == 1.5 and run.data.metrics["peak_mb/extract"] == 300
+    loss = client.get_metric_history(run.info.run_id, "fabric/adapt/loss")
+    assert [(m.step, m.value) for m in loss] == [(i, 1 / (i + 1)) for i in range(20)]
+    assert run.data.tags["panda.data"] == "d" * 64
+    assert run.data.tags["panda.prefect_url"] == "http://127.0.0.1:4200/runs/flow-run/f00d"
+    files = {f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)}
+    assert {"params.yaml", "dvc.lock", "dvc.yaml", "data/manifest.csv", "data/data_docs", "data/problems.csv"} <= files
+    assert {"fabric/report.html", "fabric/scores.csv", "fabric/roc.csv", "fabric/histogram.csv"} <= files
+    version = client.get_model_version(NAME, "1")
+    assert aliases() == {"challenger": 1}
+    assert version.tags["panda.bundle"] == out["bundle"] and version.tags["panda.image_auroc"] == "1"
+    for words in ("# panda-sample-fabric", "image AUROC | 1 | 0.9800 to 1.0000", "8 train, 6 calibration, 10 test good", "Score > 0.6"):
+        assert words in version.description
+
+
+def test_the_model_holds_no_pickle_and_its_own_code(project):
+    publish("fabric")
+    bundle = download_bundle(f"models:/{NAME}@challenger")
+    model = bundle.parent.parent
+    names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
+    assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
+    assert {"MLmodel", "model.py", "code/panda_ad/detector.py", "input_example.json"} <= names
+    assert not any(n.endswith((".pkl", ".pickle", ".pyc")) or "/weights/" in n for n in names)
+    requirements = (model / "requirements.txt").read_text()
+    assert "torch==" in requirements and "+" not in requirements and "://" not in requirements
+
+
+def test_publishing_again_adds_nothing(project):
+    publish("fabric")
+    before = (project / "build/publish/fabric.json").read_text()
+    files = {p: p.stat().st_mtime_ns for p in (project / "mlartifacts").rglob("*") if p.is_file()}
+    publish("fabric")
+    assert (project / "build/publish/fabric.json").read_text() == before
+    assert {p: p.stat().st_mtime_ns for p in (project / "mlartifacts").rglob("*") if p.is_file()} == files
+    assert len(connect().get_metric_history(the_run().info.run_id, "fabric/adapt/loss")) == 20
+    assert len(connect().get_metric_history(the_run().info.run_id, "fabric/image_auroc")) == 1
+
+
+def test_categories_share_the_run_of_their_change(tmp_path, monkeypatch, empty_store):
+    folder = make_project(tmp_path / "p", ("fabric", "metal nut (v2)"))
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    for category in ("fabric", "metal nut (v2)"):
+        publish(category)
+    metrics = the_run().data.metrics
+    assert {"fabric/image_auroc", "metal nut _v2_/image_auroc"} <= set(metrics)
+    assert [str(d) for d in promote()] and connect().get_model_version_by_alias("panda-sample-metal nut (v2)", "staging").version
+
+
+def test_a_new_change_is_a_new_run_and_only_a_new_bundle_a_new_version(project):
+    publish("fabric")
+    write(project / "requirements.lock", "# other\n")
+    publish("fabric")
+    assert len(connect().search_runs(["1"])) == 2
+    assert aliases() == {"challenger": 1}
+    assert connect().get_model_version(NAME, "1").tags["panda.run"] != connect().get_model_version(NAME, "1").run_id
+    write_bundle(project, "fabric", b"other weights")
+    publish("fabric")
+    assert aliases() == {"challenger": 2}
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nothing catches it."""
+
+
+WRITES = (
+    "create_experiment", "create_run", "update_run", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
+    "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version",
+    "set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
+    "set_registered_model_tag", "set_terminated", "transition_model_version_stage",
+)  # fmt: skip
+
+
+def killed_after(monkeypatch, number):
+    """Let `number` writes to MLflow happen, then die; returns the list that counts them."""
+    from mlflow import MlflowClient
+
+    done: list[str] = []
+
+    def wrap(name, real):
+        @functools.wraps(real)
+        def write_then_die(self, *args, **kwargs):
+            result = real(self, *args, **kwargs)
+            done.append(name)
+            if len(done) == number:
+                raise Killed
+            return result
+
+        return write_then_die
+
+    for name in WRITES:
+        monkeypatch.setattr(MlflowClient, name, wrap(name, getattr(MlflowClient, name)))
+    return done
+
+
+def snapshot():
+    """All that a publish leaves, without ids and times."""
+    client, run = connect(), the_run()
+    history = {k: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)] for k in run.data.metrics}
+    version = client.get_model_version(NAME, "1")
+    ids = ("panda.run", "panda.change")
+    models = client.search_logged_models(["1"])
+    return (
+        run.info.status, run.data.params, history, sorted(run.data.tags), version.description, version.aliases, version.current_stage,
+        {k: v for k, v in version.tags.items() if k not in ids and not k.startswith("gate.")}, [str(m.status) for m in models],
+        len(client.search_model_versions(f"name = '{NAME}'")), len(run.outputs.model_outputs), aliases(), moves(),
+    )  # fmt: skip
+
+
+def test_killed_after_any_write_publish_and_promote_end_as_if_undisturbed(project, monkeypatch, empty_store):
+    def fresh():
+        shutil.rmtree(project / "mlartifacts", ignore_errors=True)
+        from mlflow.store.db.utils import create_sqlalchemy_engine
+
+        with create_sqlalchemy_engine(f"sqlite:///{project / 'mlflow.db'}").begin() as db:  # the open store keeps the file
+            for table in ("registered_model_aliases", "registered_model_tags", "model_version_tags", "model_versions", "registered_models",
+                          "logged_model_metrics", "logged_model_tags", "logged_model_params", "logged_models", "inputs", "input_tags",
+                          "latest_metrics", "metrics", "params", "tags", "runs"):  # fmt: skip
+                db.exec_driver_sql(f"DELETE FROM {table}")
+            db.exec_driver_sql("DELETE FROM experiments WHERE name <> 'Default'")
+
+    def both():
+        publish("fabric")
+        promote("fabric")
+
+    with monkeypatch.context() as patch:
+        writes = killed_after(patch, -1)
+        both()
+    undisturbed = snapshot()
+    total = len(writes)
+    assert total > 25 and {"create_model_version", "set_registered_model_alias", "finalize_logged_model"} <= set(writes)
+    for number in range(1, total + 1):
+        fresh()
+        with monkeypatch.context() as patch:
+            killed_after(patch, number)
+            with pytest.raises(Killed):
+                both()
+        found = aliases() if number > writes.index("create_registered_model") + 1 else {}
+        assert found.get("staging") in (None, 1)
+        both()
+        end = snapshot()
+        # after the move itself, its record is written by the next promote, which says so
+        assert end == undisturbed, f"killed after write {number}, {writes[number - 1]}"
+
+
+def test_first_promotion_looks_at_floors_only_and_again_does_nothing(project):
+    publish("fabric")
+    (decision,) = promote()
+    assert decision.outcome == "promoted" and {r.name for r in decision.rules} == {
+        "image AUROC floor", "pixel AUROC floor", "calibration holds",
+    }  # fmt: skip
+    assert aliases() == {"challenger": 1, "staging": 1}
+    (again,) = promote()
+    assert again.outcome == "unchanged" and moves() == [("promote", "staging", None, "1")]
+    version = connect().get_model_version(NAME, "1")
+    assert version.current_stage == "Staging"
+    assert version.tags["gate.staging"].startswith("promoted ")
+    assert version.tags["gate.staging.image AUROC floor"].startswith("passed: 1 (limit >= 0.6)")
+    assert json.loads((project / "build/decisions/fabric.json").read_text())["outcome"] == "unchanged"
+
+
+def test_a_better_version_takes_over_and_the_old_one_stays_at_previous(project):
+    publish("fabric")
+    promote()
+    retrained(project)
+    publish("fabric")
+    (decision,) = promote("fabric")
+    assert (decision.version, decision.incumbent) == ("2", "1")
+    assert aliases() == {"challenger": 2, "staging": 2, "previous": 1}
+    assert [connect().get_model_version(NAME, v).current_stage for v in "12"] == ["Archived", "Staging"]
+    run = connect().get_model_version(NAME, "2").tags["panda.run"]
+    path = connect().download_artifacts(run, "fabric/decisions/staging-version-2.json")
+    with open(path) as f:
+        saved = json.load(f)
+    assert saved["outcome"] == "promoted" and "image AUROC not worse" in {r["name"] for r in saved["rules"]}
+
+
+def test_a_worse_version_is_refused_by_name_and_amount(project):
+    publish("fabric")
+    promote()
+    retrained(project, quality=0.1)
+    publish("fabric")
+    with pytest.raises(GateRefused, match=r"version 2 not promoted to @staging: .*image AUROC not worse.*too much") as refusal:
+        promote()
+    assert refusal.value.exit_code == 3 and "\n" not in str(refusal.value)
+    assert aliases() == {"challenger": 2, "staging": 1} and moves() == [("promote", "staging", None, "1")]
+    assert connect().get_model_version(NAME, "2").tags["gate.staging"].startswith("refused ")
+    set_gate(project, margin=None, recall_margin=None, min_image_auroc=0.0, min_pixel_auroc=None, false_alarm_risk=None)
+    (decision,) = promote()
+    assert decision.outcome == "promoted" and decision.rules[0].name == "image AUROC floor"
+    assert "gate.staging.image AUROC not worse" not in connect().get_model_version(NAME, "2").tags
+
+
+def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
+    for weights in (b"1", b"2", b"3"):
+        retrained(project, weights=weights)
+        publish("fabric")
+        promote()
+    assert rollback("fabric").version == "2"
+    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
+    (held,) = promote()
+    assert held.outcome == "held back" and "--to-version 3" in held.reason and aliases()["staging"] == 2
+    rollback("fabric")
+    assert aliases() == {"challenger": 3, "staging": 1}
+    with pytest.raises(UserError, match="no version before version 1"):
+        rollback("fabric")
+    rollback("fabric", to_version=3)
+    assert aliases() == {"challenger": 3, "staging": 3, "previous": 2}
+    assert promote()[0].outcome == "unchanged"
+    assert moves()[-3:] == [("rollback", "staging", "3", "2"), ("rollback", "staging", "2", "1"), ("rollback", "staging", "1", "3")]
+    last = audit.history(connect(), NAME)[-1]
+    assert last["who"] and last["when"].endswith("+00:00") and last["why"] == "asked for version 3"
+    with pytest.raises(UserError, match="version 3 is @staging already"):
+        rollback("fabric", 3)
+    with pytest.raises(UserError, match="no such registered model"):
+        rollback("fabric", 99)
+
+
+def test_staging_becomes_champion(project):
+    publish("fabric")
+    with pytest.raises(UserError, match="promote one to staging first"):
+        promote(to="champion")
+    promote()
+    assert promote(to="champion")[0].outcome == "promoted"
+    assert aliases() == {"challenger": 1, "staging": 1, "champion": 1}
+    assert connect().get_model_version(NAME, "1").current_stage == "Production"
+
+
+def test_explain_version_names_what_reproduces_it(project):
+    publish("fabric")
+    promote()
+    facts = explain_version(NAME, "@staging")
+    assert (facts["version"], facts["aliases"], facts["data_hash"]) == (1, ["challenger", "staging"], "d" * 64)
+    assert facts["params"]["gallery.k"] == "2" and facts["metrics"]["image_auroc"] == 1.0
+    assert facts["moves"][0]["to"] == "1" and facts["gate"]["staging"].startswith("promoted")
+    assert facts["run_id"] == the_run().info.run_id and any("dvc repro" in c for c in facts["reproduce"])
+    with pytest.raises(UserError, match="no such registered model"):
+        explain_version(NAME, 7)
+
+
+def test_the_commit_is_on_record_and_whether_inputs_differ_from_it(project):
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "params.yaml"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    publish("fabric")
+    assert the_run().data.tags["panda.git_dirty"] == "true"
+    subprocess.run([*git, "add", "dvc.yaml", "data.dvc", "requirements.lock"], check=True)
+    subprocess.run([*git, "commit", "-qm", "y"], check=True)
+    publish("fabric")
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert (the_run().data.tags["panda.git_dirty"], the_run().data.tags["mlflow.source.git.commit"]) == ("false", head)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "models:/x", "models:/x/y", f"models:/{NAME}@nobody", f"models:/{NAME}/9", "models:/no@staging"])
+def test_a_model_that_is_not_there_is_one_clear_line(project, text):
+    publish("fabric")
+    with pytest.raises(UserError) as error:
+        download_bundle(text)
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_cannot_be_promoted_says_so(project):
+    with pytest.raises(UserError, match="no such registered model; run `dvc repro`"):
+        promote()
+    with pytest.raises(UserError, match="nuts: no such category"):
+        promote("nuts")
+    with pytest.raises(UserError, match="staging or champion"):
+        promote(to="moon")
+
+
+@pytest.mark.parametrize("missing", ["build/validation/report.json", "build/evaluation/fabric/metrics.json", "build/bundle/fabric/bundle.json"])
+def test_publish_before_the_other_stages_says_what_to_run(project, missing):
+    (project / missing).unlink()
+    with pytest.raises(UserError, match="dvc repro"):
+        publish("fabric")
+
+
+def test_a_new_test_set_without_its_images_is_refused_clearly(project):
+    publish("fabric")
+    promote()
+    rows = read_rows(project / "build/validation/manifest.csv")
+    write_rows(project / "build/validation/manifest.csv", rows[:-1])
+    retrained(project)
+    publish("fabric")
+    shutil.rmtree(project / "data")
+    with pytest.raises(UserError, match=r"(dvc checkout|not a bundle|damaged bundle)"):
+        promote()
+    assert aliases()["staging"] == 1
+
+
+def test_an_unreachable_server_is_named_within_seconds(project, monkeypatch):
+    with socket.socket() as listener:  # accepts, and never answers
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        silent = f"127.0.0.1:{listener.getsockname()[1]}"
+        for place in ("127.0.0.1:1", silent):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{place}")
+            start = time.monotonic()
+            with pytest.raises(UserError, match=f"MLflow at http://{place} does not answer") as error:
+                publish("fabric")
+            assert time.monotonic() - start < 6 and "secret" not in str(error.value)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/db")
+    with pytest.raises(UserError, match="does not answer"):
+        connect()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///tmp/runs")
+    with pytest.raises(UserError, match="sqlite:///FILE"):
+        connect()
+
+
+def test_credentials_are_not_printed():
+    assert without_credentials("https://me:pa@ss@host:5000/x") == "https://host:5000/x"
+
+
+def test_the_command_prints_one_line_and_exits_2(project):
+    env = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
+    done = subprocess.run([sys.executable, "-m", "panda_ad.registry.publish", "fabric"], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "http://127.0.0.1:1" in done.stderr
+    assert not (project / "build/publish").exists()
+
+
+def test_publishing_does_not_import_torch(project):
+    code = "import sys; from panda_ad.registry.publish import main; main('fabric'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

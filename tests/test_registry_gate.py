@@ -1,0 +1,146 @@
+"""The gate's rules, on score tables alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from panda_ad.metrics import auroc
+from panda_ad.params import GateParams
+from panda_ad.registry.gate import Evidence, align, judge, recall_at_budget, refusal, same_images
+
+OFF = {
+    "margin": None, "recall_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,
+    "min_defect_auroc": None, "min_defect_recall": None, "must_catch": [], "false_alarm_risk": None, "max_latency_ms": None,
+    "max_bundle_mb": None,
+}  # fmt: skip
+
+
+def table(good, defects):
+    """Scores of good images, and of defects {kind: scores}."""
+    rows = [(f"good/{i}.png", f"g{i}", 0, "good", s) for i, s in enumerate(good)]
+    rows += [(f"{kind}/{i}.png", f"{kind}{i}", 1, kind, s) for kind, scores in defects.items() for i, s in enumerate(scores)]
+    return pd.DataFrame(rows, columns=["path", "sha256", "label", "defect", "score"])
+
+
+def evidence(scores=None, **changes):
+    scores = table([0.1, 0.2, 0.3, 0.4], {"hole": [0.9, 0.8], "stain": [0.35, 0.7]}) if scores is None else scores
+    facts = {"threshold": 0.5, "metrics": {"pixel_auroc": 0.9}, "budget": 0.05, "calibration": 24, **changes}
+    return Evidence(scores=scores, **facts)
+
+
+def gate(**rules):
+    return GateParams(**{**OFF, **rules})
+
+
+def test_no_rules_let_everything_through():
+    assert judge(evidence(), gate()) == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "passed", "value"),
+    [
+        ({"min_image_auroc": 0.9}, [True], 15 / 16),
+        ({"min_image_auroc": 0.95}, [False], 15 / 16),
+        ({"min_pixel_auroc": 0.9}, [True], 0.9),
+        ({"min_pixel_auroc": 0.91}, [False], 0.9),
+        ({"min_defect_auroc": 0.9}, [True, False], 1.0),
+        ({"min_defect_auroc": {"stain": 0.8}}, [True], 7 / 8),
+        ({"min_defect_recall": 0.6}, [True, False], 1.0),
+        ({"max_bundle_mb": 24.9}, [False], 25.0),
+        ({"max_bundle_mb": 25.0}, [True], 25.0),
+        ({"max_latency_ms": 10.0}, [False], 12.0),
+    ],
+)
+def test_floors_and_ceilings(rules, passed, value):
+    found = judge(evidence(bundle_mb=25.0, latency_ms=12.0), gate(**rules))
+    assert [r.passed for r in found] == passed
+    assert found[0].value == pytest.approx(value)
+    for rule in found:
+        assert rule.by == (0 if rule.passed else pytest.approx(abs(rule.value - rule.limit)))
+
+
+def test_a_refusal_names_the_rule_and_by_how_much():
+    text = refusal(judge(evidence(), gate(min_image_auroc=0.95, min_pixel_auroc=0.5)))
+    assert text == "image AUROC floor: 0.9375 (limit >= 0.95), off by 0.0125"
+
+
+def test_no_pixel_floor_without_masks():
+    assert judge(evidence(metrics={}), gate(min_pixel_auroc=0.9)) == []
+
+
+@pytest.mark.parametrize(
+    ("entry", "passed"), [("hole/0.png", True), ("hole0", True), ("stain/0.png", False), ("grid/hole/0.png", None), ("typo.png", False)]
+)
+def test_must_catch(entry, passed):
+    found = judge(evidence(test_images=frozenset({"grid/hole/0.png"})), gate(must_catch=[entry]))
+    assert [r.passed for r in found] == ([] if passed is None else [passed])
+
+
+def test_the_threshold_itself_is_no_alarm():
+    scores = table([0.1, 0.5], {"hole": [0.5]})
+    (rule,) = judge(evidence(scores), gate(must_catch=["hole/0.png"]))
+    assert not rule.passed
+
+
+def noisy(seed, shift=1.5, n=40):
+    rng = np.random.default_rng(seed)
+    return table(rng.normal(0, 1, n), {"hole": rng.normal(shift, 1, n)})
+
+
+def test_equal_scores_are_not_worse():
+    scores = noisy(0)
+    rules = judge(evidence(scores, incumbent=scores), gate(margin=0.0, recall_margin=0.0))
+    assert [(r.passed, r.value) for r in rules] == [(True, 0.0), (True, 0.0)]
+
+
+def test_a_worse_candidate_is_refused_and_a_better_one_is_not():
+    good = noisy(1)
+    spoiled = good.assign(score=np.where(good["label"] == 1, good["score"] - 1.0, good["score"]))
+    rules = gate(margin=0.02, recall_margin=0.1)
+    refused = judge(evidence(spoiled, incumbent=good), rules)
+    assert [r.passed for r in refused] == [False, False]
+    assert refused[0].value > auroc(good["label"], good["score"]) - auroc(spoiled["label"], spoiled["score"]) - 1e-9
+    assert "image AUROC not worse" in refusal(refused) and "too much" in refusal(refused)
+    assert all(r.passed for r in judge(evidence(good, incumbent=spoiled), rules))
+
+
+def test_more_confidence_asks_for_more():
+    a, b = noisy(2), noisy(2)
+    b = b.assign(score=b["score"] + np.random.default_rng(0).normal(0, 0.3, len(b)))
+    drops = [judge(evidence(b, incumbent=a), gate(margin=1.0, confidence=c))[0].value for c in (0.5, 0.8, 0.99)]
+    assert drops == sorted(drops) and drops[0] < drops[2]
+
+
+def test_recall_at_budget_spends_the_budget_on_the_good_images():
+    labels = np.array([0] * 20 + [1] * 4)
+    scores = np.r_[np.arange(20), [18.5, 19.5, 18.0, 3.0]].astype(float)
+    assert recall_at_budget(0.05)(labels, scores) == 0.5  # one alarm of 20 allowed: above 18
+    assert recall_at_budget(0.01)(labels, scores) == 0.25  # none: above 19
+
+
+def test_calibration_holds_as_often_as_the_risk_says():
+    rng = np.random.default_rng(3)
+    n, m, rate, risk, refused, rounds = 39, 30, 0.05, 0.05, 0, 1500
+    for _ in range(rounds):
+        calibration = np.sort(rng.normal(size=n))
+        scores = table(rng.normal(size=m), {"hole": [9.0]})
+        (rule,) = judge(evidence(scores, threshold=calibration[-2], budget=rate, calibration=n), gate(false_alarm_risk=risk))
+        refused += not rule.passed
+    assert 0 < refused / rounds <= risk + 3 * np.sqrt(risk * (1 - risk) / rounds)
+
+
+def test_calibration_is_held_against_the_newest_good_images():
+    scores = table([0.1] * 90 + [0.9] * 10, {"hole": [0.9]})
+    known = frozenset(f"g{i}" for i in range(90))
+    (rule,) = judge(evidence(scores, known=known), gate(false_alarm_risk=0.001))
+    assert not rule.passed and "10 alarms on 10 newest good images" in rule.text
+    (rule,) = judge(evidence(scores, known=known | {"g90"}), gate(false_alarm_risk=1e-9))
+    assert "100 good test images" in rule.text  # nine new ones are too few
+
+
+def test_tables_are_compared_by_content_not_by_order():
+    a = noisy(4)
+    b = a.sample(frac=1, random_state=0)
+    assert same_images(a, b) and (align(b, a)["score"].to_numpy() == a["score"].to_numpy()).all()
+    assert not same_images(a, b.iloc[1:])
+    assert not same_images(a, b.assign(label=1 - b["label"]))
