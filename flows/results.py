@@ -20,7 +20,7 @@ from panda_ad.registry.connection import without_credentials
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate said of a category; `decision` is 'not asked' where it was not to, or could not."""
+    """What the gate said of a category: promoted, unchanged, held back, refused, failed, or not asked (not to, or no new version)."""
 
     category: str
     decision: str
@@ -30,28 +30,45 @@ class GateResult:
     def of(cls, category: str, state: State | None) -> GateResult:
         if state is None:
             return cls(category, "not asked", "promotion was switched off for this run")
-        decision = {"Completed": "passed", "Refused": "refused", "Failed": "failed"}.get(str(state.name), "not asked")
-        return cls(category, decision, " ".join(str(state.message or "").split()))
+        return cls(
+            category, str(state.name).lower() if state.is_final() else "not asked", " ".join(str(state.message or "").split())
+        )
 
 
 def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
-    """Create the artifacts `retrain-results` (table), `retrain-summary` (markdown) and a link per category's version in MLflow."""
-    rows = [_row(gate) for gate in gates]
+    """Create the artifacts of a run.
+
+    `retrain-results` (table: figures per category), `retrain-summary` (markdown), and per category `gate-<category>` (table: every
+    rule with its figure) and `mlflow-<category>` (link). A category with a failed stage has no figures: those on disk are of an
+    earlier run.
+    """
+    finished = {
+        g.category for g in gates if all(s.is_completed() for name, s in states.items() if name.endswith(f"@{g.category}"))
+    }
+    rows = [_row(gate, gate.category in finished) for gate in gates]
     create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
     lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
     lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {_cell(r['why'])} |" for r in rows]
     lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
     lines += [f"| {name} | {state.name} | {_cell(str(state.message or ''))} |" for name, state in states.items()]
-    links = {gate.category: link for gate in gates if (link := _mlflow_link(gate.category))}
+    links = {category: link for category in sorted(finished) if (link := _mlflow_link(category))}
     lines += [""] + [f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
         create_link_artifact(link, link_text=f"MLflow: registered version of {category}", key=f"mlflow-{_key(category)}")
+    for gate in gates:
+        if gate.decision in ("promoted", "refused"):
+            rules = _read(Path("build/decisions") / f"{gate.category}.json").get("rules", [])
+            table = [
+                {"rule": r["name"], "passed": r["passed"], "value": r["value"], "limit": r["limit"], "figure": r["text"]}
+                for r in rules
+            ]
+            create_table_artifact(table, key=f"gate-{_key(gate.category)}", description=f"{gate.category}: {gate.reason}")
 
 
-def _row(gate: GateResult) -> dict[str, Any]:
-    metrics = _read(Path("build/evaluation") / gate.category / "metrics.json")
-    published = _read(Path("build/publish") / f"{gate.category}.json")
+def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
+    metrics = _read(Path("build/evaluation") / gate.category / "metrics.json") if finished else {}
+    published = _read(Path("build/publish") / f"{gate.category}.json") if finished else {}
     return {
         "category": gate.category,
         "image AUROC": _figure(metrics, "image_auroc"),

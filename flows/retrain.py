@@ -49,12 +49,12 @@ def promote_category(category: str) -> State:
     from panda_ad.registry.promote import promote
 
     try:
-        decisions = promote([category], "staging")
+        (decision,) = promote([category], "staging")
     except GateRefused as e:
         return Failed(name="Refused", message=str(e))
     except UserError as e:
         return Failed(message=str(e))
-    return Completed(message="; ".join(str(d) for d in decisions))
+    return Completed(name=decision.outcome.capitalize(), message=str(decision))
 
 
 @task(cache_policy=NO_CACHE)
@@ -137,7 +137,8 @@ def _summary(states: Mapping[str, State], gates: Mapping[str, State]) -> State:
         return Failed(name="Refused", message="; ".join(f"{c}: {m}" for c, m in refused.items()))
     ran = sum(s.name != "Unchanged" for s in states.values())
     return Completed(
-        message=f"{ran} of {len(states)} tasks had work" + (f", promoted or kept: {', '.join(gates)}" if gates else "")
+        message=f"{ran} of {len(states)} tasks had work"
+        + (f", {'; '.join(f'{c} {str(s.name).lower()}' for c, s in gates.items())}" if gates else "")
     )
 
 

@@ -140,3 +140,35 @@ def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
 
 def test_children_get_this_pythons_commands(project):
     assert common.child_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_figures_in_the_artifacts():
+    from flows.results import _figure, _key
+
+    metrics = {"image_auroc": 0.91234, "image_auroc_low": 0.88, "image_auroc_high": 0.94, "threshold": 12.3456}
+    assert _figure(metrics, "image_auroc") == "0.912 [0.880, 0.940]"
+    assert _figure(metrics, "threshold") == "12.35"
+    assert _figure(metrics, "pixel_auroc") == ""
+    assert [_key("Metal Nut"), _key("Grün_1"), _key("布")] == ["metal-nut", "grun-1", "e5b883"]
+
+
+def test_the_link_leads_to_the_version_and_holds_no_password(project, monkeypatch):
+    from flows.results import _mlflow_link
+
+    assert _mlflow_link("fabric") is None
+    Path("build/publish").mkdir(parents=True, exist_ok=True)
+    Path("build/publish/fabric.json").write_text('{"model_name": "panda-sample-fabric", "version": "3"}')
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:secret@mlflow.example:8443/")
+    assert _mlflow_link("fabric") == "https://mlflow.example:8443/#/models/panda-sample-fabric/versions/3"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert _mlflow_link("fabric") == "http://127.0.0.1:5000/#/models/panda-sample-fabric/versions/3"
+
+
+def test_nothing_to_promote_fails_with_one_line(project, monkeypatch):
+    """The real registry, a store of its own, no model in it."""
+    from flows.retrain import promote_category
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    state = promote_category.fn("fabric")
+    assert state.is_failed() and state.name == "Failed"
+    assert state.message.startswith("panda-sample-fabric: no") and "\n" not in state.message
