@@ -1,0 +1,122 @@
+"""Patch memory (PatchCore, Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3), for comparison with SPADE.
+
+Left out: PatchCore's pooling of channels to 1,024, and its re-weighted image score (images are scored by kNN, as in PANDA).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from panda_ad.files import write_json
+from panda_ad.localize.maps import BATCH, Maps, positions, smooth, upsample
+from panda_ad.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
+
+POOL = 100_000
+"""Most patches the coreset chooses from, drawn at random: keeps the greedy choice in the processor's cache."""
+_PROJECTED = 32  # dimensions in which the coreset measures distances (Johnson-Lindenstrauss, section 3.2)
+
+
+@dataclass
+class PatchMemory:
+    """A coreset of the normal images' patch features; a position's anomaly is the Euclidean distance to the nearest.
+
+    Attributes
+    ----------
+    rows : the memory, float16 (K, C2 + C3).
+    basis : for the search.
+    sigma : pixels at input size.
+    """
+
+    rows: Rows
+    basis: Basis
+    sigma: float
+    _packed: Packed = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._packed = pack(self.rows, self.basis)
+
+    @classmethod
+    def build(cls, maps: Maps, count: int, fraction: float, limit: int, sigma: float, seed: int) -> PatchMemory:
+        """Memory of `fraction` of the patches of `count` images, at most `limit`, chosen greedily from at most `POOL`."""
+        generator = torch.Generator().manual_seed(seed)
+        parts: list[Tensor] = []
+        total = 0
+        quota = max(1, POOL // count)  # patches drawn per image
+        for i in range(0, count, BATCH):
+            batch = positions(patch_features(maps(slice(i, i + BATCH))))  # (B, P, C)
+            total += batch.shape[0] * batch.shape[1]
+            for rows in batch:
+                drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
+                parts.append(rows[drawn])
+        pool = torch.cat(parts)
+        values = pool[greedy_coreset(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)]
+        basis = fit_basis(values)
+        return cls(Rows(values, bounds(values, basis)), basis, sigma)
+
+    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """See `Localizer.heatmaps`."""
+        out = np.empty((len(maps["layer2"]), *size), np.float32)
+        for b in range(len(out)):
+            features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
+            distances = nearest(positions(features)[0], [self._packed], self.basis)
+            out[b] = smooth(upsample(distances, (features.shape[2], features.shape[3]), size), self.sigma)
+        return out
+
+    def save(self, folder: Path) -> None:
+        """Write localizer.json and memory.safetensors."""
+        tensors = {"values": self.rows.values, "bounds": self.rows.bounds, "mean": self.basis.mean, "axes": self.basis.axes}
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
+        write_json(folder / "localizer.json", {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank})
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
+        """Read what `save` wrote."""
+        t = load_file(folder / "memory.safetensors")
+        return cls(Rows(t["values"], t["bounds"]), Basis(t["mean"], t["axes"], config["rank"]), config["sigma"])
+
+
+def patch_features(maps: dict[str, Tensor]) -> Tensor:
+    """Locally aware patch features: mean of each 3 x 3 neighbourhood (of what lies inside the map), layer3 brought to layer2's grid.
+
+    layer2 (B, C2, h, w), layer3 (B, C3, h', w') -> float16 (B, C2 + C3, h, w). Each image is computed alone.
+    """
+    out = []
+    for layer2, layer3 in zip(maps["layer2"], maps["layer3"], strict=True):
+        pooled2, pooled3 = (F.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in (layer2, layer3))
+        pooled3 = F.interpolate(pooled3, size=pooled2.shape[2:], mode="bilinear", align_corners=False)
+        out.append(torch.cat([pooled2, pooled3], dim=1).half())
+    return torch.cat(out)
+
+
+def greedy_coreset(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Farthest-point choice: each time the row farthest from all chosen ones; indices (at most `size`,) int64.
+
+    Distances are taken in a Gaussian random projection to 32 dimensions. Stops early where all that is left are copies of chosen rows.
+    """
+    x = rows.float()
+    x = x - x.mean(0)
+    if x.shape[1] > _PROJECTED:
+        x = x @ torch.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
+    norms = x.square().sum(1)
+    copy = 1e-6 * float(norms.max())
+    away = torch.full((len(x),), torch.inf)  # squared distance to the nearest chosen row
+    buffer = torch.empty(len(x))
+    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
+    for _ in range(size - 1):
+        last = chosen[-1]
+        torch.addmv(norms, x, x[last], alpha=-2, out=buffer)
+        torch.minimum(away, buffer.add_(norms[last]), out=away)
+        away[last] = -torch.inf
+        farthest = int(away.argmax())
+        if away[farthest] <= copy:
+            break
+        chosen.append(farthest)
+    return torch.tensor(chosen)
