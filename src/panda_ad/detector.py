@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from panda_ad.calibration import Threshold, p_values, threshold
 from panda_ad.errors import UserError
 from panda_ad.files import write_json
 from panda_ad.gallery import Gallery
-from panda_ad.localize import Localizer, load_localizer
+
+if TYPE_CHECKING:
+    from panda_ad.localize import Localizer
 
 FORMAT = 1
 """Version of the bundle's layout; a bundle of a newer one is refused."""
@@ -240,7 +242,7 @@ class Detector:
             adapted = iter(unpack_snapshots(backbone.head.state_dict(), groups["heads"]))
             heads = [backbone.head if step == 0 else with_state(backbone.head, next(adapted)) for step in config["steps"]]
             galleries = [Gallery.load(folder / f"gallery_{s}.faiss") for s in range(len(heads))]
-            localizer = load_localizer(folder / "localizer") if (folder / "localizer").exists() else None
+            localizer = _load_localizer(folder / "localizer")
             images, means = config.pop("images"), np.array(config.pop("train_means"))
             config.pop("format")
         except UserError:
@@ -251,6 +253,14 @@ class Detector:
             raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
         thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
         return cls(config, backbone, heads, galleries, means, groups["classifier"] or None, calibration, localizer, images, thumbnails)
+
+
+def _load_localizer(folder: Path) -> Localizer | None:
+    if not folder.exists():
+        return None
+    from panda_ad.localize import load_localizer
+
+    return load_localizer(folder)
 
 
 def _pooled_and_layer3(head: Head, layer2: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from panda_ad.data.images import SUFFIXES, read_image
+from panda_ad.data.images import read_image
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 
 COLUMNS = ("path", "score", "p_value", "decision", "threshold", "x0", "y0", "x1", "y1")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 _BATCH = 32
 
 
@@ -109,12 +110,12 @@ def score_paths(
 
 
 def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:
-    """Write the image with its heat map laid over it, red where it is most unlike the normal images of its own scale."""
+    """Write the image with its heat map laid over it, coloured where it exceeds what normal images show."""
     from PIL import Image
 
+    start, full = detector.config["heatmap_range"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    low, high = np.median(heatmap), max(heatmap.max(), detector.config.get("heatmap_scale", 0.0))
-    strength = np.clip((heatmap - low) / max(high - low, 1e-12), 0, 1)[..., None]
+    strength = np.clip((heatmap - start) / max(full - start, 1e-12), 0, 1)[..., None]
     colour = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=2)
     blend = rgb * (1 - 0.65 * strength) + colour * 0.65 * strength
     with atomic_file(path) as temporary:

@@ -1,16 +1,24 @@
-"""Stage `adapt`: fine-tune the head on a category's normal training images (paper, sections 3.2 to 3.4)."""
+"""Stage `adapt`: fine-tune the head on a category's normal training images (paper, sections 3.2 to 3.5)."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
-from panda_ad.adapt import adapt
-from panda_ad.adapt.snapshots import pack_snapshots
+from panda_ad.activations import Activations, Item
+from panda_ad.adapt import adapt, pack_snapshots
+from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
+from panda_ad.backbones import Backbone
+from panda_ad.data.images import read_image
+from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder, write_json
-from panda_ad.params import load_params
-from panda_ad.stages.common import BUILD, activations_for, backbone_for, category_rows, items_of, run_stage, threads
+from panda_ad.params import Params, load_params
+from panda_ad.score import image_files
+from panda_ad.stages.common import BUILD, CACHE, activations_for, backbone_for, category_rows, items_of, run_stage, threads
 
 
 def main(category: str) -> None:
@@ -28,19 +36,43 @@ def main(category: str) -> None:
         outlier_items = folder_items(Path(params.adapt.outliers or ""), "adapt.outliers")
         activations.warm(outlier_items, label="outliers")
         outliers = activations.view(outlier_items)
+    fisher = given_fisher(params, backbone, activations) if params.adapt.method == "ewc" else None
     adapted = adapt(
-        backbone, activations.view(items), params.adapt, seed=params.seed, outliers=outliers, fisher=fisher_for(params, backbone, activations)
+        backbone, activations.view(items), params.adapt, seed=params.seed, outliers=outliers, fisher=fisher, fisher_cache=CACHE / "fisher"
     )
-    steps = adapted.steps
-    tensors = pack_snapshots(backbone.head.state_dict(), [s for s, step in zip(adapted.snapshots, steps, strict=True) if step > 0])
+    trained = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
+    tensors = pack_snapshots(backbone.head.state_dict(), trained) | {f"classifier.{k}": v for k, v in (adapted.classifier or {}).items()}
     with atomic_folder(BUILD / "adapt" / category) as folder:
-        classifier = {f"classifier.{k}": v for k, v in (adapted.classifier or {}).items()}
-        save_file({**tensors, **classifier}, folder / "snapshots.safetensors")
+        save_file(tensors, folder / "snapshots.safetensors")
         pd.DataFrame(adapted.history).to_csv(folder / "history.csv", index=False)
-        facts = {"method": params.adapt.method, "steps": steps, "collapsed_at": adapted.collapsed_at, "provenance": adapted.provenance}
-        write_json(folder / "adapt.json", facts)
+        facts = {"method": params.adapt.method, "steps": adapted.steps or [0], "collapsed_at": adapted.collapsed_at}
+        write_json(folder / "adapt.json", {**facts, "provenance": adapted.provenance})
     if adapted.collapsed_at is not None:
-        print(f"features collapsed at step {adapted.collapsed_at} (adapt.on_collapse: {params.adapt.on_collapse})")
+        print(f"{category}: features collapsed at step {adapted.collapsed_at} (adapt.on_collapse: {params.adapt.on_collapse})")
+
+
+def given_fisher(params: Params, backbone: Backbone, activations: Activations) -> dict[str, Tensor] | None:
+    """Fisher diagonal from the file or the labelled source images that `adapt.fisher` names; None: to be estimated from the training images."""
+    if params.adapt.fisher is None:
+        return None
+    source = Path(params.adapt.fisher)
+    if not source.is_dir():
+        return load_fisher(source, backbone)
+    if backbone.fc is None:
+        raise UserError("adapt.fisher: these weights hold no classifier to compare labels with; give a saved Fisher file instead")
+    files = image_files([source])
+    labels = source_labels([file.parent.name for file in files], backbone.fc.out_features, str(source))
+    items = folder_items(source, "adapt.fisher")
+    activations.warm(items, label="fisher source")
+    view = activations.view(items)
+    return cached_fisher(CACHE / "fisher", backbone, view, labels, samples=params.adapt.fisher_samples, seed=params.seed)
+
+
+def folder_items(folder: Path, key: str) -> list[Item]:
+    """All images below a folder, in the order of their paths. UserError names the parameter where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: no folder {folder}")
+    return [Item(hashlib.sha256(file.read_bytes()).hexdigest(), functools.partial(read_image, file)) for file in image_files([folder])]
 
 
 if __name__ == "__main__":

@@ -83,6 +83,19 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dic
     return values
 
 
+def pixel_figures(masks: list[np.ndarray], maps: list[np.ndarray], params: Params) -> dict[str, float]:
+    """Pixel AUROC, AU-PRO and best F1, exact, with bootstrap intervals by image."""
+    values = {
+        "pixel_auroc": pixel_metrics.pixel_auroc(masks, maps),
+        "au_pro": pixel_metrics.au_pro(masks, maps),
+        "pixel_f1": pixel_metrics.pixel_f1(masks, maps),
+    }
+    intervals = pixel_metrics.pixel_intervals(masks, maps, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+    for name, (low, high) in intervals.items():
+        values |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return values
+
+
 def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
     """Ground truth per test image, bool (H, W), empty for good images; None where the category has no masks."""
     if not (rows["mask"] != "").any():

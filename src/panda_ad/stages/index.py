@@ -14,7 +14,6 @@ from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
 from panda_ad.files import atomic_folder
 from panda_ad.gallery import Gallery, compress
-from panda_ad.localize import build_localizer
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
     BUILD,
@@ -92,11 +91,15 @@ def main(category: str) -> None:
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
 
     if params.localize.method != "none":
+        from panda_ad.localize import build_localizer
+
         views = {layer: activations.view(train, layer) for layer in layers}
         detector.localizer = build_localizer(params.localize, lambda index: gallery_maps(detector, views, index), matrices[-1], params.seed)
 
-    scores = [detector.score_activations(b["layer2"]).score for b in activations.batches(calibration, ("layer2",))]
-    detector.calibration = np.concatenate(scores)
+    held_out = [detector.score_activations(b["layer2"], b.get("layer1"), heatmaps=True) for b in activations.batches(calibration, layers)]
+    detector.calibration = np.concatenate([part.score for part in held_out])
+    if detector.localizer is not None:
+        config["heatmap_range"] = heatmap_range(np.concatenate([part.heatmaps for part in held_out]))
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
     with atomic_folder(BUILD / "bundle" / category) as folder:
         detector.save(folder)
@@ -126,6 +129,12 @@ def gallery_maps(detector: Detector, views: dict, index):
     maps = {layer: torch.from_numpy(view[index]) for layer, view in views.items()}
     (layer3,) = in_micro_batches(lambda x: detector.heads[-1].maps(x.float())[0], maps["layer2"])
     return {**maps, "layer3": layer3.half()}
+
+
+def heatmap_range(maps: np.ndarray) -> list[float]:
+    """Where an overlay's colour starts and where it is full, from the calibration images' maps (M, h, w): a good part stays nearly clear."""
+    usual, peak = float(np.median(maps)), float(np.median(maps.max(axis=(1, 2))))
+    return [usual + 0.8 * (peak - usual), usual + 2.0 * (peak - usual)]
 
 
 def thumbnail(rgb: np.ndarray) -> bytes:

@@ -1,0 +1,154 @@
+"""What stage `evaluate` puts into the HTML report: chosen pictures with their evidence, figures per defect, provenance."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from panda_ad import metrics, pixel_metrics
+from panda_ad.calibration import p_values
+from panda_ad.data.images import read_image
+from panda_ad.data.layouts import image_root
+from panda_ad.detector import Detector, Scores
+from panda_ad.params import Params
+from panda_ad.report.build import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
+from panda_ad.stages.common import BUILD
+
+HEADLINE = {
+    "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
+    "average_precision": ("Average precision", "over all thresholds"),
+    "fpr_at_95_tpr": ("False alarms at 95 % recall", "share of good images"),
+    "pixel_auroc": ("Pixel AUROC", "over all pixels of the test images"),
+    "au_pro": ("AU-PRO", "overlap per defect, up to 30 % false positive pixels"),
+    "pixel_f1": ("Best pixel F1", "at the best threshold for this test set"),
+}
+
+
+def evaluation_report(
+    path: Path,
+    category: str,
+    params: Params,
+    detector: Detector,
+    rows: pd.DataFrame,
+    scores: Scores,
+    values: Mapping[str, float],
+    masks: list[np.ndarray] | None,
+) -> None:
+    """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
+    labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
+    p = p_values(detector.calibration, scores.score)
+    thumbs = [np.asarray(Image.open(io.BytesIO(data))) for data in detector.thumbnails]
+    shown = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
+    root = image_root(params)
+    paths = rows["path"].tolist()
+    images = [
+        ReportImage(
+            path=paths[i],
+            label=int(labels[i]),
+            defect=defects[i],
+            score=float(scores.score[i]),
+            p_value=float(p[i]),
+            snapshot=int(scores.snapshot[i]),
+            rgb=small(read_image(root / paths[i])),
+            heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
+            mask=None if masks is None else masks[i],
+            neighbours=[
+                Neighbour(thumbs[n], float(d), detector.images[n]["path"]) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)
+            ],
+        )
+        for i in shown
+    ]
+    gallery_2d, test_2d = project_2d(detector.galleries[-1].features, scores.features)
+    headline = [
+        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note) for key, (name, note) in HEADLINE.items() if key in values
+    ]
+    write_report(
+        Report(
+            dataset=params.dataset,
+            category=category,
+            title=f"{params.dataset} / {category}",
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            headline=headline,
+            threshold=detector.threshold(),
+            paths=paths,
+            defects=defects.tolist(),
+            labels=labels,
+            scores=scores.score,
+            p_values=p,
+            calibration_scores=detector.calibration,
+            images=images,
+            per_defect=per_defect(labels, defects, scores, masks, params),
+            gallery_features_2d=gallery_2d,
+            test_features_2d=test_2d,
+            gallery_paths=[image["path"] for image in detector.images],
+            provenance=provenance(params, detector, category, values),
+            confidence=params.evaluate.confidence,
+        ),
+        path,
+    )
+
+
+def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Order of test images: wrong ones by how far down the ranking they went wrong, then the others; (N,) int64."""
+    rank = np.argsort(np.argsort(scores)) / max(len(scores) - 1, 1)
+    wrongness = np.where(labels == 1, 1 - rank, rank) + 2 * ((scores > threshold) != (labels == 1))
+    return np.argsort(-wrongness, kind="stable")
+
+
+def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: list[np.ndarray] | None, params: Params) -> list[DefectRow]:
+    """Each kind of defect against all good test images."""
+    from panda_ad.detector import resize_map
+
+    out = []
+    for kind in sorted(set(defects[labels == 1])):
+        chosen = np.flatnonzero((labels == 0) | (defects == kind))
+        y, s = labels[chosen], scores.score[chosen]
+        low, high = metrics.bootstrap_interval(metrics.auroc, y, s, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+        pixel = pro = None
+        if masks is not None and scores.heatmaps is not None and any(masks[i].any() for i in chosen):
+            part = [masks[i] for i in chosen]
+            maps = [resize_map(scores.heatmaps[i], masks[i].shape) for i in chosen]
+            pixel, pro = pixel_metrics.pixel_auroc(part, maps), pixel_metrics.au_pro(part, maps)
+        out.append(DefectRow(kind, int((y == 1).sum()), metrics.auroc(y, s), low, high, pixel, pro))
+    return out
+
+
+def provenance(params: Params, detector: Detector, category: str, values: Mapping[str, float]) -> dict[str, dict[str, object]]:
+    """Facts on data, model and settings, for the last section."""
+    report = json.loads((BUILD / "validation" / "report.json").read_text())
+    known = detector.config["provenance"]
+    return {
+        "data": {
+            "dataset": params.dataset,
+            "category": category,
+            "data hash": report["data_hash"],
+            "normal training images": known["train_images"],
+            "calibration images": known["calibration_images"],
+            "test images, good": values["test_good"],
+            "test images, defective": values["test_defect"],
+        },
+        "model": {
+            "backbone": f"{known['backbone']} ({known['weights']})",
+            "weights": known["fingerprint"],
+            "input size": " x ".join(map(str, detector.size)),
+            "adaptation": detector.config["method"],
+            "snapshots at steps": ", ".join(map(str, detector.config["steps"])),
+            "neighbours": detector.config["k"],
+            "localisation": params.localize.method,
+        },
+        "code": {"panda-ad": known["panda_ad"], "seed": params.seed},
+    }
+
+
+def small(rgb: np.ndarray, side: int = 256) -> np.ndarray:
+    """The picture reduced to at most `side` pixels a side, so that hundreds fit in memory."""
+    image = Image.fromarray(rgb)
+    image.thumbnail((side, side))
+    return np.asarray(image)
