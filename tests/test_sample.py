@@ -11,14 +11,14 @@ import yaml
 from PIL import Image
 from scipy import ndimage
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import make_sample
 import sample_difficulty
 from make_sample import CATEGORIES, DEFECTS, defective_image, image_rng, normal_image
 
+ROOT = Path(__file__).parents[1]
 KINDS = [(category, defect) for category in CATEGORIES for defect in DEFECTS[category]]
 
 
