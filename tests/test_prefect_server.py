@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import psutil
@@ -95,8 +97,31 @@ class Prefect:
             time.sleep(0.3)
 
 
+SECRET = "a-token-nobody-may-read"
+
+
 @pytest.fixture(scope="module")
-def prefect(tmp_path_factory):
+def webhook():
+    """An address that keeps what is posted to it."""
+    received: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            received.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{SECRET}", received
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory, webhook):
     project = make_project(tmp_path_factory.mktemp("prefect") / "project")
     call("dvc", "repro", "-q", cwd=project)
     call("git", "add", "dvc.lock", cwd=project)
@@ -107,6 +132,7 @@ def prefect(tmp_path_factory):
         for name, value in clean_environment().items():
             patch.setenv(name, value)
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # elsewhere, so none is started: these stages do not talk to it
+        patch.setenv("PANDA_WEBHOOK_URL", webhook[0])
         with running_servers(prefect_port=0, say=lambda line: None) as (addresses, groups):
             yield Prefect(addresses.prefect, project, groups)
 
@@ -258,6 +284,18 @@ def test_one_run_at_a_time(prefect, dead_machine):
         assert ended["state_type"] == "FAILED"
         assert f'another run (pid {os.getpid()}, "make run", since ' in ended["state"]["message"]
     assert HELD not in os.environ
+
+
+def test_a_failed_run_is_posted_to_the_webhook_whose_address_stays_secret(prefect, dead_machine, webhook):
+    ended = prefect.run_by_hand(categories=["nowhere"])
+    assert ended["state_type"] == "FAILED"
+    limit = time.monotonic() + 30
+    while not (posted := [json.loads(body)["text"] for body in webhook[1] if ended["name"] in body]):
+        assert time.monotonic() < limit, webhook[1]
+        time.sleep(0.3)
+    assert posted == [f"retrain run {ended['name']}: Failed: categories: nowhere not in params.yaml, which has fabric, grid"]
+    assert SECRET not in "".join(log.read_text() for log in (prefect.project / ".prefect").glob("*.log"))
+    assert SECRET not in "".join(prefect.logs(ended["id"]))
 
 
 def test_a_dead_machine_leaves_no_zombie_and_the_next_run_succeeds(prefect, dead_machine):
