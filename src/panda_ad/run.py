@@ -14,7 +14,6 @@ from panda_ad.params import Params, load_params
 from panda_ad.processes import Group
 
 BUILD = Path("build")
-DECISIONS = BUILD / "decisions"
 
 
 def run() -> None:
@@ -26,15 +25,14 @@ def run() -> None:
         dvc("repro")
         from panda_ad.registry.promote import promote
 
-        refusals = []
-        for category in params.categories:
-            try:
-                promote([category])
-            except GateRefused as e:
-                refusals.append(str(e))
+        refused = None
+        try:
+            promote(params.categories)
+        except GateRefused as e:
+            refused = e
     print(summary(params))
-    if refusals:
-        raise GateRefused("; ".join(refusals))
+    if refused is not None:
+        raise refused
 
 
 def dvc(*arguments: str) -> None:
@@ -54,21 +52,46 @@ def dvc(*arguments: str) -> None:
 
 def summary(params: Params | None = None) -> str:
     """The last run's figures as text; UserError where there are none yet."""
+    from panda_ad.registry.change import model_name
+    from panda_ad.registry.connection import connect, mlflow_errors, tracking_uri, without_credentials
+
     params = params or load_params()
-    lines = [f"{'category':14} {'image AUROC [95 %]':24} {'pixel AUROC':>11} {'AU-PRO':>7} {'threshold':>10} {'model':34} aliases"]
+    with mlflow_errors():
+        client = connect()
+        models = {c: client.get_registered_model(model_name(params.dataset, c)) for c in params.categories}
+    table = [("category", "image AUROC [95 %]", "pixel AUROC", "AU-PRO", "threshold", "registered", "aliases")]
+    gate = []
     for category in params.categories:
         try:
             m = json.loads((BUILD / "evaluation" / category / "metrics.json").read_text())
-            version = json.loads((BUILD / "publish" / f"{category}.json").read_text())
+            published = json.loads((BUILD / "publish" / f"{category}.json").read_text())
         except FileNotFoundError as e:
             raise UserError(f"{e.filename}: not there yet; run `make run`") from None
         auroc = f"{m['image_auroc']:.4f} [{m['image_auroc_low']:.4f}, {m['image_auroc_high']:.4f}]"
         pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("pixel_auroc", "au_pro"))
-        name = f"{version['model_name']} v{version['version']}"
-        lines.append(f"{category:14} {auroc:24} {pixel:>11} {pro:>7} {m['threshold']:>10.4g} {name:34} {', '.join(aliases(version['model_name'], version['version']))}")
-    lines += ["", f"{'stage':24} {'seconds':>8} {'peak MB':>8}"]
-    for file in sorted((BUILD / "timings").glob("*.json"), key=lambda f: f.stat().st_mtime):
-        t = json.loads(file.read_text())
-        lines.append(f"{t['stage'] + (f'@{t['category']}' if t['category'] else ''):24} {t['seconds']:>8.1f} {t['peak_mb']:>8}")
-    lines += [""]
-    return "\n".join(lines)
+        version = str(published["version"])
+        aliases = ", ".join(f"@{a}" for a, v in sorted(models[category].aliases.items()) if str(v) == version)
+        table.append((category, auroc, pixel, pro, f"{m['threshold']:.4g}", f"{models[category].name} v{version}", aliases))
+        decision = BUILD / "decisions" / f"{category}.json"
+        if decision.exists():
+            d = json.loads(decision.read_text())
+            gate.append(f"  {category}: version {d['version']} {d['outcome']} ({d['reason']})")
+    timings = [json.loads(f.read_text()) for f in sorted((BUILD / "timings").glob("*.json"), key=lambda f: f.stat().st_mtime)]
+    stages = [("stage", "seconds", "peak MB")]
+    for t in timings:
+        if t["category"] in (None, *params.categories):
+            name = t["stage"] if t["category"] is None else f"{t['stage']}@{t['category']}"
+            stages.append((name, f"{t['seconds']:.1f}", f"{t['peak_mb']:.0f}"))
+    where = [
+        *(f"  report     build/evaluation/{category}/report.html" for category in params.categories),
+        "  UIs        make ui   (MLflow http://127.0.0.1:5000, Prefect http://127.0.0.1:4200)",
+        f"  registry   {without_credentials(tracking_uri())}",
+        f"  score      .venv/bin/panda-ad score FOLDER --model models:/{models[params.categories[0]].name}@staging --heatmaps overlays",
+    ]
+    return "\n".join(["", *_columns(table), "", "gate", *gate, "", "last run of each stage", *_columns(stages), "", "where to look", *where])
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of text, each column as wide as its widest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from panda_ad.data.images import read_image
+from panda_ad.data.images import SUFFIXES, read_image
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 
 COLUMNS = ("path", "score", "p_value", "decision", "threshold", "x0", "y0", "x1", "y1")
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
 _BATCH = 32
 
 

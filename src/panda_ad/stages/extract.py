@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from panda_ad.backbones import in_micro_batches
-from panda_ad.data.manifest import load_manifest
+from panda_ad.data.manifest import load_manifest, write_manifest
 from panda_ad.files import atomic_folder
 from panda_ad.params import load_params
 from panda_ad.stages.common import FEATURES, MANIFEST, activations_for, backbone_for, items_of, layers_needed, run_stage, threads
@@ -41,7 +41,7 @@ def main() -> None:
         position = dict(zip(distinct["sha256"], range(len(distinct)), strict=True))
         for category, part in rows.groupby("category"):
             (folder / str(category)).mkdir()
-            part.to_csv(folder / str(category) / "rows.csv", index=False)
+            write_manifest(part, folder / str(category) / "rows.csv")
             np.save(folder / str(category) / "raw.npy", every[[position[key] for key in part["sha256"]]])
         (folder / "every.npy").unlink()
     print(f"{len(items)} images, {computed} of them new to the activation cache")
