@@ -18,7 +18,7 @@ from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
 Protocol = Literal["one-vs-rest", "leave-one-out"]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "raw": ("none", "ocsvm", "iforest", "gaussian", "deep_svdd"),
+    "raw": ("none", "whitened", "ocsvm", "iforest", "gaussian", "deep_svdd"),
     "trajectory": ("compactness", "ses"),
     "ewc": ("ewc",),
     "oe": ("oe",),

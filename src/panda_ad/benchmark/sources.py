@@ -87,7 +87,7 @@ def _read_outlier(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
     image = Image.fromarray(read_image(path))
     if image.height > size[0] and image.width > size[1]:
         image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # antialiased
-    return np.asarray(image.convert("L").convert("RGB") if grey else image)
+    return np.array(image.convert("L").convert("RGB") if grey else image)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from panda_ad.metrics import _resampled, auroc, percentiles
 
 NAMES = {
     "none": "DN2 (no adaptation)",
+    "whitened": "whitened kNN",
     "ocsvm": "one-class SVM",
     "iforest": "isolation forest",
     "gaussian": "Gaussian (Mahalanobis)",
