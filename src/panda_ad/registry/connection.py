@@ -92,15 +92,15 @@ def connect() -> MlflowClient:
         import mlflow
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # retries too: the error at their end says it all
             logging.getLogger(name).setLevel(logging.ERROR)
         if uri.startswith("sqlite:///"):
             _create_store(Path(uri.removeprefix("sqlite:///")))
         before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
-        for name, value in before.items():
-            if value is None:  # MLflow also sets the variable, and a child in another repository would write here
+        for name, was in before.items():
+            if was is None:  # MLflow also sets the variable, and a child in another repository would write here
                 os.environ.pop(name, None)
         return MlflowClient(uri, uri)
 

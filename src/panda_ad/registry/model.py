@@ -6,15 +6,14 @@ the parameter `heatmap` the heat map as a base64 PNG at the image's size.
 
 import base64
 import io
-import warnings
 
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
 BATCH = 32
-warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")  # the signature is logged with the model
 
 
 class PandaModel(PythonModel):
@@ -26,13 +25,11 @@ class PandaModel(PythonModel):
 
         self.detector = Detector.load(context.artifacts["bundle"])
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
         """DataFrame with a column `image` of bytes (N rows) -> DataFrame with the verdicts, same index.
 
         Raises MlflowException (HTTP 400) naming the row whose image cannot be decoded.
         """
-        import pandas as pd
-
         from panda_ad.data.images import decode
         from panda_ad.errors import UserError
 

@@ -5,9 +5,9 @@ Order of writes, so that a crash at any point leaves each alias on one whole, ju
 1. the decision with every figure (artifact of the candidate's run, tags of the version);
 2. @previous to the version in place;
 3. the alias itself, in one request: this is the move;
-4. the audit record, then MLflow's stage field for old dashboards.
+4. MLflow's stage field for old dashboards, last the audit record.
 
-After a crash before 3 the next `promote` decides and moves again; after 3 it finds the move done and writes the missing record.
+After a crash before 3 the next `promote` decides and moves again; after 3 it finds a move without its record and does the rest.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from panda_ad.stages.common import BUILD
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 Target = Literal["staging", "champion"]
 SOURCE = {"staging": "challenger", "champion": "staging"}
 PREVIOUS = {"staging": "previous", "champion": "previous-champion"}
 _STAGE = {"staging": "Staging", "champion": "Production"}
 _ROLLED_BACK = "panda.rolled_back."
+_LATER = "recorded later: the move was made, its record was not"
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         todo = "run `dvc repro` to publish one" if to == "staging" else "promote one to staging first"
         raise UserError(f"{name}: no version @{SOURCE[to]}; {todo}")
     if version == current:
-        _complete_audit(client, name, audit.records(model), to, current)
+        if _unrecorded(model, to, current):
+            _finish(client, model, "promote", to, _last(model, to), current, _LATER)
         return Decision(category, name, to, version, current, "unchanged", f"it is @{to} already")
     candidate = client.get_model_version(name, version)
     if when := candidate.tags.get(f"{_ROLLED_BACK}{to}"):
+        if current is not None and _unrecorded(model, to, current):
+            _finish(client, model, "rollback", to, _last(model, to), current, _LATER)
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
     incumbent = None if current is None else client.get_model_version(name, current)
@@ -118,7 +122,10 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
     decision = Decision(category, name, to, version, current, "refused" if failed else "promoted", reason, rules=rules)
     _record(client, decision, candidate)
     if not failed:
-        _move(client, name, to, current, version, reason)
+        if current is not None:
+            client.set_registered_model_alias(name, PREVIOUS[to], current)
+        client.set_registered_model_alias(name, to, version)
+        _finish(client, model, "promote", to, current, version, reason)
     return decision
 
 
@@ -136,12 +143,25 @@ def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -
         client.set_model_version_tag(candidate.name, candidate.version, key, value)
 
 
-def _move(client: MlflowClient, name: str, alias: str, before: str | None, after: str, why: str) -> None:
-    if before is not None:
-        client.set_registered_model_alias(name, PREVIOUS[alias], before)
-    client.set_registered_model_alias(name, alias, after)
-    audit.record(client, name, action="promote", alias=alias, before=before, after=after, why=why)
-    _set_stage(client, name, alias, after)
+def _finish(client: MlflowClient, model: RegisteredModel, action: str, alias: str, before: str | None, after: str, why: str) -> None:
+    """What follows a move of `alias`; the audit record comes last and says that all of it is done."""
+    if action == "rollback":
+        earlier = audit.predecessor(audit.records(model), alias, after)
+        if earlier is not None:
+            client.set_registered_model_alias(model.name, PREVIOUS[alias], earlier)
+        elif PREVIOUS[alias] in model.aliases:
+            client.delete_registered_model_alias(model.name, PREVIOUS[alias])
+    _set_stage(client, model.name, alias, after)
+    audit.record(client, model.name, action=action, alias=alias, before=before, after=after, why=why)
+
+
+def _last(model: RegisteredModel, alias: str) -> str | None:
+    """The version that the last recorded move of `alias` went to."""
+    return next((m["to"] for m in reversed(audit.records(model)) if m["alias"] == alias), None)
+
+
+def _unrecorded(model: RegisteredModel, alias: str, current: str) -> bool:
+    return _last(model, alias) != current
 
 
 def rollback(category: str, to_version: int | str | None = None, alias: str = "staging") -> Decision:
@@ -176,13 +196,7 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
         if f"{_ROLLED_BACK}{alias}" in version.tags:
             client.delete_model_version_tag(name, target, f"{_ROLLED_BACK}{alias}")
         client.set_registered_model_alias(name, alias, target)
-        audit.record(client, name, action="rollback", alias=alias, before=current, after=target, why=why)
-        earlier = audit.predecessor(audit.records(model), alias, target)
-        if earlier is not None:
-            client.set_registered_model_alias(name, PREVIOUS[alias], earlier)
-        elif PREVIOUS[alias] in aliases:
-            client.delete_registered_model_alias(name, PREVIOUS[alias])
-        _set_stage(client, name, alias, target)
+        _finish(client, model, "rollback", alias, current, target, why)
     return Decision(category, name, alias, target, current, "rolled back", f"from version {current}, {why}")
 
 
@@ -197,15 +211,6 @@ def as_json(decision: Decision) -> dict[str, Any]:
 def _check(params: Params, chosen: Sequence[str]) -> None:
     if unknown := [c for c in chosen if c not in params.categories]:
         raise UserError(f"{', '.join(unknown)}: no such category in params.yaml, which has {', '.join(params.categories)}")
-
-
-def _complete_audit(client: MlflowClient, name: str, moves: list[dict[str, Any]], alias: str, current: str) -> None:
-    """Write the record that a crash right after a move has left out."""
-    own = [m for m in moves if m["alias"] == alias]
-    if not own or own[-1]["to"] != current:
-        before = own[-1]["to"] if own else None
-        why = "recorded later: the move was made, its record was not"
-        audit.record(client, name, action="promote", alias=alias, before=before, after=current, why=why)
 
 
 def _set_stage(client: MlflowClient, name: str, alias: str, version: str) -> None:

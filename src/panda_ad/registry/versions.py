@@ -87,7 +87,9 @@ def register(
         with tempfile.TemporaryDirectory(prefix="panda-model-") as folder:
             save(Path(folder) / "model", bundle, example, model.artifact_location, run_id, model.model_id)
             client.log_model_artifacts(model.model_id, str(Path(folder) / "model"))
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        outputs = client.get_run(run_id).outputs
+        if model.model_id not in {o.model_id for o in (outputs.model_outputs if outputs else [])}:  # twice is an error
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         latest = [client.get_metric_history(run_id, key)[-1] for key in metrics]
         # equal to what the run has in every part, so that the run keeps one value of each
         linked = [Metric(m.key, m.value, m.timestamp, m.step, model_id=model.model_id, run_id=run_id) for m in latest]

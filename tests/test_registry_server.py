@@ -1,0 +1,121 @@
+"""The registry on a real MLflow server on loopback, and the same store read without it."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import urllib.request
+
+import pytest
+from registry_project import make_project, write, write_bundle, write_scores
+
+from panda_ad.errors import UserError
+from panda_ad.processes import Group
+from panda_ad.registry import audit
+from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_bundle, server_command
+from panda_ad.registry.promote import promote, rollback
+from panda_ad.registry.publish import main as publish
+
+pytestmark = pytest.mark.slow
+NAME = "panda-sample-fabric"
+
+
+@contextlib.contextmanager
+def serving(folder, port, command):
+    """An MLflow server; ended on leaving."""
+    env = {**os.environ, **DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "ab") as log, Group([sys.executable, "-m", *command], env=env, cwd=folder, output=log) as server:
+        deadline = time.monotonic() + 150
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert server.running and time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
+                time.sleep(0.3)
+        yield server
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path, monkeypatch):
+    folder, port = make_project(tmp_path / "my plant"), free_port()
+    address = f"http://127.0.0.1:{port}"
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    connect()
+    command = server_command("127.0.0.1", port)
+
+    with serving(folder, port, command) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        publish("fabric")
+        publish("fabric")
+        assert promote()[0].outcome == "promoted" and promote()[0].outcome == "unchanged"
+        assert len(connect().search_runs(["1"])) == 1
+
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same store as a file: what the server wrote can be read, and back
+        assert aliases(NAME, 1) == ["challenger", "staging"]
+        assert (download_bundle(f"models:/{NAME}@staging") / "weights.safetensors").read_bytes() == b"weights 1"
+        write(folder / "requirements.lock", "# 2\n")
+        write_bundle(folder, "fabric", b"weights 2")
+        write_scores(folder, "fabric")
+        publish("fabric")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert (download_bundle(f"models:/{NAME}@challenger") / "weights.safetensors").read_bytes() == b"weights 2"
+
+        os.killpg(server.pid, signal.SIGKILL)
+        start = time.monotonic()
+        with pytest.raises(UserError, match="does not answer"):
+            promote()
+        with pytest.raises(UserError, match="does not answer"):
+            rollback("fabric")
+        assert time.monotonic() - start < 8
+
+    with serving(folder, port, command):
+        assert aliases(NAME, 1) == ["staging"]
+        assert promote()[0].version == "2"
+        assert rollback("fabric").version == "1"
+        assert [m["action"] for m in audit.history(connect(), NAME)] == ["promote", "promote", "rollback"]
+
+
+def test_a_server_lost_between_the_writes_of_a_publish_is_one_line_and_the_next_publish_goes_on(tmp_path, monkeypatch):
+    """Team mode: a server that keeps the artifacts itself."""
+    from mlflow import MlflowClient
+
+    folder, port = make_project(tmp_path / "team"), free_port()
+    server_folder = tmp_path / "server"
+    server_folder.mkdir()
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///team.db", "--workers", "1"]
+    command += ["--artifacts-destination", "kept"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with serving(server_folder, port, command) as server, monkeypatch.context() as patch:
+
+        def lost(*_args, **_kwargs):
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait(10)
+            return real(*_args, **_kwargs)
+
+        real = MlflowClient.finalize_logged_model
+        patch.setattr(MlflowClient, "finalize_logged_model", lost)
+        start = time.monotonic()
+        with pytest.raises(UserError, match=f"^MLflow at http://127.0.0.1:{port}: ") as error:
+            publish("fabric")
+        assert time.monotonic() - start < 60 and "\n" not in str(error.value)
+        assert not (folder / "build/publish").exists()
+    with serving(server_folder, port, command):
+        publish("fabric")
+        (run,) = connect().search_runs(["1"])
+        assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
+        assert len(connect().search_model_versions(f"name = '{NAME}'")) == 1
+        assert promote()[0].outcome == "promoted"
+        bundle = download_bundle(f"models:/{NAME}@staging")
+        assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
+        assert download_bundle(f"models:/{NAME}/1") == bundle
+    assert not (folder / "mlflow.db").exists() and not (folder / "mlartifacts").exists()

@@ -1,0 +1,174 @@
+"""A published model as `mlflow models serve` runs it: the same numbers as the detector's, from the files that travel with it."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import yaml
+from registry_project import make_project, read_rows, write_rows
+
+from panda_ad.detector import Detector
+from panda_ad.errors import UserError
+from panda_ad.metrics import auroc
+from panda_ad.processes import Group
+from panda_ad.registry.connection import download_bundle
+from panda_ad.registry.promote import promote
+from panda_ad.registry.publish import main as publish
+
+MODEL = "models:/panda-sample-fabric@staging"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A repository whose model was built by the real stages and stands @staging."""
+    from panda_ad.stages import adapt, evaluate, extract, index
+
+    folder = make_project(tmp_path_factory.mktemp("serve") / "plant")
+    for name in ("adapt", "bundle", "evaluation"):
+        shutil.rmtree(folder / "build" / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["adapt"]["method"] = "none"
+    params["gate"] |= {"min_image_auroc": None, "min_pixel_auroc": None, "max_latency_ms": 60000.0}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        extract.main()
+        for stage in (adapt, index, evaluate):
+            stage.main("fabric")
+        publish("fabric")
+        (decision,) = promote()
+        assert {"latency", "calibration holds"} <= {r.name for r in decision.rules}
+        yield folder
+
+
+def evaluated(folder):
+    """(bytes, score, whether anomalous) of the test images, as the stage `evaluate` has them."""
+    rows = read_rows(folder / "build/evaluation/fabric/scores.csv")
+    return [((folder / "data" / r["path"]).read_bytes(), float(r["score"]), r["anomalous"] == "True") for r in rows]
+
+
+def test_the_bundle_in_the_registry_gives_the_evaluated_scores(project):
+    from panda_ad.data.images import decode
+
+    cases = evaluated(project)
+    verdicts = Detector.load(download_bundle(MODEL)).score([decode(data, "x") for data, _, _ in cases])
+    assert [v.score for v in verdicts] == [score for _, score, _ in cases]
+
+
+def test_a_changed_test_set_is_scored_by_the_incumbent_itself(project, tmp_path, monkeypatch):
+    from panda_ad.stages import evaluate, index
+
+    folder = tmp_path / "plant"
+    shutil.copytree(project, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for path in (folder / "build/validation/manifest.csv", folder / "build/features/fabric/rows.csv"):
+        rows = read_rows(path)
+        rows[14]["split"] = "train"  # one good test image less
+        write_rows(path, rows)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["gallery"]["k"] = 1
+    params["gate"] |= {"margin": 1.0, "recall_margin": 1.0}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    index.main("fabric")
+    evaluate.main("fabric")
+    publish("fabric")
+    assert len(evaluated(folder)) == len(evaluated(project)) - 1
+
+    image = folder / "data" / read_rows(folder / "build/evaluation/fabric/scores.csv")[0]["path"]
+    kept = image.read_bytes()
+    image.write_bytes(evaluated(project)[5][0])
+    with pytest.raises(UserError, match="not the image that was evaluated"):
+        promote()
+    image.write_bytes(kept)
+
+    (decision,) = promote()
+    assert (decision.outcome, decision.incumbent) == ("promoted", "1")
+    (rule,) = [r for r in decision.rules if r.name == "image AUROC not worse"]
+    table = read_rows(project / "build/evaluation/fabric/scores.csv")[1:]
+    theirs = auroc(np.array([int(r["label"]) for r in table]), np.array([float(r["score"]) for r in table]))
+    assert f"against {theirs:.4f}" in rule.text
+
+
+@pytest.mark.slow
+def test_the_logged_model_works_without_the_repository_and_says_what_its_signature_says(project, tmp_path):
+    """In a process that cannot import this checkout; the input example goes through, as MLflow would check when logging."""
+    code = f"""
+import json, sys
+sys.path = [p for p in sys.path if not p.rstrip('/').endswith('src')]
+sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]
+import mlflow
+model = mlflow.pyfunc.load_model("{MODEL}")
+import pandas as pd
+table = model.predict(model.input_example)
+heat = model.predict(model.input_example, params={{"heatmap": True}})
+import panda_ad
+print(json.dumps({{
+    "columns": list(table.columns), "schema": model.metadata.get_output_schema().input_names(), "heat": len(heat["heatmap"][0]),
+    "package": panda_ad.__file__, "types": [str(t) for t in table.dtypes],
+}}))
+"""
+    env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["columns"] == said["schema"] == ["score", "p_value", "decision", "anomalous"]
+    assert said["types"][0] == said["types"][1] == "float64" and said["types"][3] == "bool"
+    assert said["heat"] > 50 and "/code/panda_ad/" in said["package"]
+
+
+@pytest.mark.slow
+def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    bin_folder = os.path.dirname(sys.executable)
+    env = {
+        **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1", "PATH": bin_folder + os.pathsep + os.environ["PATH"],
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    address = f"http://127.0.0.1:{port}"
+    log = tmp_path / "serve.log"
+    with open(log, "wb") as output, Group(command, env=env, cwd=tmp_path, output=output) as server:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/ping", timeout=5).close()
+                break
+            except OSError:
+                assert server.running and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.3)
+        cases = evaluated(project)
+        rows = ask(address, [data for data, _, _ in cases])
+        assert [r["score"] for r in rows] == [score for _, score, _ in cases]
+        assert [(r["anomalous"], r["decision"]) for r in rows] == [(a, "defect" if a else "good") for _, _, a in cases]
+        assert all(0 < r["p_value"] <= 1 for r in rows)
+        (row,) = ask(address, [cases[-1][0]], heatmap=True)
+        assert row["score"] == cases[-1][1]
+        from panda_ad.data.images import decode
+
+        heatmap = decode(base64.b64decode(row["heatmap"]), "heatmap")
+        assert heatmap.shape == (32, 32, 3) and np.ptp(heatmap) == 255
+        with pytest.raises(urllib.error.HTTPError) as error:
+            ask(address, [b"not an image"])
+        assert error.value.code == 400 and b"row 0" in error.value.read()
+
+
+def ask(address, images, **params):
+    """One row per image."""
+    body = {"dataframe_split": {"columns": ["image"], "data": [[base64.b64encode(i).decode()] for i in images]}}
+    body |= {"params": params} if params else {}
+    request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.loads(answer.read())["predictions"]
