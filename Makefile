@@ -22,7 +22,7 @@ ui: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad ui
 
 lint: $(VENV)/.ready-dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/mypy
 
 # bytecode is compiled at installation: otherwise the first import of each library costs seconds in every stage
 $(VENV)/.ready: requirements.lock pyproject.toml

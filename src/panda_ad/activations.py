@@ -72,7 +72,7 @@ class _Store:
             n = len(self.row)
             with open(self.path, "ab") as f:
                 f.truncate(n * self.record)
-                f.write(np.ascontiguousarray(values[new]))
+                f.write(np.ascontiguousarray(values[new]).data)
             with open(self.index, "ab") as f:
                 f.truncate(n * _LINE)
                 f.write("".join(f"{keys[i]}\n" for i in new).encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panda_ad.errors import UserError
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 EMBEDDED = Path(__file__).parent / "weights" / "resnet18-tiny-imagenet-64px-fp16.safetensors"
 NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -31,7 +35,7 @@ _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 class Trunk(nn.Module):
     """Stem, layer1 and layer2 of a ResNet."""
 
-    def __init__(self, resnet: nn.Module):
+    def __init__(self, resnet: ResNet):
         super().__init__()
         self.conv1, self.bn1, self.layer1, self.layer2 = resnet.conv1, resnet.bn1, resnet.layer1, resnet.layer2
 
@@ -45,7 +49,7 @@ class Trunk(nn.Module):
 class Head(nn.Module):
     """layer3 and layer4 of a ResNet, the part that PANDA adapts."""
 
-    def __init__(self, resnet: nn.Module):
+    def __init__(self, resnet: ResNet):
         super().__init__()
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
 

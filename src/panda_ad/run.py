@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from panda_ad.errors import GateRefused, UserError
@@ -91,7 +92,7 @@ def summary(params: Params | None = None) -> str:
     return "\n".join(["", *_columns(table), "", "gate", *gate, "", "last run of each stage", *_columns(stages), "", "where to look", *where])
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Rows of text, each column as wide as its widest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -188,7 +188,7 @@ def _index(checked: Checked, params: Params, found: list[Expectation]) -> str:
         return "<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + f"</tr>{cells}</table>"
 
     usable = checked.usable
-    counts = [[*key, n] for key, n in usable.groupby(["category", "split", "defect"], sort=False).size().items()]  # type: ignore[misc]
+    counts = [[*key, n] for key, n in usable.groupby(["category", "split", "defect"], sort=False).size().items()]
     bad: list[list[object]] = [list(p) for p in checked.blocking + checked.problems]
     links = '<li><a href="results.html">Results</a> and <a href="expectations.html">expectations</a> as Great Expectations shows them</li>'
     quarantined = bad and not checked.blocking and params.data.on_invalid == "quarantine"

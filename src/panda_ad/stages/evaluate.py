@@ -14,7 +14,16 @@ from panda_ad.data.layouts import image_root
 from panda_ad.detector import Detector, Scores, resize_map
 from panda_ad.files import atomic_file, write_json
 from panda_ad.params import Params, load_params
-from panda_ad.stages.common import BUILD, activations_for, category_rows, items_of, layers_needed, raw_features, run_stage, threads
+from panda_ad.stages.common import (
+    BUILD,
+    activations_for,
+    category_rows,
+    items_of,
+    layers_needed,
+    raw_features,
+    run_stage,
+    threads,
+)
 
 PIXEL_SIDE = 384
 """Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""
@@ -71,7 +80,9 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, raw: np.n
         parts.append(detector.score_activations(batch["layer2"], batch.get("layer1"), known, heatmaps=True))
         done += n
     maps = None if parts[0].heatmaps is None else np.concatenate([p.heatmaps for p in parts])
-    return Scores(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("score", "snapshot", "neighbours", "distances", "features")), maps)
+    columns = ("score", "snapshot", "neighbours", "distances", "features")
+    score, snapshot, neighbours, distances, features = (np.concatenate([getattr(p, name) for p in parts]) for name in columns)
+    return Scores(score, snapshot, neighbours, distances, features, maps)
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dict[str, float]:

@@ -55,7 +55,8 @@ def main(category: str) -> None:
         "scorer": "knn" if classifier is None else "logit",
         "method": facts["method"],
         "k": params.gallery.k,
-        "normalize": params.gallery.normalize,
+        # outlier exposure's classifier was trained on features as they come
+        "normalize": params.gallery.normalize and classifier is None,
         "steps": steps,
         "false_alarm_rate": params.verdict.false_alarm_rate,
         "provenance": {
@@ -83,11 +84,12 @@ def main(category: str) -> None:
     matrices = [np.concatenate(parts) for parts in features]  # S times (M, D)
     # one choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images
     _, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
-    for s, matrix in enumerate(matrices):
+    for matrix in matrices:
         gallery, mean = fit_gallery(matrix, kept, params.gallery.compression, params.gallery.size, params.gallery.k, params.seed)
         detector.galleries.append(gallery)
         detector.train_means = np.append(detector.train_means, mean)
-    detector.images = rows["train"].iloc[kept][["path", "sha256"]].to_dict("records")
+    chosen = rows["train"].iloc[kept]
+    detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
 
     if params.localize.method != "none":
