@@ -1,6 +1,6 @@
 """How much faster `ses` on cached trunk activations is than the textbook run, on this machine.
 
-    PANDA_BENCH_DATA=data python benchmarks/compare_textbook.py --class airplane          # full: 5,000 train, 10,000 test, 15 epochs
+    PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane          # full: 5,000 train, 10,000 test, 15 epochs
 
 Both do the same protocol from image files on an empty cache: same backbone, class, input size, training and test images,
 epochs. The textbook evaluates after each epoch, `ses` keeps the number of snapshots that params.yaml says.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from textbook import textbook  # beside this file
 
+from benchmarks.textbook import textbook
 from panda_ad.backbones import resolve_precision
 from panda_ad.benchmark import make_settings, plan
 from panda_ad.benchmark.cells import Bench, read_cell
