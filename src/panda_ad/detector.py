@@ -294,7 +294,7 @@ def region(heatmap: np.ndarray) -> tuple[int, int, int, int]:
 
     peak = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
     labels, _ = ndimage.label(heatmap >= (heatmap[peak] + np.median(heatmap)) / 2)
-    rows, columns = ndimage.find_objects(labels == labels[peak])[0]
+    rows, columns = ndimage.find_objects((labels == labels[peak]).astype(np.int8))[0]
     return (columns.start, rows.start, columns.stop, rows.stop)
 
 
