@@ -73,7 +73,7 @@ def evaluation_report(
         Report(
             dataset=params.dataset,
             category=category,
-            title=f"{params.dataset} / {category}",
+            title=f"{detector.config['method']} on {params.backbone.name}, {params.backbone.size[0]} x {params.backbone.size[1]} px",
             created=time.strftime("%Y-%m-%d %H:%M"),
             headline=headline,
             threshold=detector.threshold(),
