@@ -20,6 +20,7 @@ from panda_ad.errors import UserError
 from panda_ad.metrics import auroc
 from panda_ad.params import Params, load_params, parse_params
 from panda_ad.processes import Group
+from panda_ad.registry.connection import connect
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("disc", "stripes", "blank")
@@ -188,6 +189,19 @@ def test_table_by_hand():
     assert (ses.tuned, ses.held_out) == (100.0, 75.0)
     assert ses.seed_sd == pytest.approx(np.std([75, 100], ddof=1))
     assert (ses.gain_low, ses.gain_high) == (-12.5, 37.5)
+
+
+def test_table_is_a_run_in_mlflow(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the store and the artifacts lie beside params.yaml, here nowhere near the repository's
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (row,) = run(["shapes"], ["none"], mlflow=True)["shapes"]
+    client = connect()
+    experiment = client.get_experiment_by_name("panda-benchmark")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert (logged.info.run_name, logged.info.status) == ("shapes", "FINISHED")
+    assert logged.data.metrics["auroc_none"] == pytest.approx(row.mean / 100)
+    assert logged.data.params["backbone.name"] == "embedded" and logged.data.params["dataset"] == "shapes"
+    assert {f.path for f in client.list_artifacts(logged.info.run_id)} == {"shapes.csv", "shapes.md"}
 
 
 @pytest.mark.parametrize(
