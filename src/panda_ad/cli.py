@@ -71,6 +71,19 @@ def rollback(
 
 
 @app.command()
+def explain_version(
+    name: Annotated[str, typer.Argument(help="A registered model, e.g. panda-sample-fabric.")],
+    version: Annotated[str, typer.Argument(help="Its number, or an alias such as @staging.")] = "@staging",
+) -> None:
+    """Where a version comes from: data, commit, parameters, run, figures, and the commands that reproduce it."""
+    import json
+
+    from panda_ad.registry.lineage import explain_version
+
+    print(json.dumps(explain_version(name, version), indent=2, ensure_ascii=False))
+
+
+@app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
