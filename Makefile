@@ -16,7 +16,7 @@ run: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad run
 
 test: $(VENV)/.ready-dev lint
-	@PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile
+	@PATH="$(BIN):$$PATH" pytest
 
 ui: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad ui
