@@ -45,7 +45,7 @@ def test_the_graph_is_dvcs(project):
 def test_changed_is_what_dvc_status_says(project):
     call("dvc", "repro", "-q", cwd=project)
     assert read_pipeline()[1] == set()
-    with changed_params(["adapt.epochs=3"]):
+    with changed_params(["adapt.epochs=7"]):
         assert read_pipeline()[1] == {"adapt@fabric", "adapt@grid"}
     new_data(project, "two")
     assert read_pipeline()[1] == {"validate"}
