@@ -31,7 +31,7 @@ LEARNING_RATE = {"compactness": 1e-2, "ses": 1e-2, "ewc": 1e-2, "oe": 1e-1}
 """The paper's, where the parameters say null."""
 
 WATCHED = 10
-"""Intervals of training at whose ends the collapse watch looks."""
+"""Most intervals of training at whose ends the collapse watch looks; at most one an epoch, so that looking stays cheaper than training."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def adapt(
             last_good = (step, head_state(head))
         return False
 
-    watch_at = sorted({*keep_at, *snapshot_steps(steps, WATCHED + 1)} - {0})
+    watch_at = sorted({*keep_at, *snapshot_steps(steps, min(WATCHED, epochs) + 1)} - {0})
     with tqdm(total=steps, desc=method, unit="step", disable=None if progress is None else True) as bar:
 
         def tick(step: int, total: int) -> None:

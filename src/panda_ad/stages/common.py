@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -30,30 +32,43 @@ FEATURES = BUILD / "features"
 CACHE = Path(".cache")
 
 
-def run_stage(name: str, main: Callable[..., None]) -> None:
-    """Run a stage's `main`, called with the category where the command line gives one, and leave its timing in build/timings.
+def run_stage(name: str, main: Callable[..., None]) -> NoReturn:
+    """Run a stage's `main`, called with the category where the command line gives one, and end the process with its exit code.
 
-    A user's mistake ends as one line on standard error and its exit code.
+    The stage's timing is left in build/timings. A user's mistake ends as one line on standard error.
     """
+    status = _run(name, main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # outputs are closed and renamed; taking torch's modules apart would cost each stage most of a second
+
+
+def _run(name: str, main: Callable[..., None]) -> int:
     category = sys.argv[1] if len(sys.argv) > 1 else None
+    label = f"{name}{f' {category}' if category else ''}"
     start = time.perf_counter()
     try:
-        with repository_lock(f"stage {name}{f'@{category}' if category else ''}"):
+        with repository_lock(f"stage {label.replace(' ', '@', 1)}"):
             main(*([category] if category else []))
+        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+        timing = {"stage": name, "category": category, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak)}
+        write_json(BUILD / "timings" / f"{name}{f'-{category}' if category else ''}.json", timing)
     except UserError as e:
-        print(f"panda-ad: {name}{f' {category}' if category else ''}: {e}", file=sys.stderr)
-        sys.exit(e.exit_code)
+        print(f"panda-ad: {label}: {e}", file=sys.stderr)
+        return e.exit_code
     except KeyboardInterrupt:
-        print(f"panda-ad: {name}: stopped; the next run starts this stage again", file=sys.stderr)
-        sys.exit(130)
+        print(f"panda-ad: {label}: stopped; the next run starts this stage again", file=sys.stderr)
+        return 130
     except OSError as e:
-        if e.errno != 28:  # ENOSPC
-            raise
-        print(f"panda-ad: {name}: no space left on the disk ({e.filename or BUILD}); free some and run again", file=sys.stderr)
-        sys.exit(UserError.exit_code)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    timing = {"stage": name, "category": category, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak)}
-    write_json(BUILD / "timings" / f"{name}{f'-{category}' if category else ''}.json", timing)
+        if e.errno == errno.ENOSPC:
+            print(f"panda-ad: {label}: no space left on the disk ({e.filename or BUILD}); free some and run again", file=sys.stderr)
+            return UserError.exit_code
+        traceback.print_exc()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def backbone_for(params: Params) -> Backbone:
@@ -105,4 +120,4 @@ def threads() -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
