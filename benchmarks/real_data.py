@@ -1,6 +1,7 @@
 """Run the pipeline of dvc.yaml on real data sets, once per method of adaptation, and print a Markdown table.
 
-    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--size 64] [--limit-train 1000] [--publish]
+    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--localize patch_memory spade] [--size 64]
+        [--limit-train 1000] [--set adapt.epochs=20] [--publish]
 
 Each data set is a folder, or an archive of one, in MVTec's layout (<category>/train/good/...) or one class per folder
 (train/<class>/...). It runs in a throw-away clone of this repository, so that params.yaml here stays as it is.
@@ -9,6 +10,7 @@ Each data set is a folder, or an archive of one, in MVTec's layout (<category>/t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -29,13 +31,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", default=["none", "ses", "ewc"])
+    parser.add_argument("--localize", nargs="+", default=["patch_memory"], help="where there are masks: none, spade, patch_memory")
     parser.add_argument("--classes", nargs="+", help="only these categories or normal classes")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--limit-train", type=int)
     parser.add_argument("--limit-test", type=int)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other parameters; adapt's default here to the paper's")
     parser.add_argument("--publish", action="store_true", help="run the whole pipeline, publish and promotion included")
     options = parser.parse_args()
-    print("| data | category | method | image AUROC [95 %] | pixel AUROC | AU-PRO | train / test | seconds |\n|---|---|---|---|---|---|---|---|", flush=True)
+    print("| data | category | method | heat maps | image AUROC [95 %] | pixel AUROC | AU-PRO | train / test | seconds |\n|---|---|---|---|---|---|---|---|---|", flush=True)
     for source in options.sources:
         with tempfile.TemporaryDirectory(prefix="panda-ad-") as temporary:
             run(unpacked(source.resolve(), Path(temporary)), Path(temporary) / "repo", options)
@@ -57,16 +61,20 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
     mvtec = not (folder / "train").is_dir()
     parent = folder if mvtec else folder / "train"
     categories = options.classes or sorted(p.name for p in parent.iterdir() if p.is_dir())
-    for method in options.methods:
+    for method, localize in itertools.product(options.methods, options.localize if mvtec else ["none"]):
         params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
         params |= {"dataset": folder.name, "categories": categories}
         params["data"] |= {"root": str(folder), "layout": "mvtec" if mvtec else "folders", "on_invalid": "quarantine"}
         params["data"] |= {"limit_train": options.limit_train, "limit_test": options.limit_test}
         params["backbone"]["input_size"] = options.size
         params["adapt"] |= {"method": method, "epochs": None, "learning_rate": None}
-        params["localize"]["method"] = params["localize"]["method"] if mvtec else "none"
+        params["localize"]["method"] = localize
         # a first version on real data: shown whatever its figures
         params["gate"] |= {"min_image_auroc": 0.0, "min_pixel_auroc": 0.0}
+        for change in options.set:
+            key, _, value = change.partition("=")
+            section, _, name = key.partition(".")
+            params[section][name] = yaml.safe_load(value)
         (repo / "params.yaml").write_text(yaml.safe_dump(params))
         environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         environment["PYTHONPATH"] = str(repo / "src")
@@ -74,7 +82,7 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
         command = ["panda_ad.cli", "run"] if options.publish else ["dvc", "repro", "evaluate"]
         done = subprocess.run([sys.executable, "-m", *command], cwd=repo, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            sys.exit(f"{folder.name}, {method}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            sys.exit(f"{folder.name}, {method}, {localize}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         seconds = time.perf_counter() - start
         for category in categories:
             m = json.loads((repo / "build" / "evaluation" / category / "metrics.json").read_text())
@@ -84,7 +92,7 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
             pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("pixel_auroc", "au_pro"))
             auroc = f"{m['image_auroc']:.4f} [{m['image_auroc_low']:.4f}, {m['image_auroc_high']:.4f}]"
             tested = m["test_good"] + m["test_defect"]
-            print(f"| {folder.name} | {category} | {method} | {auroc} | {pixel} | {pro} | {train} / {tested} | {seconds / len(categories):.0f} |", flush=True)
+            print(f"| {folder.name} | {category} | {method} | {localize} | {auroc} | {pixel} | {pro} | {train} / {tested} | {seconds / len(categories):.0f} |", flush=True)
 
 
 if __name__ == "__main__":
