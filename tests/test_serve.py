@@ -16,7 +16,7 @@ import pytest
 import yaml
 from registry_project import make_project, read_rows, write_rows
 
-from panda_ad.detector import Detector
+from panda_ad.bundle import load_bundle
 from panda_ad.errors import UserError
 from panda_ad.metrics import auroc
 from panda_ad.processes import Group
@@ -61,7 +61,7 @@ def test_the_bundle_in_the_registry_gives_the_evaluated_scores(project):
     from panda_ad.data.images import decode
 
     cases = evaluated(project)
-    verdicts = Detector.load(download_bundle(MODEL)).score([decode(data, "x") for data, _, _ in cases])
+    verdicts = load_bundle(download_bundle(MODEL)).score([decode(data, "x") for data, _, _ in cases])
     assert [v.score for v in verdicts] == [score for _, score, _ in cases]
 
 

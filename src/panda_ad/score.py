@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from panda_ad.bundle import load_bundle
 from panda_ad.data.images import SUFFIXES, read_image
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
@@ -29,7 +30,7 @@ def load_detector(model: str | None, bundle: Path | None, false_alarm_rate: floa
 
         bundle = download_bundle(model)
     assert bundle is not None
-    return Detector.load(bundle, false_alarm_rate)
+    return load_bundle(bundle, false_alarm_rate)
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:

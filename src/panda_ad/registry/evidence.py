@@ -76,11 +76,11 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
 
 def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """Scores that a bundle gives the images of `rows` (path, sha256, label): its columns with `score` replaced."""
+    from panda_ad.bundle import load_bundle
     from panda_ad.data.images import decode
     from panda_ad.data.layouts import image_root
-    from panda_ad.detector import Detector
 
-    detector, root = Detector.load(bundle), image_root(params)
+    detector, root = load_bundle(bundle), image_root(params)
     scores: list[float] = []
     paths, hashes = rows["path"].tolist(), rows["sha256"].tolist()
     for start in range(0, len(paths), _BATCH):
@@ -99,10 +99,10 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
 
 def latency_ms(bundle: Path) -> float:
     """Median milliseconds that the detector takes for one decoded image on this machine (one of its gallery's thumbnails)."""
+    from panda_ad.bundle import load_bundle
     from panda_ad.data.images import decode
-    from panda_ad.detector import Detector
 
-    detector = Detector.load(bundle)
+    detector = load_bundle(bundle)
     image = decode(detector.thumbnails[0], "thumbnail")
     detector.score([image])
     times = []

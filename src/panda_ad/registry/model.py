@@ -21,9 +21,9 @@ class PandaModel(PythonModel):
 
     def load_context(self, context):
         """Load the bundle. Torch is imported here, so that logging the model does not need it."""
-        from panda_ad.detector import Detector
+        from panda_ad.bundle import load_bundle
 
-        self.detector = Detector.load(context.artifacts["bundle"])
+        self.detector = load_bundle(context.artifacts["bundle"])
 
     def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
         """DataFrame with a column `image` of bytes (N rows) -> DataFrame with the verdicts, same index.

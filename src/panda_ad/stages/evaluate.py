@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from panda_ad import metrics, pixel_metrics
+from panda_ad.bundle import load_bundle
 from panda_ad.calibration import p_values
 from panda_ad.data.images import read_mask
 from panda_ad.data.layouts import image_root
@@ -34,7 +35,7 @@ def main(category: str) -> None:
     params = load_params()
     threads()
     rows = category_rows(category)["test"]
-    detector = Detector.load(BUILD / "bundle" / category)
+    detector = load_bundle(BUILD / "bundle" / category)
     scores = score_rows(detector, params, rows, raw_features(category))
     labels = rows["label"].to_numpy()
     limit = detector.threshold()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
+from panda_ad.bundle import save_bundle
 from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
 from panda_ad.files import atomic_folder
@@ -104,7 +105,7 @@ def main(category: str) -> None:
         config["heatmap_range"] = heatmap_range(np.concatenate([part.heatmaps for part in held_out]))
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
     with atomic_folder(BUILD / "bundle" / category) as folder:
-        detector.save(folder)
+        save_bundle(detector, folder)
     print(f"{category}: {len(train)} normal images, {len(heads)} snapshot(s), threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
 
 
