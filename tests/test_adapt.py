@@ -78,7 +78,7 @@ def test_steps_and_history(adapted):
     assert adapted["ses"].steps == [0, 2, 4]
     for method in METHODS:
         history = adapted[method].history
-        assert [row["step"] for row in history] == [0, 1, 2, 3, 4]
+        assert [row["step"] for row in history] == [0, 2, 4]  # once an epoch
         assert history[-1]["epoch"] == 2 and np.isfinite(history[-1]["loss"])
         assert {"centre_distance", "feature_variance", "effective_rank"} <= set(history[0])
     assert adapted["ewc"].history[-1]["penalty"] > 0
