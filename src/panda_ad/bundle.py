@@ -18,12 +18,13 @@ from panda_ad.detector import Detector, with_state
 from panda_ad.errors import UserError
 from panda_ad.files import write_json
 from panda_ad.gallery import Gallery
+from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
     from panda_ad.localize import Localizer
 
-FORMAT = 1
-"""Version of the bundle's layout; a bundle of a newer one is refused."""
+FORMAT = 2
+"""Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening."""
 
 
 def save_bundle(detector: Detector, folder: Path) -> None:
@@ -33,6 +34,8 @@ def save_bundle(detector: Detector, folder: Path) -> None:
     adapted = [head.state_dict() for head, step in zip(detector.heads, config["steps"], strict=True) if step > 0]
     tensors |= {f"heads.{k}": v for k, v in pack_snapshots(backbone.head.state_dict(), adapted).items()}
     tensors |= {f"classifier.{k}": v for k, v in (detector.classifier or {}).items()}
+    for s, whitening in enumerate(detector.whitenings):
+        tensors |= {f"whitening.{s}.{k}": torch.from_numpy(v) for k, v in vars(whitening).items()}
     save_file(tensors, folder / "weights.safetensors")
     for s, gallery in enumerate(detector.galleries):
         gallery.save(folder / f"gallery_{s}.faiss")
@@ -57,7 +60,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         if false_alarm_rate is not None:
             config["false_alarm_rate"] = false_alarm_rate
         calibration = np.array(json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["scores"], dtype=np.float64)
-        groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "heads": {}, "classifier": {}}
+        groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "heads": {}, "classifier": {}, "whitening": {}}
         with safe_open(folder / "weights.safetensors", "pt") as f:
             for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 group, name = key.split(".", 1)
@@ -68,6 +71,9 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         adapted = iter(unpack_snapshots(backbone.head.state_dict(), groups["heads"]))
         heads = [backbone.head if step == 0 else with_state(backbone.head, next(adapted)) for step in config["steps"]]
         galleries = [Gallery.load(folder / f"gallery_{s}.faiss") for s in range(len(heads))]
+        white = groups["whitening"]
+        whitened = range(len(heads) if config.setdefault("whiten", False) else 0)
+        whitenings = [Whitening(white[f"{s}.mean"].numpy(), white[f"{s}.matrix"].numpy()) for s in whitened]
         localizer = _load_localizer(folder / "localizer")
         images, means = config.pop("images"), np.array(config.pop("train_means"))
         config.pop("format")
@@ -78,7 +84,8 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, StopIteration, SafetensorError) as e:
         raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
     thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
-    return Detector(config, backbone, heads, galleries, means, groups["classifier"] or None, calibration, localizer, images, thumbnails)
+    classifier = groups["classifier"] or None
+    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings)
 
 
 def _load_localizer(folder: Path) -> Localizer | None:

@@ -17,6 +17,7 @@ from panda_ad.backbones import Backbone, Head, in_micro_batches, preprocess, tru
 from panda_ad.calibration import Threshold, p_values, threshold
 from panda_ad.errors import UserError
 from panda_ad.gallery import Gallery
+from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
     from panda_ad.localize import Localizer
@@ -70,10 +71,11 @@ class Detector:
 
     Attributes
     ----------
-    config : the content of bundle.json: dataset, category, input_size, precision, scorer ('knn' or 'logit'), k, normalize, steps,
-        false_alarm_rate, provenance.
+    config : the content of bundle.json: dataset, category, input_size, precision, scorer ('knn' or 'logit'), k, normalize, whiten,
+        steps, false_alarm_rate, provenance.
     heads : one per snapshot, in the order of `config["steps"]`.
-    galleries : features of the normal training images under each head.
+    galleries : features of the normal training images under each head, normalised and whitened as those of any image.
+    whitenings : one per head, fitted on these images; empty: none.
     train_means : (S,) mean leave-one-out score of normal training images under each head; SES divides by it.
     classifier : outlier exposure's linear head {weight (1, D), bias (1,)}, else None.
     calibration : (M,) scores of the calibration set.
@@ -90,6 +92,7 @@ class Detector:
     localizer: Localizer | None = None
     images: list[dict[str, str]] = field(default_factory=list)
     thumbnails: list[bytes] = field(default_factory=list)
+    whitenings: list[Whitening] = field(default_factory=list)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -106,7 +109,7 @@ class Detector:
         return threshold(self.calibration, self.config["false_alarm_rate"] if rate is None else rate)
 
     def features(self, layer2: Tensor, raw: np.ndarray | None = None, maps: bool = False) -> tuple[list[np.ndarray], Tensor | None]:
-        """Features of N images under each head.
+        """Features of N images under each head: pooled, then L2-normalised, then whitened, the latter two where the model was built so.
 
         Parameters
         ----------
@@ -128,6 +131,8 @@ class Detector:
             else:
                 (pooled,) = in_micro_batches(lambda x, head=head: head(x.float()), layer2)
             out.append(normalise(pooled.numpy()) if self.config["normalize"] else pooled.numpy())
+        if self.whitenings:
+            out = [whiten(x) for whiten, x in zip(self.whitenings, out, strict=True)]
         return out, layer3
 
     def score_features(self, features: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

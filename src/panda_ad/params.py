@@ -70,6 +70,7 @@ class AdaptParams(_Section):
 class GalleryParams(_Section):
     k: PositiveInt
     normalize: bool
+    whiten: bool
     compression: Literal["none", "kmeans", "coreset"]
     size: PositiveInt
 
@@ -111,6 +112,19 @@ class GateParams(_Section):
     max_bundle_mb: Annotated[float, Field(gt=0)] | None
 
 
+class MonitorParams(_Section):
+    window: PositiveInt
+    min_images: Annotated[int, Field(ge=4)]
+    significance: Fraction
+    min_shift: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _window_holds_enough(self) -> MonitorParams:
+        if self.window < self.min_images:
+            raise ValueError(f"monitor.window ({self.window}) is smaller than monitor.min_images ({self.min_images})")
+        return self
+
+
 class Params(_Section):
     """All of `params.yaml`; the comments there say what each key means."""
 
@@ -125,6 +139,7 @@ class Params(_Section):
     verdict: VerdictParams
     evaluate: EvaluateParams
     gate: GateParams
+    monitor: MonitorParams
 
     @field_validator("dataset")
     @classmethod

@@ -27,6 +27,7 @@ from panda_ad.benchmark.sources import Images, Ref, as_item, as_outlier, read_la
 from panda_ad.files import atomic_file, write_json
 from panda_ad.gallery import Gallery
 from panda_ad.metrics import auroc
+from panda_ad.whitening import fit_whitening
 
 _BATCH = 256  # images per forward pass: the kernels are more than twice as fast per image as at the detector's 8
 
@@ -166,16 +167,8 @@ def _raw(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
 
 
 def _whitened(train: np.ndarray, test: np.ndarray, k: int) -> np.ndarray:
-    """kNN after whitening by the training features' covariance, shrunk as Ledoit and Wolf (2004) propose.
-
-    Not in the paper; its authors name it a strong method for small sets (github.com/talreiss/PANDA, issue 7).
-    """
-    from sklearn.covariance import LedoitWolf
-
-    fitted = LedoitWolf().fit(train.astype(np.float64))
-    variances, axes = np.linalg.eigh(fitted.covariance_)
-    to_white = axes / np.sqrt(np.maximum(variances, 1e-12 * variances.max()))  # (D, D)
-    return Gallery((train - fitted.location_) @ to_white).score((test - fitted.location_) @ to_white, k)
+    whiten = fit_whitening(train)
+    return Gallery(whiten(train)).score(whiten(test), k)
 
 
 def _adapted(bench: Bench, job: Job, **more: Any) -> Adapted:

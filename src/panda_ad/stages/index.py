@@ -27,6 +27,7 @@ from panda_ad.stages.common import (
     run_stage,
     threads,
 )
+from panda_ad.whitening import fit_whitening
 
 _THUMBNAIL = 96  # pixels, longest side
 
@@ -58,6 +59,7 @@ def main(category: str) -> None:
         "k": params.gallery.k,
         # outlier exposure's classifier was trained on features as they come
         "normalize": params.gallery.normalize and classifier is None,
+        "whiten": params.gallery.whiten and classifier is None,
         "steps": steps,
         "false_alarm_rate": params.verdict.false_alarm_rate,
         "provenance": {
@@ -83,6 +85,9 @@ def main(category: str) -> None:
             features[s].append(part)
         at += len(known)
     matrices = [np.concatenate(parts) for parts in features]  # S times (M, D)
+    if config["whiten"]:
+        detector.whitenings = [fit_whitening(matrix) for matrix in matrices]
+        matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, matrices, strict=True)]
     # one choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images
     _, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
     for matrix in matrices:
