@@ -1,0 +1,214 @@
+"""The verdict log: Parquet files under monitoring/log/<category>/, one per batch, each written whole or not at all.
+
+Columns: time (UTC, microseconds), path, sha256 (of the image file), category, model, version, score, p_value, decision ('good' or
+'defect'), threshold, one per image statistic, features (fixed-size list of float16, under the model's last head).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from panda_ad.errors import UserError
+from panda_ad.files import atomic_file
+from panda_ad.monitor.drift import Sample
+from panda_ad.monitor.statistics import NAMES, statistics_matrix
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LOG = Path("monitoring/log")
+_NUMBERS = ("score", "p_value", "threshold")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One verdict.
+
+    Attributes
+    ----------
+    time : with a time zone.  path : as given to the scorer.  sha256 : of the file, hex.
+    model, version : registered name and number, e.g. 'panda-sample-fabric', '3'.
+    statistics : by `statistics.NAMES`.  features : (D,) float.
+    """
+
+    time: datetime
+    path: str
+    sha256: str
+    category: str
+    model: str
+    version: str
+    score: float
+    p_value: float
+    anomalous: bool
+    threshold: float
+    statistics: dict[str, float]
+    features: np.ndarray
+
+
+@dataclass(frozen=True)
+class Window:
+    """Logged verdicts of one category and version, oldest first.
+
+    Attributes
+    ----------
+    times : (N,) datetime64[us], UTC.  paths, sha256 : N strings.  p_values : (N,).  alarms : (N,) bool.  threshold : of the newest.
+    sample : scores, statistics and features, as `drift.find_drift` takes them.
+    """
+
+    category: str
+    model: str
+    version: str
+    times: np.ndarray
+    paths: list[str]
+    sha256: list[str]
+    p_values: np.ndarray
+    alarms: np.ndarray
+    threshold: float
+    sample: Sample
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
+    """Add verdicts of one category as one file; an image that the log holds of the same model version is left out.
+
+    Returns
+    -------
+    The file, or None where nothing was new.
+
+    Raises
+    ------
+    ValueError : entries of several categories, or with features of several lengths.
+    UserError : the log cannot be read.
+    """
+    if not entries:
+        return None
+    if len({e.category for e in entries}) != 1 or len({len(e.features) for e in entries}) != 1:
+        raise ValueError("log: one category and one length of features per file")
+    import pyarrow.parquet as pq
+
+    category = entries[0].category
+    seen = {(e.model, e.version): known(category, e.model, e.version, log) for e in entries}
+    new = []
+    for entry in entries:
+        hashes = seen[entry.model, entry.version]
+        if entry.sha256 not in hashes:
+            hashes.add(entry.sha256)
+            new.append(entry)
+    if not new:
+        return None
+    path = log / category / f"{min(e.time for e in new).astimezone(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.parquet"
+    with atomic_file(path) as temporary:
+        pq.write_table(_table(new), temporary, compression="zstd")
+    return path
+
+
+def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
+    """sha256 of the images that the log holds of a model version. UserError where a file is damaged."""
+    found: set[str] = set()
+    for path in _files(log, category):
+        for part in _read(path, model, version, ["sha256"]):
+            found.update(part["sha256"].to_pylist())
+    return found
+
+
+def read_window(
+    category: str, model: str, version: str, last: int | None = None, since: datetime | None = None, log: Path = LOG
+) -> Window:
+    """The newest verdicts of a model version, each image once, oldest first.
+
+    Parameters
+    ----------
+    last : at most so many images.  since : none from before, with a time zone. Both None: all there are.
+
+    Raises
+    ------
+    UserError
+        The log has no verdict of that version, none since then, or a file is damaged.
+    """
+    import pyarrow as pa
+
+    parts: list[pa.Table] = []
+    seen: set[str] = set()
+    for path in reversed(_files(log, category)):  # named by time, so the newest come first
+        for part in _read(path, model, version, None):
+            parts.append(part)
+            seen.update(part["sha256"].to_pylist())
+        if last is not None and len(seen) >= last:
+            break
+    where = f"{log / category}: no verdict of {model} version {version}"
+    if not parts:
+        raise UserError(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
+    table = pa.concat_tables(parts).sort_by([("time", "ascending"), ("sha256", "ascending")])
+    times = table["time"].to_numpy().astype("datetime64[us]")
+    _, first = np.unique(np.array(table["sha256"].to_pylist()), return_index=True)  # two scorers at once may log an image twice
+    keep = np.sort(first)
+    if since is not None:
+        keep = keep[times[keep] >= np.datetime64(since.astimezone(UTC).replace(tzinfo=None), "us")]
+        if not len(keep):
+            raise UserError(f"{where} since {since.isoformat()}")
+    if last is not None:
+        keep = keep[-last:]
+    return _window(table.take(pa.array(keep)), times[keep], category, model, version)
+
+
+def _window(table: pa.Table, times: np.ndarray, category: str, model: str, version: str) -> Window:
+    columns = {name: table[name].to_numpy() for name in (*_NUMBERS, *NAMES)}
+    features = table["features"].combine_chunks()
+    matrix = features.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1).astype(np.float32)
+    sample = Sample(columns["score"], np.stack([columns[name] for name in NAMES], axis=1), matrix)
+    alarms = np.array([d == "defect" for d in table["decision"].to_pylist()])
+    paths, hashes = table["path"].to_pylist(), table["sha256"].to_pylist()
+    limit = float(columns["threshold"][-1])
+    return Window(category, model, version, times, paths, hashes, columns["p_value"], alarms, limit, sample)
+
+
+def _table(entries: Sequence[Entry]) -> pa.Table:
+    import pyarrow as pa
+
+    features = np.stack([e.features for e in entries]).astype(np.float16)
+    columns: dict[str, Any] = {
+        "time": pa.array([e.time.astimezone(UTC) for e in entries], pa.timestamp("us", tz="UTC")),
+        "path": [e.path for e in entries],
+        "sha256": [e.sha256 for e in entries],
+        "category": [e.category for e in entries],
+        "model": [e.model for e in entries],
+        "version": [e.version for e in entries],
+        "score": [float(e.score) for e in entries],
+        "p_value": [float(e.p_value) for e in entries],
+        "decision": ["defect" if e.anomalous else "good" for e in entries],
+        "threshold": [float(e.threshold) for e in entries],
+    }
+    matrix = statistics_matrix([e.statistics for e in entries])
+    columns |= {name: matrix[:, i] for i, name in enumerate(NAMES)}
+    columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel(), pa.float16()), features.shape[1])
+    return pa.table(columns)
+
+
+def _files(log: Path, category: str) -> list[Path]:
+    """A category's files, oldest first; one that is being written is hidden and does not count."""
+    return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
+
+
+def _read(path: Path, model: str, version: str, columns: list[str] | None) -> Iterator[pa.Table]:
+    """The rows of a model version in one file; nothing where there are none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        wanted = None if columns is None else [*columns, "model", "version"]
+        table = pq.ParquetFile(path).read(columns=wanted)
+        rows = table.filter(pc.and_(pc.equal(table["model"], model), pc.equal(table["version"], version)))
+    except (pa.ArrowException, OSError, KeyError) as e:
+        raise UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again") from None
+    if len(rows):
+        yield rows
