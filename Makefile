@@ -16,7 +16,7 @@ run: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad run
 
 test: $(VENV)/.ready-dev lint
-	@PATH="$(BIN):$$PATH" pytest
+	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile
 
 ui: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad ui
