@@ -18,6 +18,7 @@ from panda_ad.detector import Detector, with_state
 from panda_ad.errors import UserError
 from panda_ad.files import write_json
 from panda_ad.gallery import Gallery
+from panda_ad.monitor.statistics import NAMES, Reference
 from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ def save_bundle(detector: Detector, folder: Path) -> None:
     offsets = np.cumsum([0, *map(len, detector.thumbnails)])
     data = np.frombuffer(b"".join(detector.thumbnails) or b"\0", np.uint8).copy()
     save_file({"jpeg": torch.from_numpy(data), "offsets": torch.from_numpy(offsets)}, folder / "thumbnails.safetensors")
+    if detector.reference is not None:
+        tensors = {k: torch.from_numpy(v) for k, v in vars(detector.reference).items()}
+        save_file(tensors, folder / "reference.safetensors", {"statistics": ",".join(NAMES)})
     if detector.localizer is not None:
         (folder / "localizer").mkdir()
         detector.localizer.save(folder / "localizer")
@@ -75,6 +79,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         whitened = range(len(heads) if config.setdefault("whiten", False) else 0)
         whitenings = [Whitening(white[f"{s}.mean"].numpy(), white[f"{s}.matrix"].numpy()) for s in whitened]
         localizer = _load_localizer(folder / "localizer")
+        reference = _load_reference(folder / "reference.safetensors")
         images, means = config.pop("images"), np.array(config.pop("train_means"))
         config.pop("format")
     except UserError:
@@ -85,7 +90,17 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
     thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
     classifier = groups["classifier"] or None
-    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings)
+    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings, reference)
+
+
+def _load_reference(path: Path) -> Reference | None:
+    """None where the bundle is from before monitoring, or knows other statistics than this version."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as f:
+        if (f.metadata() or {}).get("statistics") != ",".join(NAMES):
+            return None
+        return Reference(f.get_tensor("statistics").numpy(), f.get_tensor("features").numpy())
 
 
 def _load_localizer(folder: Path) -> Localizer | None:

@@ -17,6 +17,7 @@ from panda_ad.backbones import Backbone, Head, in_micro_batches, preprocess, tru
 from panda_ad.calibration import Threshold, p_values, threshold
 from panda_ad.errors import UserError
 from panda_ad.gallery import Gallery
+from panda_ad.monitor.statistics import Reference
 from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Verdict:
     neighbours : (gallery index, squared distance) of the nearest normal images, nearest first.
     heatmap : float32 (H, W) at the image's size, higher is more anomalous; None if not asked for or not built.
     region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive; None without a heat map.
+    features : float32 (D,), pooled, under the last head.
     """
 
     score: float
@@ -44,6 +46,7 @@ class Verdict:
     neighbours: list[tuple[int, float]]
     heatmap: np.ndarray | None = None
     region: tuple[int, int, int, int] | None = None
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Detector:
     whitenings : one per head, fitted on these images; empty: none.
     train_means : (S,) mean leave-one-out score of normal training images under each head; SES divides by it.
     classifier : outlier exposure's linear head {weight (1, D), bias (1,)}, else None.
-    calibration : (M,) scores of the calibration set.
+    calibration : (M,) scores of the calibration set.  reference : what these images are like; None in bundles from before monitoring.
     images : path and sha256 of each gallery image.  thumbnails : its picture as JPEG bytes.
     """
 
@@ -93,6 +96,7 @@ class Detector:
     images: list[dict[str, str]] = field(default_factory=list)
     thumbnails: list[bytes] = field(default_factory=list)
     whitenings: list[Whitening] = field(default_factory=list)
+    reference: Reference | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -192,6 +196,7 @@ class Detector:
                     [(int(n), float(d)) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)],
                     heatmap,
                     None if heatmap is None else region(heatmap),
+                    scores.features[i],
                 )
             )
         return verdicts

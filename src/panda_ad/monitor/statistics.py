@@ -15,7 +15,7 @@ from scipy import ndimage
 LONGEST = 1024
 """Pixels; a larger image is first reduced by whole factors, so that a camera's image always ends at the same size."""
 FINE, COARSE = 1.0, 4.0  # pixels, of the Laplacian of Gaussian
-_LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
+_LUMA = (np.float32(0.2126), np.float32(0.7152), np.float32(0.0722))
 _TINY = 1e-7  # below the noise of rounding to bytes (1 / 255)^2 / 12, under the fine filter
 
 
@@ -49,6 +49,19 @@ STATISTICS: tuple[Statistic, ...] = (
 NAMES: tuple[str, ...] = tuple(s.name for s in STATISTICS)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a model's calibration images are like; their scores are the model's calibration.
+
+    Attributes
+    ----------
+    statistics : (M, S) float32, columns as `NAMES`.  features : (M, D) float16, under the last head.
+    """
+
+    statistics: np.ndarray
+    features: np.ndarray
+
+
 def image_statistics(rgb: np.ndarray) -> dict[str, float]:
     """Statistics of one image.
 
@@ -70,7 +83,7 @@ def image_statistics(rgb: np.ndarray) -> dict[str, float]:
     Finite floats by the names of `STATISTICS`, in their order.
     """
     x = _reduced(rgb)
-    luma = x @ _LUMA
+    luma = x[..., 0] * _LUMA[0] + x[..., 1] * _LUMA[1] + x[..., 2] * _LUMA[2]
     red, green, blue = (float(v) for v in x.mean(axis=(0, 1), dtype=np.float64))
     grey = max((red + green + blue) / 3, 1 / 255)  # a black image has no colour
     largest = x.max(axis=2)

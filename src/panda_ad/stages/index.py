@@ -15,6 +15,7 @@ from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
 from panda_ad.files import atomic_folder
 from panda_ad.gallery import Gallery, compress
+from panda_ad.monitor.statistics import Reference, image_statistics, statistics_matrix
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
     BUILD,
@@ -106,6 +107,8 @@ def main(category: str) -> None:
 
     held_out = [detector.score_activations(b["layer2"], b.get("layer1"), heatmaps=True) for b in activations.batches(calibration, layers)]
     detector.calibration = np.concatenate([part.score for part in held_out])
+    statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
+    detector.reference = Reference(statistics.astype(np.float32), np.concatenate([part.features for part in held_out]).astype(np.float16))
     if detector.localizer is not None:
         config["heatmap_range"] = heatmap_range(np.concatenate([part.heatmaps for part in held_out]))
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
