@@ -23,7 +23,8 @@ from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.ses import ses_scores
 from panda_ad.backbones import Head, load_backbone, resolve_precision
 from panda_ad.benchmark.protocols import OUTLIERS, Job, Settings, choose, choose_test, train_refs
-from panda_ad.benchmark.sources import Images, Ref, as_item, as_outlier, read_labelled, read_set
+from panda_ad.benchmark.sources import Images, Ref, as_item, read_labelled, read_set
+from panda_ad.data.outliers import is_grey, outlier_item
 from panda_ad.files import atomic_file, write_json
 from panda_ad.gallery import Gallery
 from panda_ad.metrics import auroc
@@ -62,9 +63,10 @@ class Bench:
         return self._items[name]
 
     def outliers(self, name: tuple, files: Sequence[Ref], like: np.ndarray) -> list[Item]:
-        """Outlier images as items, at the resolution of the normal images."""
+        """Outlier images as items, at the resolution of the normal images, of which `like`, uint8 (H, W, 3), is one."""
         if name not in self._items:
-            self._items[name] = [as_outlier(path, like) for path in files if isinstance(path, Path)]
+            size, grey = (like.shape[0], like.shape[1]), is_grey(like)
+            self._items[name] = [outlier_item(path, size, grey) for path in files if isinstance(path, Path)]
             self.activations.warm(self._items[name], label=" ".join(map(str, name)))
         return self._items[name]
 

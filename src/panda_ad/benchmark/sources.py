@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from panda_ad.activations import Item
 from panda_ad.data.images import read_image
@@ -70,24 +69,6 @@ def as_item(ref: Ref) -> Item:
         return Item(hashlib.sha256(ref.read_bytes()).hexdigest(), functools.partial(read_image, ref))
     rgb = ref if ref.ndim == 3 else np.repeat(ref[:, :, None], 3, axis=2)
     return Item(hashlib.sha256(str(rgb.shape).encode() + rgb.tobytes()).hexdigest(), lambda: rgb)
-
-
-def as_outlier(path: Path, like: np.ndarray) -> Item:
-    """An outlier image brought to the resolution of the normal images, of which `like`, uint8 (H, W, 3), is one.
-
-    It is reduced to their size where it is larger, and made grey where they are; sharpness and colour would otherwise tell
-    outliers apart without a look at what they show, and nothing would be learnt (the paper's outliers have CIFAR's 32 x 32).
-    """
-    size, grey = like.shape[:2], bool((like == like[:, :, :1]).all())
-    digest = hashlib.sha256(path.read_bytes() + f"like {size} {grey}".encode()).hexdigest()
-    return Item(digest, functools.partial(_read_outlier, path, size, grey))
-
-
-def _read_outlier(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
-    image = Image.fromarray(read_image(path))
-    if image.height > size[0] and image.width > size[1]:
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)  # antialiased
-    return np.array(image.convert("L").convert("RGB") if grey else image)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,6 +15,7 @@ from panda_ad.adapt import adapt, pack_snapshots
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.backbones import Backbone
 from panda_ad.data.images import read_image
+from panda_ad.data.outliers import coarseness, is_grey, outlier_item
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder, write_json
 from panda_ad.params import Params, load_params
@@ -29,11 +31,13 @@ def main(category: str) -> None:
     threads()
     backbone = backbone_for(params)
     activations = activations_for(params, backbone)
-    items = items_of(category_rows(category)["train"], params)
+    rows = category_rows(category)["train"]
+    items = items_of(rows, params)
     activations.warm(items)
     outliers = None
     if params.adapt.method == "oe":
-        outlier_items = folder_items(Path(params.adapt.outliers or ""), "adapt.outliers")
+        size = (round(rows["height"].median()), round(rows["width"].median()))
+        outlier_items = outliers_like(size, is_grey(items[0].read()), params, category)
         activations.warm(outlier_items, label="outliers")
         outliers = activations.view(outlier_items)
     fisher = given_fisher(params, backbone, activations) if params.adapt.method == "ewc" else None
@@ -68,11 +72,29 @@ def given_fisher(params: Params, backbone: Backbone, activations: Activations) -
     return cached_fisher(CACHE / "fisher", backbone, view, labels, samples=params.adapt.fisher_samples, seed=params.seed)
 
 
+def outliers_like(size: tuple[int, int], grey: bool, params: Params, category: str) -> list[Item]:
+    """The images of `adapt.outliers` at the resolution of a category's, (height, width) in pixels; says so where they have less."""
+    files = folder_files(Path(params.adapt.outliers or ""), "adapt.outliers")
+    times = coarseness(files, size, params.backbone.size)
+    if times > 1:
+        print(
+            f"{category}: the images of adapt.outliers are {times:.1f} times coarser than the normal ones ({size[1]} x {size[0]} pixels); "
+            "training may tell them apart by sharpness alone, use larger ones",
+            file=sys.stderr,
+        )
+    return [outlier_item(file, size, grey) for file in files]
+
+
 def folder_items(folder: Path, key: str) -> list[Item]:
     """All images below a folder, in the order of their paths. UserError names the parameter where there is none."""
+    return [Item(hashlib.sha256(file.read_bytes()).hexdigest(), functools.partial(read_image, file)) for file in folder_files(folder, key)]
+
+
+def folder_files(folder: Path, key: str) -> list[Path]:
+    """Image files below a folder, sorted. UserError names the parameter where there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{key}: no folder {folder}")
-    return [Item(hashlib.sha256(file.read_bytes()).hexdigest(), functools.partial(read_image, file)) for file in image_files([folder])]
+    return image_files([folder])
 
 
 if __name__ == "__main__":

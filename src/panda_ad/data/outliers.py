@@ -1,0 +1,73 @@
+"""Outlier images brought to the resolution of the normal images.
+
+Sharpness and colour would otherwise tell outliers apart without a look at what they show, and nothing would be learnt: on CIFAR-10's
+airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at 32 px (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from panda_ad.activations import Item
+from panda_ad.data.images import FORMATS, read_bytes, read_image
+
+
+def is_grey(rgb: np.ndarray) -> bool:
+    """Whether the channels of an image, uint8 (H, W, 3), are equal everywhere."""
+    return bool((rgb == rgb[:, :, :1]).all())
+
+
+def outlier_item(path: Path, size: tuple[int, int], grey: bool) -> Item:
+    """An outlier image for the activation cache, reduced to the resolution of the normal images.
+
+    Parameters
+    ----------
+    path : its file.
+    size : (height, width) of the normal images, pixels. Where the outlier has more, it is reduced to that, antialiased; where it has less,
+        nothing is invented: it stays.
+    grey : whether the normal images are grey; the outlier is then made grey too.
+
+    Returns
+    -------
+    Item whose key holds `size` and `grey`, so that the same file at another resolution is another image.
+    """
+    digest = hashlib.sha256(read_bytes(path) + f"at most {size[0]} x {size[1]}, {'grey' if grey else 'colour'}".encode())
+    return Item(digest.hexdigest(), functools.partial(read_outlier, path, size, grey))
+
+
+def read_outlier(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
+    """uint8 (H, W, 3) of an outlier as `outlier_item` describes. UserError where it cannot be decoded."""
+    image = Image.fromarray(read_image(path))
+    height, width = min(image.height, size[0]), min(image.width, size[1])
+    if (height, width) != (image.height, image.width):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # antialiased
+    return np.array(image.convert("L").convert("RGB") if grey else image)
+
+
+def coarseness(files: Sequence[Path], size: tuple[int, int], network: tuple[int, int]) -> float:
+    """How many times coarser outliers are than normal images, as the network sees both: 1 where not.
+
+    Parameters
+    ----------
+    files : the outliers.
+    size, network : (height, width) of the normal images, and of the network's input, which hides any resolution beyond its own.
+
+    Returns
+    -------
+    Ratio of lengths, >= 1: the square root of normal pixels per pixel of the median outlier.
+    """
+    most = network[0] * network[1]
+    pixels = []
+    for file in files:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                pixels.append(min(image.width * image.height, most))
+        except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            continue  # whoever decodes it says what is wrong
+    return max(1.0, (min(size[0] * size[1], most) / float(np.median(pixels))) ** 0.5) if pixels else 1.0
