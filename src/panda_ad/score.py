@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,44 @@ COLUMNS = ("path", "score", "p_value", "decision", "threshold", "x0", "y0", "x1"
 _BATCH = 32
 
 
-def load_detector(model: str | None, bundle: Path | None, false_alarm_rate: float | None = None) -> Detector:
+@dataclass(frozen=True)
+class Model:
+    """A detector and what it is registered as; name and version are empty for a bundle folder."""
+
+    detector: Detector
+    name: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of a set of files.
+
+    Attributes
+    ----------
+    images : scored.  alarms : of these, called defect.  known : left out, since the log holds their verdict of this version.
+    problems : one line per file that could not be read.
+    """
+
+    images: int
+    alarms: int
+    known: int
+    problems: list[str]
+
+
+def load_model(model: str | None, bundle: Path | None, false_alarm_rate: float | None = None) -> Model:
     """The detector of a bundle folder or of a registered model. UserError unless exactly one is given and can be loaded."""
     if (model is None) == (bundle is None):
         raise UserError("give one of --model models:/NAME@staging and --bundle FOLDER")
     if false_alarm_rate is not None and not 0 < false_alarm_rate < 1:
         raise UserError(f"--false-alarm-rate: a share between 0 and 1 is expected, found {false_alarm_rate}")
     if model is not None:
-        from panda_ad.registry.connection import download_bundle
+        from panda_ad.registry.connection import download_version
 
-        bundle = download_bundle(model)
+        name, version, folder = download_version(model)
+        return Model(load_bundle(folder, false_alarm_rate), name, version)
     assert bundle is not None
-    return load_bundle(bundle, false_alarm_rate)
+    return Model(load_bundle(bundle, false_alarm_rate))
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
@@ -69,16 +96,50 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
 
 
 def score_paths(
-    paths: list[Path], model: str | None, bundle: Path | None, out: Path | None, heatmaps: Path | None, false_alarm_rate: float | None
+    paths: list[Path],
+    model: str | None,
+    bundle: Path | None,
+    out: Path | None,
+    heatmaps: Path | None,
+    false_alarm_rate: float | None,
+    log: Path | None = None,
 ) -> None:
-    """Score images and write a CSV, a row per readable image. UserError at the end names those that could not be read."""
+    """What the command line does: `score_files` with words. UserError at the end names files that could not be read."""
     files = image_files(paths)
-    detector = load_detector(model, bundle, false_alarm_rate)
+    loaded = load_model(model, bundle, false_alarm_rate)
+    if log is not None and not loaded.version:
+        raise UserError("--log needs --model: the log says which registered version decided")
+    limit = loaded.detector.threshold()
+    if not limit.enough:
+        print(f"panda-ad: {limit.message}", file=sys.stderr)
+    done = score_files(files, loaded, out, heatmaps, log)
+    known = f", {done.known} known to the log" if done.known else ""
+    print(f"{done.images} images scored, {done.alarms} called defect{known}", file=sys.stderr)
+    if done.problems:
+        more = f" and {len(done.problems) - 3} more" if len(done.problems) > 3 else ""
+        raise UserError(f"{len(done.problems)} of {len(files)} files could not be read: {'; '.join(done.problems[:3])}{more}")
+
+
+def score_files(files: list[Path], model: Model, out: Path | None, heatmaps: Path | None = None, log: Path | None = None) -> Scored:
+    """Score images and write a CSV, a row per readable image.
+
+    Parameters
+    ----------
+    out : the CSV file; None: standard output.  heatmaps : folder for overlays; None: none.
+    log : the verdict log, which is appended to; images it holds of this version are left out. None: no log.
+        It is written last, in one piece: a run that is killed has logged nothing, and the next one scores the same images.
+    """
+    detector = model.detector
     limit = detector.threshold()
     if heatmaps is not None and detector.localizer is None:
         raise UserError("--heatmaps: this model was built with localize.method: none and has no heat maps")
-    if not limit.enough:
-        print(f"panda-ad: {limit.message}", file=sys.stderr)
+    recorder = None
+    fresh = files
+    if log is not None:
+        from panda_ad.monitor.record import Recorder
+
+        recorder = Recorder(detector.config["category"], model.name, model.version, limit.value, log)
+        fresh = recorder.fresh(files)
     problems: list[str] = []
     alarms = 0
 
@@ -86,7 +147,7 @@ def score_paths(
         nonlocal alarms
         rows = csv.writer(target, lineterminator="\n")
         rows.writerow(COLUMNS)
-        for n, (file, pixels, verdict) in enumerate(verdicts(detector, files, heatmaps is not None)):
+        for n, (file, pixels, verdict) in enumerate(verdicts(detector, fresh, heatmaps is not None)):
             if isinstance(verdict, str) or pixels is None:
                 problems.append(str(verdict))
                 continue
@@ -95,6 +156,8 @@ def score_paths(
             box = verdict.region or ("", "", "", "")
             # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
             rows.writerow([str(file), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *box])
+            if recorder is not None:
+                recorder.add(file, pixels, verdict)
             if heatmaps is not None and verdict.heatmap is not None:
                 save_overlay(heatmaps / f"{n:05d}-{file.stem}-{decision}.jpg", pixels, verdict.heatmap, detector)
 
@@ -103,10 +166,9 @@ def score_paths(
     else:
         with atomic_file(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as target:
             write(target)
-    print(f"{len(files) - len(problems)} images scored, {alarms} called defect", file=sys.stderr)
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{len(problems)} of {len(files)} files could not be read: {'; '.join(problems[:3])}{more}")
+    if recorder is not None:
+        recorder.write()
+    return Scored(len(fresh) - len(problems), alarms, len(files) - len(fresh), problems)
 
 
 def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:

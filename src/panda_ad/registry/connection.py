@@ -205,9 +205,15 @@ def download_bundle(model: str) -> Path:
     UserError
         There is no such version, its server does not answer, or its files are gone.
     """
+    return download_version(model)[2]
+
+
+def download_version(model: str) -> tuple[str, str, Path]:
+    """Registered name, version number and bundle folder of what `model` names; errors as `download_bundle`."""
     with mlflow_errors():
         client = connect()
-        return bundle_of(client, find_version(client, model))
+        version = find_version(client, model)
+        return version.name, str(version.version), bundle_of(client, version)
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:

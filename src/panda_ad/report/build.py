@@ -1,31 +1,23 @@
 """Build the report: figures, curves, pictures and provenance in one HTML string that opens offline.
 
-Everything is inlined; a content security policy with the hashes of the page's own scripts and styles lets nothing else run
-or load, so that a hostile file name stays text even if an escape were forgotten.
+How pages are put together is in `page.py`.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from panda_ad.calibration import Threshold
 from panda_ad.files import write_text
 from panda_ad.report.encode import encode_images
+from panda_ad.report.page import render
 
 SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "feature_map.js", "gallery.js", "report.js")
-STYLES = ("vendor/uPlot.min.css", "style.css")
 
 
 @dataclass(frozen=True)
@@ -134,17 +126,14 @@ def build_report(report: Report) -> str:
     ------
     ValueError : arrays of different lengths, a score that is not finite, or a picture whose path is not in `report.paths`.
     """
-    scripts = [_asset(name) for name in SCRIPTS]
-    styles = [_asset(name) for name in STYLES]
-    policy = (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"script-src {' '.join(map(_csp_hash, scripts))}; style-src {' '.join(map(_csp_hash, styles))}"
-    )
     data = _data(report)
     good = int((np.asarray(report.labels) == 0).sum())
     alarms = np.asarray(report.scores, np.float64) > report.threshold.value
     defects = np.asarray(report.defects, dtype=object)
-    return _environment().get_template("template.html.j2").render(
+    return render(
+        "template.html.j2",
+        SCRIPTS,
+        data,
         report=report,
         good=good,
         defective=len(report.scores) - good,
@@ -152,10 +141,6 @@ def build_report(report: Report) -> str:
         has_pixels=any(row.pixel_auroc is not None or row.au_pro is not None for row in report.per_defect),
         has_heatmaps=data["heat"] is not None,
         has_masks=any(image["outline"] for image in data["images"]),
-        policy=policy,
-        scripts=[Markup(s) for s in scripts],
-        styles=[Markup(s) for s in styles],
-        data=Markup(script_json(data)),
     )
 
 
@@ -177,14 +162,6 @@ def project_2d(gallery: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
     axes = axes * np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(1)] < 0, -1.0, 1.0)[:, None]
     axes = np.concatenate([axes, np.zeros((2 - len(axes), gallery.shape[1]))])
     return ((gallery - mean) @ axes.T).astype(np.float32), ((test - mean) @ axes.T).astype(np.float32)
-
-
-def script_json(value: object) -> str:
-    """JSON that stays inside its script element: no '<', '>', '&' or line separator is left as itself."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
 
 
 def _data(report: Report) -> dict[str, Any]:
@@ -238,37 +215,3 @@ def _rate_intervals(m: int, confidence: float) -> list[list[float]]:
     tail = (1 - confidence) / 2
     bounds = np.stack([betaincinv(l, m + 1 - l, tail), betaincinv(l, m + 1 - l, 1 - tail)], axis=1)
     return [*np.round(bounds, 5).tolist(), [1.0, 1.0]]
-
-
-@cache
-def _asset(name: str) -> str:
-    return (files("panda_ad.report") / name).read_text(encoding="utf-8")
-
-
-def _csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain}
-    return environment
-
-
-def _figure(value: float | None) -> str:
-    """Three decimals for rates, four significant digits for the rest; a dash where there is no figure."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if -1 <= value <= 1 else f"{value:.4g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %"
-
-
-def _plain(value: object) -> str:
-    """A provenance value as text; lists and mappings as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

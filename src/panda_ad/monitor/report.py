@@ -1,0 +1,72 @@
+"""The drift report: one HTML page that opens offline, with the verdict, the tests and the figures over time."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from panda_ad.files import write_text
+from panda_ad.monitor.drift import Drift, Sample
+from panda_ad.monitor.log import Window
+from panda_ad.monitor.statistics import STATISTICS
+from panda_ad.report.page import render
+
+SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "monitor.js")
+BAND = (0.05, 0.5, 0.95)
+"""Quantiles of the calibration images that the plots show."""
+
+
+def write_report(path: Path, drift: Drift, reference: Sample, window: Window, rate: float, checked: datetime) -> None:
+    """Write the page atomically.
+
+    Parameters
+    ----------
+    drift : what `find_drift` said of `window.sample` and `reference`.
+    rate : false-alarm budget.
+    checked : when.
+    """
+    write_text(path, build_report(drift, reference, window, rate, checked))
+
+
+def build_report(drift: Drift, reference: Sample, window: Window, rate: float, checked: datetime) -> str:
+    """The page as HTML."""
+    group = max(10, len(window) // 20)
+    times = [str(t)[:19].replace("T", " ") for t in window.times]
+    return render(
+        "monitor.html.j2",
+        SCRIPTS,
+        _data(reference, window, rate, group, times),
+        drift=drift,
+        window=window,
+        statistics=STATISTICS,
+        group=group,
+        rate=rate,
+        first=times[0],
+        last=times[-1],
+        checked=f"{checked:%Y-%m-%d %H:%M} UTC",
+    )
+
+
+def _data(reference: Sample, window: Window, rate: float, group: int, times: list[str]) -> dict[str, Any]:
+    """What the page's script reads."""
+    figures = {"score": _figure(reference.scores, window.sample.scores)}
+    for i, statistic in enumerate(STATISTICS):
+        figures[statistic.name] = _figure(reference.statistics[:, i], window.sample.statistics[:, i])
+    ends = range(group, len(window) + 1, group)
+    return {
+        "threshold": window.threshold,
+        "rate": rate,
+        "calibration": reference.scores.tolist(),
+        "scores": window.sample.scores.tolist(),
+        "alarms": [{"until": end, "share": float(window.alarms[end - group : end].mean())} for end in ends],
+        "times": times,
+        "paths": window.paths,
+        "figures": figures,
+    }
+
+
+def _figure(reference: np.ndarray, window: np.ndarray) -> dict[str, list[float]]:
+    return {"values": [float(f"{v:.5g}") for v in window], "band": np.quantile(reference, BAND).tolist()}
