@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -44,6 +44,22 @@ def score(
     from panda_ad.score import score_paths
 
     score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate)
+
+
+@app.command()
+def ingest(
+    paths: Annotated[list[Path], typer.Argument(help="New images, or folders of images (searched recursively).")],
+    category: Annotated[str, typer.Option("--category", "-c", help="What they show, one of params.yaml's categories.")],
+    label: Annotated[Literal["good", "defect"], typer.Option(help="Good images go to train, defects to test.")] = "good",
+    kind: Annotated[str | None, typer.Option(help="Kind of defect, the name of its folder.  [default: defect]")] = None,
+    split: Annotated[Literal["train", "test"] | None, typer.Option(help="Where good images go.  [default: train]")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")] = None,
+    check: Annotated[bool, typer.Option(help="Have the present model look at images labelled good.")] = True,
+) -> None:
+    """Add images to the data set and record its new version with DVC; what cannot be used goes to quarantine/."""
+    from panda_ad.ingest import ingest
+
+    ingest(paths, category, label, kind, split, masks, check)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from panda_ad.errors import GateRefused, UserError
@@ -36,14 +36,19 @@ def run() -> None:
         raise refused
 
 
-def dvc(*arguments: str) -> None:
-    """Run DVC as a child that ends with this process; UserError where it fails (its own output has said why)."""
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
+def dvc(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, str] | None = None) -> None:
+    """Run DVC as a child that ends with this process; UserError where it fails (its own output has said why).
+
+    Parameters
+    ----------
+    folder : where it runs; None: here.  extra : environment variables beside this process's.
+    """
+    env = {**os.environ, **(extra or {}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
     command = [sys.executable, "-m", "dvc", *arguments]
     if sys.stdout.isatty():  # progress bars draw on the terminal itself
-        status = subprocess.run(command, env=env, check=False).returncode
+        status = subprocess.run(command, cwd=folder, env=env, check=False).returncode
     else:
-        with Group(command, env=env) as child:
+        with Group(command, cwd=folder, env=env) as child:
             for line in child.lines():
                 print(line, flush=True)
             status = child.wait()

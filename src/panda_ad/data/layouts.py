@@ -72,10 +72,10 @@ def list_entries(params: Params, root: Path) -> list[Entry]:
 def _mvtec(params: Params, root: Path, category: str) -> Iterator[Entry]:
     folder = root / category
     if not folder.is_dir():
-        found = [p.name for p in _visible(root) if (p / "train").is_dir() or (p / "test").is_dir()]
+        found = [p.name for p in visible(root) if (p / "train").is_dir() or (p / "test").is_dir()]
         raise UserError(f"categories: no folder {category!r} in {root}; {_found(found)}")
     for split in ("train", "test"):
-        for child in _visible(folder / split):
+        for child in visible(folder / split):
             defect, label = child.name, int(child.name != "good")
             if child.is_dir():
                 yield from _images(root, child, category, split, label, defect, folder / "ground_truth" / defect)
@@ -87,9 +87,9 @@ def _images(root: Path, folder: Path, category: str, split: str, label: int, def
     """A folder's images, with their masks where they are defective."""
     masks = {}
     if label and split == "test" and mask_folder is not None:
-        masks = {p.stem: p for p in _visible(mask_folder)}
+        masks = {p.stem: p for p in visible(mask_folder)}
     used = set()
-    for path in _visible(folder):
+    for path in visible(folder):
         if path.is_dir():
             yield _stray(root, path, category, split, "is a folder inside a folder of images and is not read: move its images up", label, defect)
             continue
@@ -106,7 +106,7 @@ def _images(root: Path, folder: Path, category: str, split: str, label: int, def
 
 def _folders(params: Params, root: Path, category: str) -> Iterator[Entry]:
     normal = params.data.normal_classes.get(category, [category])
-    classes = {split: [p for p in _visible(root / split) if p.is_dir()] for split in ("train", "test")}
+    classes = {split: [p for p in visible(root / split) if p.is_dir()] for split in ("train", "test")}
     for name in normal:
         if name not in {p.name for p in classes["train"]}:
             key = f"data.normal_classes.{category}" if category in params.data.normal_classes else "categories"
@@ -118,13 +118,13 @@ def _folders(params: Params, root: Path, category: str) -> Iterator[Entry]:
                 continue
             for e in _images(root, folder, category, split, label, folder.name if label else "good", None):
                 yield Entry(**{**e.__dict__, "stratum": folder.name})
-        for path in _visible(root / split):
+        for path in visible(root / split):
             if not path.is_dir():
                 yield _stray(root, path, category, split, f"lies beside the class folders: move it into {split}/<class>")
 
 
-def _visible(folder: Path) -> list[Path]:
-    """A folder's entries in the order of their names, without hidden ones; none where there is no such folder."""
+def visible(folder: Path) -> list[Path]:
+    """A folder's entries in the order of their names, without hidden ones and file managers' droppings; none where there is no such folder."""
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):

@@ -77,12 +77,28 @@ def _row(entry: Entry, image: Record, mask: Record) -> dict[str, Any]:
     }
 
 
+def known_images(params: Params, category: str) -> list[tuple[Entry, Record]]:
+    """Every image of one category with what reading it found; only files that no run has read yet are read."""
+    root = image_root(params)
+    with _Cache(root, keep=True) as cache:
+        entries = list_entries(params.model_copy(update={"categories": [category]}), root)
+        read = _read_all(root, {e.path for e in entries if not e.problem}, "image", inspect_image, cache)
+    return [(e, read.get(e.path, {})) for e in entries]
+
+
 def inspect_image(root: Path, path: str) -> Record:
     """Read and decode one image; a failure is a `problem`, not an exception."""
-    record: Record = {"problem": ""}
     try:
         data = images.read_bytes(root / path, path)
-        record["sha256"] = hashlib.sha256(data).hexdigest()
+    except UserError as e:
+        return {"problem": str(e).removeprefix(f"{path}: ")}
+    return image_record(data, path)
+
+
+def image_record(data: bytes, path: str) -> Record:
+    """What an image file's bytes hold; `path` is what decoding calls it, and no part of the record."""
+    record: Record = {"problem": "", "sha256": hashlib.sha256(data).hexdigest()}
+    try:
         picture = images.picture(data, path)
     except UserError as e:
         return {**record, "problem": str(e).removeprefix(f"{path}: ")}
@@ -94,10 +110,17 @@ def inspect_image(root: Path, path: str) -> Record:
 
 def inspect_mask(root: Path, path: str) -> Record:
     """Read and decode one mask; a failure is a `problem`, not an exception."""
-    record: Record = {"problem": ""}
     try:
         data = images.read_bytes(root / path, path)
-        record["sha256"] = hashlib.sha256(data).hexdigest()
+    except UserError as e:
+        return {"problem": f"its mask {e}"}
+    return mask_record(data, path)
+
+
+def mask_record(data: bytes, path: str) -> Record:
+    """What a mask file's bytes hold."""
+    record: Record = {"problem": "", "sha256": hashlib.sha256(data).hexdigest()}
+    try:
         levels = images.mask_levels(data, path)
     except UserError as e:
         return {**record, "problem": f"its mask {e}"}
@@ -206,10 +229,13 @@ def mixed(values: Iterable[str]) -> str:
 
 
 class _Cache:
-    """Records of files read before, by (kind, path, size, mtime); safe to delete. Kept for the files of the last run only."""
+    """Records of files read before, by (kind, path, size, mtime); safe to delete.
 
-    def __init__(self, root: Path):
-        self.root = root
+    Kept for the files of the last run only, or, with `keep`, for those of runs before it too.
+    """
+
+    def __init__(self, root: Path, keep: bool = False):
+        self.root, self.keep = root, keep
         # Another way to decode would find other things: the cache is void when that code or Pillow changes.
         rules = Path(images.__file__).read_bytes() + Path(__file__).read_bytes() + PIL.__version__.encode()
         self.rules = hashlib.sha256(rules).hexdigest()
@@ -225,7 +251,8 @@ class _Cache:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        records = self.used if kind is None else {**self.known, **self.used}  # interrupted: the rest is still to be asked for
+        # interrupted: the rest is still to be asked for
+        records = self.used if kind is None and not self.keep else {**self.known, **self.used}
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps({"rules": self.rules, "records": records}), encoding="utf-8")
 
