@@ -189,6 +189,13 @@ def test_users_mistakes(backbone, layer2):
         adapt(backbone, layer2, params("oe"), seed=0, outliers=layer2[:0])
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_training_that_leaves_the_numbers_is_one_clear_line(backbone, layer2, epochs):
+    """Found at the next step's gradient, or where there is none, at the features."""
+    with pytest.raises(UserError, match=r"not finite .*lower adapt\.learning_rate"):
+        adapt(backbone, layer2, params(epochs=epochs, batch_size=10, learning_rate=1e20), seed=0)
+
+
 def test_progress_counts_the_steps(backbone, layer2):
     ticks: list[tuple[int, int]] = []
     adapt(backbone, layer2, params(), seed=0, progress=lambda *tick: ticks.append(tick))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
-from panda_ad.gallery import Gallery, compress
+from panda_ad.gallery import Gallery, cluster_means, compress, score_left_out
+from panda_ad.stages.index import fit_gallery
 
 
 def brute(gallery: np.ndarray, queries: np.ndarray, k: int, leave_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -167,3 +168,73 @@ def test_coreset_is_greedy_k_centre(features):
 def test_coreset_never_takes_an_image_twice():
     features = np.ones((50, 3), np.float32)
     assert len(set(compress(features, "coreset", 10, 0)[1])) == 10
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_clustered_images_score_as_if_they_had_not_been_clustered(k):
+    """By naive deletion: clusters of 1, 2, 5 and more images."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(3, 1, (40, 6)).astype(np.float32)
+    members = np.r_[0, 1, 1, [2] * 5, [3] * 12, [4] * 20]
+    found = score_left_out(cluster_means(features, members), features, members, k)
+    for i in range(40):
+        others = np.delete(np.arange(40), i)
+        means = [features[others][members[others] == c].astype(float).mean(axis=0) for c in np.unique(members[others])]
+        naive = np.sort([((features[i] - mean) ** 2).sum() for mean in means])[:k].sum()
+        assert found[i] == pytest.approx(naive, rel=1e-5)
+    with pytest.raises(UserError, match=r"gallery\.k"):
+        score_left_out(cluster_means(features, members), features, members, 6)
+    alone = score_left_out(cluster_means(features, members), features, members, 5)
+    assert np.isinf(alone[0]) and np.isfinite(alone[1:]).all()
+
+
+def test_the_mean_normal_score_is_of_images_that_do_not_find_themselves(features):
+    """Whatever the compression: too small a mean would inflate the scores of one snapshot against another's."""
+    few = features[:12]
+    whole, expected = fit_gallery(few, np.arange(12), None, 2)
+    assert expected == pytest.approx(brute(few, few, 2, leave_out=True)[0].sum(axis=1).mean())
+    assert len(whole) == 12
+    # nearly as many clusters as images: close to no compression
+    _, members = np.unique(np.r_[np.arange(11), 10], return_inverse=True)
+    assert fit_gallery(few, np.arange(11), members, 2)[1] == pytest.approx(expected, rel=0.3)
+
+
+def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch):
+    """Neighbours are shown as images: the n-th cluster of the deciding snapshot must be the one whose image is n-th in the bundle."""
+    import shutil
+
+    import pandas as pd
+    import torch
+    import yaml
+    from registry_project import make_project
+
+    from panda_ad.backbones import preprocess, trunk_activations
+    from panda_ad.bundle import load_bundle
+    from panda_ad.data.images import read_image
+    from panda_ad.stages import adapt, extract, index
+
+    folder = make_project(tmp_path / "plant")
+    for name in ("adapt", "bundle"):
+        shutil.rmtree(folder / "build" / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["adapt"] |= {"method": "ses", "epochs": 1, "snapshots": 2}
+    params["gallery"] |= {"compression": "kmeans", "size": 5, "k": 1}
+    params["localize"]["method"] = "none"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(folder)
+    extract.main()
+    for stage in (adapt, index):
+        stage.main("fabric")
+
+    detector = load_bundle("build/bundle/fabric")
+    rows = pd.read_csv("build/features/fabric/rows.csv")
+    train = rows[rows["split"] == "train"]
+    number = {path: i for i, path in enumerate(train["path"])}
+    x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in train["path"]])
+    features = detector.features(trunk_activations(detector.backbone, x, detector.precision)[1])[0]
+    members = detector.galleries[-1].search(features[-1], 1)[1][:, 0]
+    assert len(detector.galleries[0]) == len(detector.images) == 5
+    for gallery, under in zip(detector.galleries, features, strict=True):
+        for cluster, image in enumerate(detector.images):
+            np.testing.assert_allclose(gallery.features[cluster], under[members == cluster].mean(axis=0), rtol=1e-5, atol=1e-6)
+            assert members[number[image["path"]]] == cluster

@@ -39,8 +39,7 @@ class Gallery:
         features = np.ascontiguousarray(features, dtype=np.float32)
         if features.ndim != 2 or not features.size:
             raise UserError("the gallery is empty: no normal training images")
-        if not np.isfinite(features).all():
-            raise UserError("a training image's features are not finite numbers; lower adapt.learning_rate, or use adapt.method: none")
+        check_finite(features)
         self.features = features
         # Distances do not change with the origin, but float32's error grows with the norm: search around the mean.
         self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -155,6 +154,38 @@ class Gallery:
             return cls(index.reconstruct_n(0, index.ntotal))
         except (RuntimeError, ValueError) as e:
             raise UserError(f"{path}: not a gallery ({' '.join(str(e).split())[-100:]}); build the model again") from None
+
+
+def check_finite(features: np.ndarray) -> None:
+    """UserError where a feature of the training images, (M, D), is NaN or infinite."""
+    if not np.isfinite(features).all():
+        raise UserError("a training image's features are not finite numbers; lower adapt.learning_rate, or use adapt.method: none")
+
+
+def cluster_means(features: np.ndarray, members: np.ndarray) -> Gallery:
+    """Gallery of the means of clusters.
+
+    Parameters
+    ----------
+    features : (M, D) float32.
+    members : (M,) number of each image's cluster, 0 to K - 1, none of them empty.
+    """
+    sums = np.zeros((int(members.max()) + 1, features.shape[1]))
+    np.add.at(sums, members, features.astype(np.float64))
+    return Gallery((sums / np.bincount(members)[:, None]).astype(np.float32))
+
+
+def score_left_out(gallery: Gallery, features: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
+    """Scores (M,) float64 of clustered images against `cluster_means`, each as if it had not been clustered.
+
+    The mean of the n images of its own cluster is n / (n - 1) times as far away once the image is left out. A cluster of one goes
+    with its image, whose score is infinite where fewer than k are then left.
+    """
+    distances, nearest = gallery.search(features, max(k, min(k + 1, len(gallery))))
+    n = np.bincount(members)[members][:, None]
+    without = np.where(n > 1, distances * (n / np.maximum(n - 1, 1)) ** 2, np.inf)
+    distances = np.where(nearest == members[:, None], without, distances)
+    return np.sort(distances, axis=1)[:, :k].sum(axis=1)
 
 
 def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -149,7 +149,10 @@ def adapt(
 
     def watch(step: int, since: Since) -> bool:
         nonlocal collapsed_at, last_good
-        now = feature_statistics(features_of(head, layer2, sample), centre)
+        features = features_of(head, layer2, sample)
+        if not torch.isfinite(features).all():
+            raise UserError(f"adapt: the features are not finite after step {step} of {steps}; lower adapt.learning_rate")
+        now = feature_statistics(features, centre)
         row = {"step": float(step), "epoch": step * epochs / steps, "loss": since.loss}
         if penalty is not None:
             row["penalty"] = penalty.value()

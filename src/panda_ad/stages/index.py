@@ -13,8 +13,9 @@ from panda_ad.adapt.snapshots import unpack_snapshots
 from panda_ad.bundle import save_bundle
 from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
+from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder
-from panda_ad.gallery import Gallery, compress
+from panda_ad.gallery import Gallery, check_finite, cluster_means, compress, score_left_out
 from panda_ad.monitor.statistics import Reference, image_statistics, statistics_matrix
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
@@ -86,13 +87,19 @@ def main(category: str) -> None:
             features[s].append(part)
         at += len(known)
     matrices = [np.concatenate(parts) for parts in features]  # S times (M, D)
+    for matrix in matrices:
+        check_finite(matrix)
     if config["whiten"]:
         detector.whitenings = [fit_whitening(matrix) for matrix in matrices]
         matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, matrices, strict=True)]
     # one choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images
-    _, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
+    centres, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
+    members = None
+    if params.gallery.compression == "kmeans" and len(kept) < len(train):
+        filled, members = np.unique(Gallery(centres).search(matrices[-1], 1)[1][:, 0], return_inverse=True)
+        kept = kept[filled]
     for matrix in matrices:
-        gallery, mean = fit_gallery(matrix, kept, params.gallery.compression, params.gallery.size, params.gallery.k, params.seed)
+        gallery, mean = fit_gallery(matrix, kept, members, params.gallery.k)
         detector.galleries.append(gallery)
         detector.train_means = np.append(detector.train_means, mean)
     chosen = rows["train"].iloc[kept]
@@ -117,18 +124,26 @@ def main(category: str) -> None:
     print(f"{category}: {len(train)} normal images, {len(heads)} snapshot(s), threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
 
 
-def fit_gallery(features: np.ndarray, kept: np.ndarray, compression: str, size: int, k: int, seed: int) -> tuple[Gallery, float]:
-    """Gallery of the training features (M, D), and the mean score of normal images that are not their own neighbours."""
-    if compression == "none":
-        gallery = Gallery(features)
+def fit_gallery(features: np.ndarray, kept: np.ndarray, members: np.ndarray | None, k: int) -> tuple[Gallery, float]:
+    """Gallery of the training features (M, D), and the mean score of normal images that are not their own neighbours.
+
+    Parameters
+    ----------
+    kept : images that the gallery consists of, or that stand for its clusters.
+    members : (M,) cluster of each image, where the gallery consists of clusters' means.
+    """
+    if len(kept) == len(features):
+        gallery = Gallery(features[kept])
         return gallery, float(gallery.leave_one_out(k).mean())
-    if compression == "coreset":
+    if members is None:
         gallery = Gallery(features[kept])
         rest = np.delete(np.arange(len(features)), kept)
-        scores = gallery.score(features[rest], k) if len(rest) else gallery.leave_one_out(k)
-        return gallery, float(scores.mean())
-    gallery = Gallery(compress(features, compression, size, seed)[0])
-    return gallery, float(gallery.score(features, k).mean())
+        return gallery, float(gallery.score(features[rest], k).mean())
+    gallery = cluster_means(features, members)
+    scores = score_left_out(gallery, features, members, k)
+    if not np.isfinite(scores).any():
+        raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it")
+    return gallery, float(scores[np.isfinite(scores)].mean())
 
 
 def gallery_maps(detector: Detector, views: dict, index):
