@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.automations import Automation
@@ -19,7 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events import EventTrigger, Posture
-from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.workers.process import ProcessWorker
@@ -55,6 +56,9 @@ def deploy() -> None:
 
 async def _automate() -> None:
     await _save(crash_silent_runs())
+    async with get_client() as client:
+        deployment = await client.read_deployment_by_name("retrain/retrain")
+    await _save(retrain_on_drift(deployment.id))
     if url := os.environ.get(WEBHOOK):
         block_id = await Webhook(method="POST", url=SecretStr(url)).save("panda-notifications", overwrite=True)
         await _save(notify(block_id))
@@ -79,6 +83,22 @@ def crash_silent_runs() -> Automation:
                 name=None, state=StateType.CRASHED, force=False, message="No heartbeat: its process, worker or machine died."
             )
         ],
+    )
+
+
+def retrain_on_drift(deployment_id: UUID) -> Automation:
+    """Runs `retrain` for a category that has drifted; its result goes through the gate as any other."""
+    category: dict[str, Any] = {"__prefect_kind": "jinja", "template": "{{ event.payload.category }}"}
+    return Automation(
+        name="panda: retrain on drift",
+        description="Runs retrain for the category that the monitor flow found to have drifted. The gate decides about promotion.",
+        trigger=EventTrigger(
+            expect={"panda.drift"},
+            match=ResourceSpecification({"prefect.resource.id": "panda.category.*"}),
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[RunDeployment(source="selected", deployment_id=deployment_id, parameters={"categories": [category]}, job_variables=None)],
     )
 
 

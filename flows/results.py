@@ -48,14 +48,14 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     rows = [_row(gate, gate.category in finished) for gate in gates]
     create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
     lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {_cell(r['why'])} |" for r in rows]
+    lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {cell(r['why'])} |" for r in rows]
     lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {state.name} | {_cell(str(state.message or ''))} |" for name, state in states.items()]
+    lines += [f"| {name} | {state.name} | {cell(str(state.message or ''))} |" for name, state in states.items()]
     links = {category: link for category in sorted(finished) if (link := _mlflow_link(category))}
     lines += [""] + [f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
-        create_link_artifact(link, link_text=f"MLflow: registered version of {category}", key=f"mlflow-{_key(category)}")
+        create_link_artifact(link, link_text=f"MLflow: registered version of {category}", key=f"mlflow-{artifact_key(category)}")
     for gate in gates:
         if gate.decision in ("promoted", "refused"):
             rules = _read(Path("build/decisions") / f"{gate.category}.json").get("rules", [])
@@ -63,7 +63,7 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
                 {"rule": r["name"], "passed": r["passed"], "value": r["value"], "limit": r["limit"], "figure": r["text"]}
                 for r in rules
             ]
-            create_table_artifact(table, key=f"gate-{_key(gate.category)}", description=f"{gate.category}: {gate.reason}")
+            create_table_artifact(table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}")
 
 
 def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
@@ -104,11 +104,12 @@ def _mlflow_link(category: str) -> str | None:
     return f"{server}/#/models/{quote(published['model_name'])}/versions/{published['version']}"
 
 
-def _key(category: str) -> str:
+def artifact_key(category: str) -> str:
     """Artifact keys are lower-case letters, digits and dashes."""
     plain = unicodedata.normalize("NFKD", category).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or category.encode("utf-8").hex()
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text as a cell of a markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

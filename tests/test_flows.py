@@ -143,13 +143,13 @@ def test_children_get_this_pythons_commands(project):
 
 
 def test_figures_in_the_artifacts():
-    from flows.results import _figure, _key
+    from flows.results import _figure, artifact_key
 
     metrics = {"image_auroc": 0.91234, "image_auroc_low": 0.88, "image_auroc_high": 0.94, "threshold": 12.3456}
     assert _figure(metrics, "image_auroc") == "0.912 [0.880, 0.940]"
     assert _figure(metrics, "threshold") == "12.35"
     assert _figure(metrics, "pixel_auroc") == ""
-    assert [_key("Metal Nut"), _key("Grün_1"), _key("布")] == ["metal-nut", "grun-1", "e5b883"]
+    assert [artifact_key("Metal Nut"), artifact_key("Grün_1"), artifact_key("布")] == ["metal-nut", "grun-1", "e5b883"]
 
 
 def test_the_link_leads_to_the_version_and_holds_no_password(project, monkeypatch):

@@ -1,4 +1,4 @@
-"""The command line, `panda-ad`. Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at work."""
+"""The command line, `panda-ad`. Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at work, 5 drift found."""
 
 from __future__ import annotations
 
@@ -39,11 +39,34 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Write the verdicts to this CSV file instead of standard output.")] = None,
     heatmaps: Annotated[Path | None, typer.Option(help="Write an overlay of each image's heat map into this folder.")] = None,
     false_alarm_rate: Annotated[float | None, typer.Option(help="Another false-alarm budget than the model's, in (0, 1).")] = None,
+    log: Annotated[bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")] = False,
 ) -> None:
     """Verdicts for images: score, p-value, good or defect, and where."""
+    from panda_ad.monitor.log import LOG
     from panda_ad.score import score_paths
 
-    score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate)
+    score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
+
+
+@app.command()
+def monitor(
+    category: Categories = None,
+    alias: Annotated[str, typer.Option(help="The registered version whose verdicts are looked at.")] = "staging",
+) -> None:
+    """Test the newest logged images for drift; writes monitoring/reports.
+
+    Exit code 0: no drift. 5: drift. 2: no drift found, but a category could not be checked."""
+    from panda_ad.monitor.check import DRIFT_FOUND, monitor
+
+    checks, problems = monitor(category or [], alias)
+    for check in checks:
+        print(check)
+    if any(check.drift.drifted for check in checks):
+        for problem in problems:
+            print(f"panda-ad: {problem}", file=sys.stderr)
+        raise typer.Exit(DRIFT_FOUND)
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 @app.command()

@@ -27,6 +27,10 @@ LOG = Path("monitoring/log")
 _NUMBERS = ("score", "p_value", "threshold")
 
 
+class NothingLogged(UserError):
+    """The log has no verdict of a version. Exit code 2."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One verdict.
@@ -131,8 +135,10 @@ def read_window(
 
     Raises
     ------
+    NothingLogged
+        The log has no verdict of that version, or none since then.
     UserError
-        The log has no verdict of that version, none since then, or a file is damaged.
+        A file is damaged.
     """
     import pyarrow as pa
 
@@ -146,7 +152,7 @@ def read_window(
             break
     where = f"{log / category}: no verdict of {model} version {version}"
     if not parts:
-        raise UserError(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
+        raise NothingLogged(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
     table = pa.concat_tables(parts).sort_by([("time", "ascending"), ("sha256", "ascending")])
     times = table["time"].to_numpy().astype("datetime64[us]")
     _, first = np.unique(np.array(table["sha256"].to_pylist()), return_index=True)  # two scorers at once may log an image twice
@@ -154,7 +160,7 @@ def read_window(
     if since is not None:
         keep = keep[times[keep] >= np.datetime64(since.astimezone(UTC).replace(tzinfo=None), "us")]
         if not len(keep):
-            raise UserError(f"{where} since {since.isoformat()}")
+            raise NothingLogged(f"{where} since {since.isoformat()}")
     if last is not None:
         keep = keep[-last:]
     return _window(table.take(pa.array(keep)), times[keep], category, model, version)

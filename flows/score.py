@@ -1,0 +1,80 @@
+"""Scoring a drop folder as a Prefect flow: new images of each category through the registered model, into the verdict log.
+
+python -m flows.score        # the same without a deployment
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows.retrain import BACKOFF
+from panda_ad.errors import UserError
+from panda_ad.monitor.check import chosen_categories, model_at
+from panda_ad.monitor.log import LOG
+from panda_ad.params import load_params
+from panda_ad.score import Scored, image_files, score_files
+
+VERDICTS = Path("monitoring/verdicts")
+"""A CSV per category and run with new images."""
+
+Alias = Literal["staging", "champion", "challenger"]
+
+
+@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=BACKOFF)
+def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
+    """The row of the flow's table. Images that the log holds of the same version are not scored again."""
+    model = model_at(category, alias, load_params())
+    row: dict[str, Any] = {"category": category, "model": f"{model.name} version {model.version}"}
+    out = VERDICTS / category / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.csv"
+    try:
+        files = image_files([folder]) if folder.is_dir() else []
+    except UserError:  # an empty folder: nothing has arrived
+        files = []
+    done = score_files(files, model, out, log=LOG) if files else Scored(0, 0, 0, [])
+    if not done.images:
+        out.unlink(missing_ok=True)
+    for problem in done.problems:
+        get_run_logger().warning("%s: not scored: %s", category, problem)
+    row |= {"scored": done.images, "called defect": done.alarms, "known": done.known, "unreadable": len(done.problems)}
+    return row | {"verdicts": str(out) if done.images else ""}
+
+
+@flow(name="score", description="Scores what is new in a drop folder with the registered models and appends to the verdict log.")
+def score(
+    inbox: str = "inbox",
+    categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
+    alias: Alias = "staging",
+) -> State:
+    """Score new images and keep their verdicts.
+
+    Args:
+        inbox: Folder with one folder of images per category, e.g. inbox/fabric. Images stay where they are.
+        categories: What to score, e.g. fabric. No items: all categories of params.yaml.
+        alias: Which registered version decides.
+    """
+    try:
+        chosen = chosen_categories(categories, load_params())
+        if not Path(inbox).is_dir():
+            raise UserError(f"inbox: no folder {inbox}; make it, with one folder of images per category")
+    except UserError as e:
+        return Failed(message=str(e))
+    states: dict[str, State] = {
+        c: score_category.with_options(task_run_name=f"score {c}")(c, Path(inbox) / c, alias, return_state=True) for c in chosen
+    }
+    rows: list[dict[str, Any]] = [state.result() for state in states.values() if state.is_completed()]
+    if rows:
+        create_table_artifact(rows, key="score-results", description="Images scored in this run, per category.")
+    if failed := [f"{c}: {state.message}" for c, state in states.items() if not state.is_completed()]:
+        return Failed(message="; ".join(failed))
+    return Completed(message=f"{sum(r['scored'] for r in rows)} images scored, {sum(r['called defect'] for r in rows)} called defect")
+
+
+if __name__ == "__main__":
+    score()
