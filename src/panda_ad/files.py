@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     """Give a temporary name in the same folder; rename it to `path` when the block ends well, remove it otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -28,8 +30,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; it takes the place of `path` when the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # left by a kill; the repository's lock admits one writer
-        shutil.rmtree(stale, ignore_errors=True)
+    _remove_left_behind(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -38,6 +39,24 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove the temporary files and folders of writers of `path` that were killed."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = temporary.name.split(".")[-2]
+        if pid.isdecimal() and not _alive(int(pid)):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path | str, text: str) -> None:

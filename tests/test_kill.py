@@ -1,0 +1,103 @@
+"""A stage killed at any moment, and run again, gives what an undisturbed run gives."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPO, make_mvtec
+from prefect_project import call, clean_environment
+
+# Data Docs and reports name the time at which they were made; .gitignore is DVC's.
+TIMED = re.compile(r"data_docs/|report\.html$|timings/|validation/report\.json$|\.gitignore$")
+
+
+def make_project(folder: Path) -> Path:
+    """A DVC project with this repository's dvc.yaml and one tiny category."""
+    folder.mkdir()
+    make_mvtec(folder / "data", train=20, good=4, defective=4)
+    params = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8"))
+    params |= {"dataset": "tiny", "categories": ["nut"]}
+    params["backbone"] |= {"input_size": 32}
+    params["adapt"] |= {"epochs": 1}
+    params["evaluate"] |= {"bootstrap": 20}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    shutil.copy(REPO / "dvc.yaml", folder)
+    shutil.copytree(REPO / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return folder
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """sha256 of each file below build/ that does not name a time."""
+    files = (p for p in (folder / "build").rglob("*") if p.is_file())
+    names = {p.relative_to(folder).as_posix(): p for p in files}
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in sorted(names.items()) if not TIMED.search(n)}
+
+
+def run_stages(folder: Path, how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPO / "tests/kill_points.py"), how], cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The last bits depend on the number of threads, and a forked child can only have one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("undisturbed") / "project")
+    run_stages(folder, "undisturbed")
+    return folder
+
+
+def test_killed_between_any_two_changes_to_the_disk(undisturbed, tmp_path):
+    folder = make_project(tmp_path / "project")
+    for note in undisturbed.glob("changes-*"):
+        shutil.copy(note, folder)
+    run_stages(folder, "killed")
+    expected = outputs(undisturbed)
+    assert {"build/evaluation/nut/metrics.json", "build/bundle/nut/weights.safetensors"} <= set(expected)
+    assert outputs(folder) == expected
+
+
+def test_dvc_repro_resumes_after_a_killed_stage_and_a_killed_run(undisturbed, tmp_path):
+    folder = make_project(tmp_path / "project")
+    call("git", "init", "-q", cwd=folder)
+    call("dvc", "init", "-q", cwd=folder)
+    victims = {"extract": "stage", "adapt": "run", "index": "stage"}
+    for stage, victim in victims.items():
+        repro = subprocess.Popen(
+            ["dvc", "repro", "evaluate"], cwd=folder, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert repro.stdout is not None
+        said = ""
+        for line in repro.stdout:
+            said += line
+            if line.startswith(f"> python -m panda_ad.stages.{stage}"):
+                time.sleep(2)  # importing, or at work
+                if victim == "run":
+                    os.killpg(repro.pid, signal.SIGKILL)
+                else:
+                    subprocess.run(["pkill", "-KILL", "-s", str(repro.pid), "-f", f"panda_ad.stages.{stage}"], check=True)
+        assert repro.wait() != 0, said
+        assert f"stages.{stage}" in said and "failed" in said or victim == "run"
+    said = call("dvc", "repro", "evaluate", cwd=folder)
+    assert "Stage 'extract' didn't change, skipping" in said
+    assert outputs(folder) == outputs(undisturbed)
