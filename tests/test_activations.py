@@ -88,3 +88,30 @@ def test_both_layers_together(backbone, tmp_path):
     direct = cache.compute(some)
     for layer in ("layer1", "layer2"):
         np.testing.assert_array_equal(batch[layer].numpy(), direct[layer])
+
+
+def test_pooled_features_are_computed_once(backbone, tmp_path):
+    from panda_ad.backbones import in_micro_batches
+
+    some = items(70)
+    cache = make(backbone, tmp_path)
+    cache.warm(some)
+    first = np.concatenate(list(cache.pooled([*some[:40], some[0]])))
+    layer2 = torch.from_numpy(make(backbone, tmp_path / "other").compute(some)["layer2"])
+    (direct,) = in_micro_batches(lambda x: backbone.head(x.float()), layer2)
+    np.testing.assert_array_equal(first, direct.numpy()[[*range(40), 0]])
+    for name in ("layer2.f16", "layer2.keys"):  # what is left must do for the images known, and only for them
+        (cache.folder / name).unlink()
+    again = make(backbone, tmp_path)
+    known = [unreadable(item) for item in some[:40]]
+    np.testing.assert_array_equal(np.concatenate(list(again.pooled([*known, *some[40:]]))), direct.numpy())
+    assert len(make(backbone, tmp_path).features.row) == 70
+
+
+def test_pooled_features_beyond_the_budget_are_not_kept(backbone, tmp_path):
+    some = items(20)
+    record = make(backbone, tmp_path).features.record
+    cache = make(backbone, tmp_path, gb=8 * record / 1e9)
+    parts = list(cache.pooled(some, batch=5))
+    assert [len(part) for part in parts] == [5] * 4 and len(cache.features.row) == 8
+    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(list(make(backbone, tmp_path / "all").pooled(some))))

@@ -2,7 +2,7 @@
 
 PANDA uses no augmentation and fixed batch-norm statistics, so the trunk's output for an image is a constant. It is kept
 on disk as float16, memory-mapped, in a folder per (weights, input size, precision), a record per sha256 of the image's
-file. The cache lies outside DVC's and is safe to delete.
+file; so are the pooled features of the unadapted head, as float32. The cache lies outside DVC's and is safe to delete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from panda_ad.backbones import Backbone, preprocess, trunk_activations
+from panda_ad.backbones import Backbone, in_micro_batches, preprocess, trunk_activations
 
 LAYERS = ("layer1", "layer2")
 _CHUNK = 64  # images decoded, computed and written at a time
@@ -41,9 +41,10 @@ class _Store:
     A key is listed only after its record is written, and a line cut short does not count, so a kill loses nothing that was listed.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...]):
-        self.shape, self.path, self.index = shape, path.with_suffix(".f16"), path.with_suffix(".keys")
-        self.record = int(np.prod(shape)) * 2
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type[np.floating] = np.float16):
+        self.shape, self.dtype, self.index = shape, dtype, path.with_suffix(".keys")
+        self.path = path.with_suffix(".f16" if dtype is np.float16 else ".f32")
+        self.record = int(np.prod(shape)) * np.dtype(dtype).itemsize
         self.row: dict[str, int] = {}
         self.reload()
 
@@ -58,12 +59,10 @@ class _Store:
         if n != len(self.row):
             keys = self.index.read_text()[: n * _LINE].split()
             self.row = {key: i for i, key in enumerate(keys)}
-        self.array = (
-            np.memmap(self.path, np.float16, "r", shape=(n, *self.shape)) if n else np.empty((0, *self.shape), np.float16)
-        )
+        self.array = np.memmap(self.path, self.dtype, "r", shape=(n, *self.shape)) if n else np.empty((0, *self.shape), self.dtype)
 
     def append(self, keys: Sequence[str], values: np.ndarray) -> None:
-        """Add records (B, *shape) float16 of keys that are not there yet."""
+        """Add records (B, *shape) of distinct keys that are not there yet."""
         with open(self.path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if self._sizes() != len(self.row):  # another process has written
@@ -101,8 +100,10 @@ class Activations:
         os.utime(self.folder)
         with torch.inference_mode():
             probe = self.backbone.trunk(torch.zeros(1, 3, *size))
+            width = self.backbone.head(probe[1]).shape[1]
         self.shapes = {name: tuple(t.shape[1:]) for name, t in zip(LAYERS, probe, strict=True)}
         self.stores = {name: _Store(self.folder / name, shape) for name, shape in self.shapes.items()}
+        self.features = _Store(self.folder / "pooled", (width,), np.float32)
 
     def compute(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Both layers of some images, straight from their pixels: float16 (N, C, h, w) each."""
@@ -153,10 +154,31 @@ class Activations:
         for i in range(0, len(items), batch):
             yield {layer: torch.from_numpy(view[i : i + batch]) for layer, view in views.items()}
 
+    def pooled(self, items: Sequence[Item], batch: int = _CHUNK) -> Iterator[np.ndarray]:
+        """Consecutive batches of the unadapted head's pooled features of `items`, float32 (B, D); what is missing is computed and stored."""
+        store = self.features
+        missing = len({item.key for item in items} - store.row.keys())
+        room = self._make_room(missing * store.record) // store.record
+        for i in range(0, len(items), batch):
+            part = items[i : i + batch]
+            new = [item for item in {item.key: item for item in part}.values() if item.key not in store.row]
+            values = np.empty((0, *store.shape), np.float32)
+            if new:
+                layer2 = torch.from_numpy(self.view(new)[:])
+                (computed,) = in_micro_batches(lambda x: self.backbone.head(x.float()), layer2)
+                values = computed.numpy()
+            at = {item.key: n for n, item in enumerate(new)}
+            yield np.stack([values[at[item.key]] if item.key in at else store.array[store.row[item.key]] for item in part])
+            kept = new[:room]
+            room -= len(kept)
+            if kept:
+                store.append([item.key for item in kept], values[: len(kept)])
+                store.reload()
+
     def _make_room(self, wanted: int) -> int:
         """Delete other caches, oldest first, until `wanted` more bytes fit; returns how many of them do."""
         folders = sorted((f for f in self.root.iterdir() if f.is_dir() and f != self.folder), key=lambda f: f.stat().st_mtime)
-        sizes = {f: sum(p.stat().st_size for p in f.glob("*.f16")) for f in [*folders, self.folder]}
+        sizes = {f: sum(p.stat().st_size for p in f.glob("*.f[13]?")) for f in [*folders, self.folder]}
         while folders and sum(sizes.values()) + wanted > self.budget:
             shutil.rmtree(folders[0], ignore_errors=True)
             del sizes[folders.pop(0)]

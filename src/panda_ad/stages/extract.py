@@ -7,9 +7,7 @@ One folder each, so that new images of one category leave the others' models alo
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from panda_ad.backbones import in_micro_batches
 from panda_ad.data.manifest import load_manifest, write_manifest
 from panda_ad.files import atomic_folder
 from panda_ad.params import load_params
@@ -25,17 +23,15 @@ def main() -> None:
     rows = load_manifest(MANIFEST)
     distinct = rows.drop_duplicates("sha256").reset_index(drop=True)
     items = items_of(distinct, params)
-    backbone = backbone_for(params)
-    activations = activations_for(params, backbone)
+    activations = activations_for(params, backbone_for(params))
     computed = activations.warm(items, layers_needed(params), label="extract")
     with atomic_folder(FEATURES) as folder:
-        width = backbone.head(torch.from_numpy(activations.view(items)[:1]).float()).shape[1]
+        (width,) = activations.features.shape
         every = np.lib.format.open_memmap(folder / "every.npy", mode="w+", dtype=np.float32, shape=(len(items), width))
         done = 0
         with tqdm(total=len(items), desc="features", unit="img") as bar:
-            for batch in activations.batches(items, ("layer2",)):
-                (pooled,) = in_micro_batches(lambda x: backbone.head(x.float()), batch["layer2"])
-                every[done : done + len(pooled)] = pooled.numpy()
+            for pooled in activations.pooled(items):
+                every[done : done + len(pooled)] = pooled
                 done += len(pooled)
                 bar.update(len(pooled))
         position = dict(zip(distinct["sha256"], range(len(distinct)), strict=True))
