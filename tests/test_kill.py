@@ -101,3 +101,41 @@ def test_dvc_repro_resumes_after_a_killed_stage_and_a_killed_run(undisturbed, tm
     said = call("dvc", "repro", "evaluate", cwd=folder)
     assert "Stage 'extract' didn't change, skipping" in said
     assert outputs(folder) == outputs(undisturbed)
+
+
+def on_a_full_disk(folder: Path, full: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with 1 MB of disk below `full`; skips where this system allows no mounts in a namespace of one's own."""
+    (folder / full).mkdir(parents=True, exist_ok=True)
+    mount = f'mount -t tmpfs -o size=1m tmpfs "{full}"'
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=folder, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    script = f'{mount} && exec "$@"'
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def full_disk_project(undisturbed, tmp_path) -> Path:
+    folder = tmp_path / "project"
+    shutil.copytree(undisturbed, folder)
+    return folder
+
+
+def test_a_full_disk_at_index_is_one_line_and_the_next_run_goes_on(undisturbed, full_disk_project):
+    command = ["python", "-m", "panda_ad.stages.index", "nut"]
+    done = on_a_full_disk(full_disk_project, "build/bundle", *command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("panda-ad: index nut: no space left on the disk")
+    call(*command, cwd=full_disk_project)
+    assert outputs(full_disk_project) == outputs(undisturbed)
+
+
+def test_a_full_disk_at_publish_is_one_line_and_registers_nothing(full_disk_project):
+    command = ["python", "-m", "panda_ad.registry.publish", "nut"]
+    done = on_a_full_disk(full_disk_project, "mlartifacts", *command)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "no space left on the disk" in done.stderr.strip().splitlines()[-1].lower()
+    versions = "from panda_ad.registry.connection import connect; print(len(connect().search_model_versions()))"
+    assert call("python", "-c", versions, cwd=full_disk_project).splitlines()[-1] == "0"
+    assert "version 1 @challenger" in call(*command, cwd=full_disk_project)

@@ -59,13 +59,12 @@ def _run(name: str, main: Callable[..., None]) -> int:
     except KeyboardInterrupt:
         print(f"panda-ad: {label}: stopped; the next run starts this stage again", file=sys.stderr)
         return 130
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            print(f"panda-ad: {label}: no space left on the disk ({e.filename or BUILD}); free some and run again", file=sys.stderr)
+    except Exception as e:
+        # safetensors and faiss have exceptions of their own for it
+        if getattr(e, "errno", None) == errno.ENOSPC or "No space left on device" in str(e):
+            where = getattr(e, "filename", None) or BUILD
+            print(f"panda-ad: {label}: no space left on the disk ({where}); free some and run again", file=sys.stderr)
             return UserError.exit_code
-        traceback.print_exc()
-        return 1
-    except Exception:
         traceback.print_exc()
         return 1
     return 0
