@@ -1,0 +1,196 @@
+"""From the bundle's reference through scoring, log and check to report, MLflow and exit codes, on a real project."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import browser, file_url, watch  # noqa: F401
+from monitor_project import drop, make_monitored
+from prefect.logging import disable_run_logger
+from registry_project import ROOT
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(ROOT))
+from flows import monitor as monitor_flow
+from flows import score as score_flow
+from panda_ad.bundle import load_bundle, save_bundle
+from panda_ad.cli import app
+from panda_ad.data.images import read_image
+from panda_ad.errors import UserError
+from panda_ad.monitor.check import check_category, model_at, record, reference_of
+from panda_ad.monitor.drift import TooFew
+from panda_ad.monitor.log import LOG, NothingLogged, read_window
+from panda_ad.monitor.statistics import NAMES, image_statistics
+from panda_ad.params import load_params
+from panda_ad.registry.connection import connect
+
+NAME = "panda-sample-fabric"
+MODEL = f"models:/{NAME}@staging"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return make_monitored(tmp_path_factory.mktemp("monitored") / "my plant")
+
+
+@pytest.fixture
+def project(built, monkeypatch):
+    """The built project as working directory, without log, reports and inbox."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(built)
+    for name in ("monitoring", "inbox"):
+        shutil.rmtree(name, ignore_errors=True)
+    return built
+
+
+def run(*arguments: str):
+    """Exit code, stdout, stderr; a UserError is what main() makes of it."""
+    result = CliRunner().invoke(app, list(arguments))
+    if isinstance(result.exception, UserError):
+        return result.exception.exit_code, result.stdout, str(result.exception)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_bundle_keeps_what_its_calibration_images_are_like(project):
+    detector = load_bundle("build/bundle/fabric")
+    with open("build/features/fabric/rows.csv", newline="") as f:
+        paths = [row["path"] for row in csv.DictReader(f) if row["split"] == "calibration"]
+    images = [read_image(Path("data") / path) for path in paths]
+    reference = reference_of(detector)
+    np.testing.assert_allclose(reference.statistics, [[image_statistics(i)[n] for n in NAMES] for i in images], rtol=1e-6)
+    verdicts = detector.score(images)
+    assert reference.scores.tolist() == [v.score for v in verdicts]
+    np.testing.assert_array_equal(reference.features, np.stack([v.features for v in verdicts]).astype(np.float16))
+
+
+def test_scoring_logs_each_image_once_and_the_log_agrees_with_the_verdicts(project):
+    drop(project, 5, seed=1)
+    (project / "inbox/fabric/broken.png").write_bytes(b"\x89PNG half")
+    shutil.copy("inbox/fabric/1-000.png", "inbox/fabric/zz-same.png")
+    code, _, said = run("score", "inbox", "--model", MODEL, "--log", "--out", "first.csv")
+    assert code == 2 and "1 of 7 files could not be read" in said
+    rows = list(csv.DictReader(open("first.csv", newline="")))  # noqa: SIM115
+    window = read_window("fabric", NAME, "1")
+    assert window.paths == [r["path"] for r in rows] and len(rows) == 5
+    assert [repr(s) for s in window.sample.scores.tolist()] == [r["score"] for r in rows]
+    assert ["defect" if a else "good" for a in window.alarms] == [r["decision"] for r in rows]
+    Path("inbox/fabric/broken.png").unlink()
+    drop(project, 2, seed=2)
+    code, said, errors = run("score", "inbox", "--model", MODEL, "--log")
+    assert code == 0 and said.count("\n") == 1 + 2 and "2 images scored" in errors and "6 known to the log" in errors
+    assert len(list((LOG / "fabric").glob("*.parquet"))) == 2
+
+
+def test_a_killed_run_has_logged_nothing_and_the_next_scores_the_same(project, monkeypatch):
+    drop(project, 4, seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("panda_ad.monitor.log.atomic_file", None)  # gone before the log is written
+        with pytest.raises(TypeError):
+            CliRunner().invoke(app, ["score", "inbox", "--model", MODEL, "--log"], catch_exceptions=False)
+    assert not LOG.exists()
+    assert run("score", "inbox", "--model", MODEL, "--log")[0] == 0
+    assert len(read_window("fabric", NAME, "1")) == 4
+
+
+def test_steady_and_darker_images_by_exit_code_report_and_mlflow(project, browser):  # noqa: F811
+    drop(project, 30, seed=1)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
+    code, said, _ = run("monitor")
+    assert code == 0 and said.startswith(f"fabric: no drift in 30 images ({NAME} version 1, 30 images; ")
+    assert connect().get_model_version(NAME, "1").tags["panda.drift"] == "none"
+    for name in ("monitoring", "inbox"):
+        shutil.rmtree(name)
+    drop(project, 30, seed=3, shift=-40)
+    run("score", "inbox/fabric", "--model", MODEL, "--log", "--out", "b.csv")
+    code, said, _ = run("monitor", "-c", "fabric")
+    assert code == 5 and "darker" in said
+    found = json.loads(Path("monitoring/reports/fabric.json").read_text())
+    assert found["drifted"] and "darker" in found["findings"] and found["window"] == 30
+
+    client = connect()
+    tags = client.get_model_version(NAME, "1").tags
+    assert "darker" in tags["panda.drift"] and tags["panda.monitored"] == found["checked"]
+    experiment = client.get_experiment_by_name("panda-sample-monitoring")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert (logged.data.tags["panda.model"], logged.data.tags["panda.version"]) == (NAME, "1")
+    history = client.get_metric_history(logged.info.run_id, "shift/brightness")
+    assert [m.step for m in history] == [0, 1] and history[1].value < -0.5
+    (folder,) = [a.path for a in client.list_artifacts(logged.info.run_id) if a.path == found["checked"].replace(":", "")]
+    assert {Path(a.path).name for a in client.list_artifacts(logged.info.run_id, folder)} == {"fabric.html", "fabric.json"}
+    assert client.get_registered_model(NAME).aliases["staging"] == 1, "monitoring promotes nothing"
+
+    log: list[str] = []
+    page = browser.new_context().new_page()
+    watch(page, log)
+    page.goto(file_url(Path("monitoring/reports/fabric.html")))
+    assert page.inner_text("h1") == "fabric: drift"
+    assert "darker" in page.inner_text(".findings").lower()
+    assert page.locator("#tests tbody tr").count() == len(NAMES) + 3
+    assert page.locator(".uplot canvas").count() == len(NAMES) + 3
+    page.hover("#brightness .u-over")
+    assert "inbox/fabric/3-0" in page.inner_text("#brightness-readout")
+    assert log == []
+
+
+def test_recording_a_check_again_adds_nothing(project):
+    drop(project, 10, seed=1)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
+    check = check_category("fabric")
+    client = connect()
+    for _ in range(2):
+        record(check, "sample")
+    (logged,) = client.search_runs([client.get_experiment_by_name("panda-sample-monitoring").experiment_id])
+    steps = [m.step for m in client.get_metric_history(logged.info.run_id, "images")]
+    assert len(set(steps)) == len(steps)
+    assert len([a for a in client.list_artifacts(logged.info.run_id) if a.path == check.checked.isoformat().replace(":", "")]) == 1
+
+
+def test_what_cannot_be_checked_is_one_line(project, tmp_path):
+    assert run("monitor", "-c", "nowhere")[0::2] == (2, "categories: nowhere not in params.yaml, which has fabric")
+    code, _, said = run("monitor")
+    assert code == 2 and "no verdict of panda-sample-fabric version 1" in said and "\n" not in said
+    with pytest.raises(NothingLogged):
+        check_category("fabric")
+    drop(project, 5, seed=1)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
+    with pytest.raises(TooFew, match="panda-sample-fabric version 1: 5 images in the log, 8 are needed"):
+        check_category("fabric")
+    with pytest.raises(UserError, match="no such registered model"):
+        check_category("fabric", "champion")
+    code, _, said = run("score", "inbox", "--bundle", "build/bundle/fabric", "--log")
+    assert code == 2 and said.startswith("--log needs --model")
+
+
+def test_a_bundle_from_before_monitoring_scores_but_has_nothing_to_compare_with(project, tmp_path):
+    old, same = tmp_path / "old", tmp_path / "same"
+    shutil.copytree("build/bundle/fabric", old)
+    (old / "reference.safetensors").unlink()
+    detector = load_bundle(old)
+    assert detector.reference is None and len(detector.score([np.zeros((8, 8, 3), np.uint8)])) == 1
+    with pytest.raises(UserError, match="category fabric: this version keeps no calibration images"):
+        reference_of(detector)
+    same.mkdir()
+    save_bundle(load_bundle("build/bundle/fabric"), same)
+    assert (same / "reference.safetensors").read_bytes() == Path("build/bundle/fabric/reference.safetensors").read_bytes()
+
+
+def test_the_flows_tasks(project):
+    with disable_run_logger():
+        drop(project, 6, seed=1)
+        (project / "inbox/fabric/broken.png").write_bytes(b"")
+        row = score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")
+        assert (row["scored"], row["known"], row["unreadable"]) == (6, 0, 1) and Path(row["verdicts"]).is_file()
+        row = score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")
+        assert (row["scored"], row["known"], row["verdicts"]) == (0, 6, "")
+        assert score_flow.score_category.fn("fabric", Path("inbox/none"), "staging")["scored"] == 0
+        state = monitor_flow.check.fn("fabric", "staging")
+        assert (state.name, state.is_completed()) == ("Waiting", True) and "8 are needed" in state.message
+        assert monitor_flow.check.fn("fabric", "champion").is_failed()
+    assert model_at("fabric", "staging", load_params()).version == "1"
