@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import psutil
 import pytest
-from prefect_project import call, clean_environment, make_project, new_data
+from monitor_project import drop, make_monitored
+from prefect_project import ROOT, call, clean_environment, make_project, new_data
 
 from panda_ad.lock import HELD, repository_lock
 from panda_ad.processes import Group
@@ -198,6 +199,45 @@ def test_run_again_does_nothing(prefect):
     assert {name: t["state_name"] for name, t in prefect.tasks(run, count=3).items()} == dict.fromkeys(
         ["validate", "adapt@grid", "publish@grid"], "Unchanged"
     )
+
+
+def triggered(prefect, deployment):
+    """Runs of a deployment that an automation started."""
+    runs = prefect.post("/flow_runs/filter", flow_runs={"deployment_id": {"any_": [deployment]}})
+    return [r for r in runs if (r["created_by"] or {}).get("type") == "AUTOMATION"]
+
+
+def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect, tmp_path):
+    """The real score and monitor flows in a project with a real model, on this server; the automation runs `retrain` in the other."""
+    plant = make_monitored(tmp_path / "plant")
+    drop(plant, 12, seed=1, shift=-40)
+    code = "from flows.score import score\nfrom flows.monitor import monitor\nscore()\nprint(monitor(return_state=True).name)"
+    server = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_HOME": str(plant / ".prefect")}
+    environment = clean_environment() | server | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=plant, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and result.stdout.endswith("Drift\n"), result.stdout + result.stderr
+
+    deployment = prefect.get("/deployments/name/retrain/retrain")["id"]
+    limit = time.monotonic() + 30
+    while not (runs := triggered(prefect, deployment)):
+        assert time.monotonic() < limit, prefect.post("/events/filter", filter={"event": {"name": ["panda.drift"]}})
+        time.sleep(0.3)
+    (run,) = runs
+    assert run["parameters"] == {"categories": ["fabric"]}
+    while "promote fabric" not in prefect.tasks(run["id"], seconds=0):  # the gate; it has no MLflow here and would try again for minutes
+        assert time.monotonic() < limit + 30, prefect.logs(run["id"])
+        time.sleep(0.3)
+    assert {"adapt@fabric", "publish@fabric"} < set(prefect.tasks(run["id"], seconds=0))
+    prefect.post(f"/flow_runs/{run['id']}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
+    assert prefect.wait(run["id"], seconds=40)["state_type"] == "CANCELLED"
+    (event,) = prefect.post("/events/filter", filter={"event": {"name": ["panda.drift"]}})["events"]
+    assert event["resource"]["prefect.resource.id"] == "panda.category.fabric"
+    assert "darker" in event["payload"]["findings"] and event["payload"]["shifts"]["brightness"] < -0.5
+    (flow_run,) = prefect.post("/flow_runs/filter", flows={"name": {"any_": ["monitor"]}})
+    artifacts = {a["key"]: a["data"] for a in prefect.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})}
+    assert "| brightness |" in artifacts["monitor-fabric"] and json.loads(artifacts["monitor-results"])[0]["state"] == "Drift"
+    (scored,) = prefect.post("/artifacts/filter", artifacts={"key": {"any_": ["score-results"]}})
+    assert json.loads(scored["data"])[0]["scored"] == 12
 
 
 def test_cancelling_stops_the_children(prefect):
