@@ -21,7 +21,6 @@ from panda_ad.data.ingest import take_in
 from panda_ad.data.manifest import build_manifest
 from panda_ad.errors import Busy, UserError
 from panda_ad.ingest import ingest
-from panda_ad.lock import repository_lock
 
 
 @pytest.fixture
@@ -206,14 +205,14 @@ def test_one_at_a_time(project, drop, monkeypatch):
         "with repository_lock('other'): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        before = files()
-        with pytest.raises(Busy):
-            ingest([drop], "nut")
-        assert files() == before
-        other.kill()
-    with repository_lock("test"):
-        pass
+        try:
+            assert other.stdout.readline() == "held\n"
+            before = files()
+            with pytest.raises(Busy):
+                ingest([drop], "nut")
+            assert files() == before
+        finally:
+            other.kill()
 
 
 @pytest.mark.slow

@@ -123,6 +123,18 @@ def explain_version(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A registered model, e.g. panda-sample-fabric.")],
+    version: Annotated[str, typer.Argument(help="Its number, or an alias such as @staging.")] = "@staging",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the temporary clone, to look into it.")] = False,
+) -> None:
+    """Make a version again in a temporary clone and compare its figures digit by digit; exit code 2 where one differs."""
+    from panda_ad.registry.reproduce import reproduce
+
+    reproduce(name, version, keep)
+
+
+@app.command()
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
