@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.common import Stage, changed_params, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
-from panda_ad.errors import GateRefused, UserError
+from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.lock import repository_lock
 from panda_ad.params import load_params
 
@@ -42,16 +42,18 @@ def run_stage(name: str, needed: bool) -> State:
     cache_policy=NO_CACHE,
     retries=3,
     retry_delay_seconds=BACKOFF,
-    retry_condition_fn=lambda _t, _r, state: state.name != "Refused",
+    retry_condition_fn=lambda _t, _r, state: state.name == "Unavailable",
 )
 def promote_category(category: str) -> State:
-    """The gate: the challenger moves to @staging, or the state is Refused and says why."""
+    """The gate: the challenger moves to @staging, or the state is Refused and says why; Unavailable is tried again."""
     from panda_ad.registry.promote import promote
 
     try:
         (decision,) = promote([category], "staging")
     except GateRefused as e:
         return Failed(name="Refused", message=str(e))
+    except Unavailable as e:
+        return Failed(name="Unavailable", message=str(e))
     except UserError as e:
         return Failed(message=str(e))
     return Completed(name=decision.outcome.capitalize(), message=str(decision))

@@ -12,7 +12,7 @@ import time
 import pytest
 from registry_project import make_project, read_rows, set_gate, write, write_bundle, write_rows, write_scores
 
-from panda_ad.errors import GateRefused, UserError
+from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect, download_bundle, without_credentials
 from panda_ad.registry.lineage import explain_version
@@ -399,11 +399,11 @@ def test_an_unreachable_server_is_named_within_seconds(project, monkeypatch):
         for place in ("127.0.0.1:1", silent):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{place}")
             start = time.monotonic()
-            with pytest.raises(UserError, match=f"MLflow at http://{place} does not answer") as error:
+            with pytest.raises(Unavailable, match=f"MLflow at http://{place} does not answer") as error:
                 publish("fabric")
             assert time.monotonic() - start < 6 and "secret" not in str(error.value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:1/db")
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(Unavailable, match="does not answer"):
         connect()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///tmp/runs")
     with pytest.raises(UserError, match="sqlite:///FILE"):

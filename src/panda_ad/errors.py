@@ -17,3 +17,7 @@ class Busy(UserError):
     """Another run holds the repository's lock; the message names its process. Exit code 4."""
 
     exit_code = 4
+
+
+class Unavailable(UserError):
+    """A server does not answer or fails; trying again later may help. Exit code 2."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from panda_ad.errors import UserError
+from panda_ad.errors import Unavailable, UserError
 from panda_ad.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def local_store() -> bool:
 
 @contextlib.contextmanager
 def mlflow_errors() -> Iterator[None]:
-    """What MLflow or its transport raises, as one line that names the server."""
+    """What MLflow or its transport raises, as one line that names the server; Unavailable unless MLflow says that the request is wrong."""
     try:
         yield
     except UserError:
@@ -120,7 +120,9 @@ def mlflow_errors() -> Iterator[None]:
     except Exception as e:
         kinds = {f"{k.__module__.partition('.')[0]}.{k.__name__}" for k in type(e).__mro__}
         if kinds & {"mlflow.MlflowException", "requests.RequestException", "sqlalchemy.SQLAlchemyError"}:
-            raise UserError(f"MLflow at {without_credentials(tracking_uri())}: {_first_line(e)}") from e
+            status = getattr(e, "get_http_status_code", lambda: 503)()
+            error = Unavailable if status >= 500 else UserError
+            raise error(f"MLflow at {without_credentials(tracking_uri())}: {_first_line(e)}") from e
         raise
 
 
@@ -130,7 +132,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _preflight(uri: str) -> None:
-    """UserError where nothing answers. Any HTTP status counts as an answer: what it means is for the client to find out."""
+    """Unavailable where nothing answers. Any HTTP status counts as an answer: what it means is for the client to find out."""
     parts = urlsplit(uri)
     scheme, shown = parts.scheme.partition("+")[0], without_credentials(uri)
     down = f"MLflow at {shown} does not answer; start the server or mend MLFLOW_TRACKING_URI, then run the same command again"
@@ -141,12 +143,12 @@ def _preflight(uri: str) -> None:
         except urllib.error.HTTPError:
             return
         except (OSError, ValueError) as e:
-            raise UserError(f"{down} ({getattr(e, 'reason', e)})") from None
+            raise Unavailable(f"{down} ({getattr(e, 'reason', e)})") from None
     elif scheme in _PORTS and parts.hostname:
         try:
             socket.create_connection((parts.hostname, parts.port or _PORTS[scheme]), timeout=WAIT).close()
         except OSError as e:
-            raise UserError(f"{down} ({e})") from None
+            raise Unavailable(f"{down} ({e})") from None
     elif scheme == "file" or not scheme:
         raise UserError(f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; use sqlite:///FILE or a server's address")
 
