@@ -256,27 +256,41 @@ class _Cache:
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps({"rules": self.rules, "records": records}), encoding="utf-8")
 
-    def get(self, kind: str, path: str, read: Callable[[Path, str], Record]) -> Record:
-        try:
-            stat = os.stat(self.root / path)
-            key = json.dumps([kind, path, stat.st_size, stat.st_mtime_ns])
-        except OSError:
-            return read(self.root, path)
-        record = self.known.get(key)
-        self.used[key] = record = read(self.root, path) if record is None else record
+    def held(self, kind: str, path: str) -> Record | None:
+        """What is known of a file as it is now."""
+        key = self._key(kind, path)
+        record = None if key is None else self.known.get(key)
+        if key is not None and record is not None:
+            self.used[key] = record
         return record
+
+    def read(self, kind: str, path: str, read: Callable[[Path, str], Record]) -> Record:
+        """Read a file and remember what was found."""
+        key = self._key(kind, path)
+        record = read(self.root, path)
+        if key is not None:
+            self.used[key] = record
+        return record
+
+    def _key(self, kind: str, path: str) -> str | None:
+        try:
+            stat = os.stat(f"{self.root}/{path}")
+        except OSError:
+            return None
+        return json.dumps([kind, path, stat.st_size, stat.st_mtime_ns])
 
 
 def _read_all(root: Path, paths: set[str], kind: str, read: Callable[[Path, str], Record], cache: _Cache) -> dict[str, Record]:
     """`read` each file once, by as many threads as there are cores (decoding releases Python's lock)."""
     from tqdm import tqdm
 
-    ordered = sorted(paths)
+    held = {path: record for path in paths if (record := cache.held(kind, path)) is not None}
+    ordered = sorted(paths - held.keys())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda path: cache.get(kind, path, read), ordered)
+        results = pool.map(lambda path: cache.read(kind, path, read), ordered)
         try:
             found = list(tqdm(results, total=len(ordered), desc=f"read {kind}s", unit=kind, disable=None if ordered else True))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return dict(zip(ordered, found, strict=True))
+    return {**held, **dict(zip(ordered, found, strict=True))}
