@@ -60,7 +60,7 @@ def build(folder: Path, count: int, size: int) -> None:
             arrays[name][i : i + len(value)] = value.numpy()
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
-        params = LocalizeParams(method=method, neighbours=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0)
+        params = LocalizeParams(method=method, neighbours=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None)
         localizer = build_localizer(params, lambda i: {k: torch.from_numpy(np.array(v[i])) for k, v in arrays.items()}, pooled, 0)
         (folder / method).mkdir()
         localizer.save(folder / method)

@@ -24,8 +24,8 @@ from panda_ad.whitening import Whitening
 if TYPE_CHECKING:
     from panda_ad.localize import Localizer
 
-FORMAT = 2
-"""Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening."""
+FORMAT = 3
+"""Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening, 2 (still written where there are none) no tiles."""
 
 
 def save_bundle(detector: Detector, folder: Path) -> None:
@@ -50,7 +50,8 @@ def save_bundle(detector: Detector, folder: Path) -> None:
         (folder / "localizer").mkdir()
         detector.localizer.save(folder / "localizer")
     write_json(folder / "calibration.json", {"scores": detector.calibration.tolist(), "threshold": vars(detector.threshold())})
-    head = {"format": FORMAT, "architecture": backbone.name, **config}
+    tiled = detector.localizer is not None and detector.localizer.tiles > 1
+    head = {"format": FORMAT if tiled else 2, "architecture": backbone.name, **config}
     write_json(folder / "bundle.json", {**head, "train_means": detector.train_means.tolist(), "images": detector.images})
 
 

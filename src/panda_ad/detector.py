@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
     from panda_ad.localize import Localizer
+
+_TILES = 32  # tiles of several images computed together, where an image has fewer
 
 @dataclass(frozen=True)
 class Verdict:
@@ -57,7 +60,7 @@ class Scores:
     ----------
     score : (N,) float64.  snapshot : (N,) int64.  neighbours, distances : (N, k) int64 and float64, of the deciding snapshot.
     features : (N, D) float32, of the last head.
-    heatmaps : float32 (N, h, w) at network input size, or None.
+    heatmaps : float32 (N, h, w) at network input size, of joined tiles larger (`tiling.grid`), or None.
     """
 
     score: np.ndarray
@@ -158,11 +161,19 @@ class Detector:
         return score, decided, neighbours[decided, rows], distances[decided, rows]
 
     def score_activations(
-        self, layer2: Tensor, layer1: Tensor | None = None, raw: np.ndarray | None = None, heatmaps: bool = False
+        self,
+        layer2: Tensor,
+        layer1: Tensor | None = None,
+        raw: np.ndarray | None = None,
+        heatmaps: bool = False,
+        images: Iterable[np.ndarray] = (),
     ) -> Scores:
-        """Score images by their trunk activations, float16 (N, C, h, w); `layer1` only where the localiser uses it, `raw` as in `features`."""
+        """Score images by their trunk activations, float16 (N, C, h, w).
+
+        `layer1` is needed only where the localiser uses it; `raw` as in `features`; `images`, their pixels, are read only for heat maps from tiles.
+        """
         localizer = self.localizer if heatmaps else None
-        features, layer3 = self.features(layer2, raw, maps=localizer is not None)
+        features, layer3 = self.features(layer2, raw, maps=localizer is not None and localizer.tiles == 1)
         score, snapshot, neighbours, distances = self.score_features(features)
         if not np.isfinite(score).all():
             raise UserError(f"category {self.config['category']}: a score is not a finite number; the model is damaged, retrain it")
@@ -170,7 +181,24 @@ class Detector:
         if localizer is not None and layer3 is not None:
             layers = {"layer2": layer2, "layer3": layer3.half()} | ({} if layer1 is None else {"layer1": layer1})
             maps = localizer.heatmaps(layers, features[-1], self.size)
+        elif localizer is not None:
+            maps = self._tiled_heatmaps(localizer, images, features[-1])
         return Scores(score, snapshot, neighbours, distances, features[-1], maps)
+
+    def tile_layers(self, tiles: Tensor) -> dict[str, Tensor]:
+        """What the localiser compares of tiles (T, 3, h, w), preprocessed: float16 layer2 and, under the last head, layer3."""
+        _, layer2 = trunk_activations(self.backbone, tiles, self.precision)
+        (layer3,) = in_micro_batches(lambda x: self.heads[-1].layer3(x.float()), layer2)
+        return {"layer2": layer2, "layer3": layer3.half()}
+
+    def _tiled_heatmaps(self, localizer: Localizer, images: Iterable[np.ndarray], features: np.ndarray) -> np.ndarray:
+        from panda_ad.localize.tiling import image_tiles
+
+        step, parts, rest = max(1, _TILES // localizer.tiles**2), [], iter(images)
+        for i in range(0, len(features), step):
+            tiles = torch.cat([image_tiles(image, self.size, localizer.tiles) for image in islice(rest, step)])
+            parts.append(localizer.heatmaps(self.tile_layers(tiles), features[i : i + step], self.size))
+        return np.concatenate(parts)
 
     def score(self, images: Sequence[np.ndarray], heatmaps: bool = False) -> list[Verdict]:
         """Score decoded images, uint8 (H, W, 3) of any size. An image's verdict does not depend on the others."""
@@ -178,7 +206,7 @@ class Detector:
             return []
         x = torch.stack([preprocess(image, self.size) for image in images])
         layer1, layer2 = trunk_activations(self.backbone, x, self.precision)
-        return self.verdicts(self.score_activations(layer2, layer1, heatmaps=heatmaps), [image.shape[:2] for image in images])
+        return self.verdicts(self.score_activations(layer2, layer1, heatmaps=heatmaps, images=images), [image.shape[:2] for image in images])
 
     def verdicts(self, scores: Scores, sizes: Sequence[tuple[int, ...]]) -> list[Verdict]:
         """Scores with p-values and decisions; heat maps are brought to `sizes`, each (H, W) in pixels."""

@@ -81,6 +81,13 @@ class LocalizeParams(_Section):
     memory_fraction: Annotated[float, Field(gt=0, le=1)]
     memory_limit: PositiveInt
     sigma: Annotated[float, Field(ge=0)]
+    tiles: Annotated[int, Field(ge=2, le=8)] | None
+
+    @model_validator(mode="after")
+    def _tiles_go_with_patch_memory(self) -> LocalizeParams:
+        if self.tiles is not None and self.method != "patch_memory":
+            raise ValueError(f"localize.tiles works with method: patch_memory only, not {self.method}; set one of them, or tiles: null")
+        return self
 
 
 class VerdictParams(_Section):

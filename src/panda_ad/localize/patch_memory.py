@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from panda_ad.files import write_json
 from panda_ad.localize.maps import BATCH, Maps, positions, smooth, upsample
 from panda_ad.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
+from panda_ad.localize.tiling import blend, grid
 
 POOL = 100_000
 """Most patches the coreset chooses from, drawn at random: keeps the greedy choice in the processor's cache."""
@@ -32,24 +33,26 @@ class PatchMemory:
     ----------
     rows : the memory, float16 (K, C2 + C3).
     basis : for the search.
-    sigma : pixels at input size.
+    sigma : pixels of the heat map.
+    tiles : tiles per side of an image; 1: the whole image is one.
     """
 
     rows: Rows
     basis: Basis
     sigma: float
+    tiles: int = 1
     _packed: Packed = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._packed = pack(self.rows, self.basis)
 
     @classmethod
-    def build(cls, maps: Maps, count: int, fraction: float, limit: int, sigma: float, seed: int) -> PatchMemory:
-        """Memory of `fraction` of the patches of `count` images, at most `limit`, chosen greedily from at most `POOL`."""
+    def build(cls, maps: Maps, count: int, fraction: float, limit: int, sigma: float, seed: int, tiles: int = 1) -> PatchMemory:
+        """Memory of `fraction` of the patches of `count` images or tiles, at most `limit`, chosen greedily from at most `POOL`."""
         generator = torch.Generator().manual_seed(seed)
         parts: list[Tensor] = []
         total = 0
-        quota = max(1, POOL // count)  # patches drawn per image
+        quota = max(1, POOL // count)  # patches drawn from each
         for i in range(0, count, BATCH):
             batch = positions(patch_features(maps(slice(i, i + BATCH))))  # (B, P, C)
             total += batch.shape[0] * batch.shape[1]
@@ -59,28 +62,36 @@ class PatchMemory:
         pool = torch.cat(parts)
         values = pool[greedy_coreset(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)]
         basis = fit_basis(values)
-        return cls(Rows(values, bounds(values, basis)), basis, sigma)
+        return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles)
 
     def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
-        out = np.empty((len(maps["layer2"]), *size), np.float32)
-        for b in range(len(out)):
-            features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
-            distances = nearest(positions(features)[0], [self._packed], self.basis)
-            out[b] = smooth(upsample(distances, (features.shape[2], features.shape[3]), size), self.sigma)
+        shape, overlap = grid(size, self.tiles)
+        per_image = self.tiles**2
+        out = np.empty((len(maps["layer2"]) // per_image, *shape), np.float32)
+        for i in range(len(out)):
+            parts = [self._sharp(maps, b, size) for b in range(i * per_image, (i + 1) * per_image)]
+            out[i] = smooth(torch.from_numpy(blend(parts, shape, size, overlap)), self.sigma)
         return out
+
+    def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
+        """Heat map of row `b` before smoothing, float32 (height, width)."""
+        features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
+        distances = nearest(positions(features)[0], [self._packed], self.basis)
+        return upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
 
     def save(self, folder: Path) -> None:
         """Write localizer.json and memory.safetensors."""
         tensors = {"values": self.rows.values, "bounds": self.rows.bounds, "mean": self.basis.mean, "axes": self.basis.axes}
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
-        write_json(folder / "localizer.json", {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank})
+        config = {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank}
+        write_json(folder / "localizer.json", config | ({"tiles": self.tiles} if self.tiles > 1 else {}))
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
         """Read what `save` wrote."""
         t = load_file(folder / "memory.safetensors")
-        return cls(Rows(t["values"], t["bounds"]), Basis(t["mean"], t["axes"], config["rank"]), config["sigma"])
+        return cls(Rows(t["values"], t["bounds"]), Basis(t["mean"], t["axes"], config["rank"]), config["sigma"], config.get("tiles", 1))
 
 
 def patch_features(maps: dict[str, Tensor]) -> Tensor:

@@ -43,6 +43,7 @@ class Spade:
     bases: dict[str, Basis]
     neighbours: int
     sigma: float
+    tiles = 1  # it compares whole images
 
     @classmethod
     def build(cls, maps: Maps, pooled: np.ndarray, neighbours: int, sigma: float) -> Spade:

@@ -5,43 +5,71 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from panda_ad.backbones import preprocess
 from panda_ad.errors import UserError
 
+Pair = tuple[int, int]
+"""(vertical, horizontal), pixels."""
 Box = tuple[int, int, int, int]
 """(y0, x0, y1, x1) in pixels, end exclusive."""
 
 
-def boxes(shape: tuple[int, ...], size: int, overlap: int) -> list[Box]:
-    """Boxes of side `size` that cover an image (H, W, ...), evenly spread, neighbours overlapping by at least `overlap` pixels.
+def grid(size: Pair, count: int) -> tuple[Pair, Pair]:
+    """Shape (H, W) that `count` x `count` tiles of `size` cover, and their overlap.
 
-    A side shorter than `size` is covered whole, by one box.
+    The overlap is a quarter of the tile's side, in whole positions of layer3 (16 pixels), so that a position lies alike in both tiles.
     """
-    if not 0 <= overlap < size:
-        raise UserError(f"tiling: the overlap must lie in [0, {size}) pixels, the tile's size, not {overlap}")
-    return [(y0, x0, y1, x1) for y0, y1 in _spans(shape[0], size, overlap) for x0, x1 in _spans(shape[1], size, overlap)]
+    overlap = (_overlap(size[0]), _overlap(size[1]))
+    return (count * (size[0] - overlap[0]) + overlap[0], count * (size[1] - overlap[1]) + overlap[1]), overlap
 
 
-def tiles(image: np.ndarray, size: int, overlap: int) -> list[np.ndarray]:
-    """Views (h, w, ...) of an image (H, W, ...), in the order of `boxes`."""
-    return [image[y0:y1, x0:x1] for y0, x0, y1, x1 in boxes(image.shape, size, overlap)]
+def image_tiles(rgb: np.ndarray, size: Pair, count: int) -> Tensor:
+    """Bring an image, uint8 (H, W, 3), to `grid`'s shape and cut it: float32 (count^2, 3, *size), preprocessed, row by row."""
+    shape, overlap = grid(size, count)
+    return tiles(preprocess(rgb, shape), size, overlap)
 
 
-def blend(tile_maps: Sequence[np.ndarray], shape: tuple[int, ...], size: int, overlap: int) -> np.ndarray:
-    """Join maps (h, w) of the tiles of an image (H, W, ...) to one float32 (H, W).
+def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
+    """Boxes of `size` that cover an image of `shape`, evenly spread, neighbours overlapping by at least `overlap`.
+
+    A side shorter than the box is covered whole, by one box.
+    """
+    for o, s in zip(overlap, size, strict=True):
+        if not 0 <= o < s:
+            raise UserError(f"tiling: the overlap must lie in [0, {s}) pixels, the tile's size, not {o}")
+    rows, columns = (_spans(*side) for side in zip(shape, size, overlap, strict=True))
+    return [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
+
+
+def tiles(image: Tensor, size: Pair, overlap: Pair) -> Tensor:
+    """Parts of an image (..., H, W), in the order of `boxes`: (T, ..., h, w)."""
+    shape = (image.shape[-2], image.shape[-1])
+    return torch.stack([image[..., y0:y1, x0:x1] for y0, x0, y1, x1 in boxes(shape, size, overlap)])
+
+
+def blend(tile_maps: Sequence[np.ndarray], shape: Pair, size: Pair, overlap: Pair) -> np.ndarray:
+    """Join maps (h, w) of the tiles of an image of `shape` to one float32 (H, W).
 
     In an overlap the weights of two tiles cross over by raised cosines, with no jump at either end; elsewhere a map stands as it is.
     """
-    total, weights = np.zeros(shape[:2]), np.zeros(shape[:2])
+    total, weights = np.zeros(shape), np.zeros(shape)
     places = boxes(shape, size, overlap)
     if len(tile_maps) != len(places):
         raise UserError(f"tiling: {len(tile_maps)} maps for {len(places)} tiles")
-    across = {axis: dict(zip(spans, _windows(spans), strict=True)) for axis, spans in enumerate(_spans(n, size, overlap) for n in shape[:2])}
+    spans = [_spans(*side) for side in zip(shape, size, overlap, strict=True)]
+    down, across = (dict(zip(s, _windows(s), strict=True)) for s in spans)
     for (y0, x0, y1, x1), tile in zip(places, tile_maps, strict=True):
-        weight = np.outer(across[0][y0, y1], across[1][x0, x1])
+        weight = np.outer(down[y0, y1], across[x0, x1])
         total[y0:y1, x0:x1] += weight * tile
         weights[y0:y1, x0:x1] += weight
     return (total / weights).astype(np.float32)
+
+
+def _overlap(side: int) -> int:
+    return max(8, side // 4 // 16 * 16)
 
 
 def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:

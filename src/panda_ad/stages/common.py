@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from panda_ad.activations import Activations, Item
     from panda_ad.backbones import Backbone
+    from panda_ad.detector import Detector, Scores
     from panda_ad.params import Params
 
 BUILD = Path("build")
@@ -112,6 +113,20 @@ def raw_features(category: str) -> np.ndarray:
 def layers_needed(params: Params) -> tuple[str, ...]:
     """Trunk layers that scoring reads: SPADE compares layer1 too."""
     return ("layer1", "layer2") if params.localize.method == "spade" else ("layer2",)
+
+
+def score_items(
+    detector: Detector, activations: Activations, items: Sequence[Item], layers: Sequence[str], raw: np.ndarray | None = None
+) -> Iterator[Scores]:
+    """Score images from the activation cache, batch by batch, with heat maps where the model has a localiser.
+
+    `raw`: their features as in `Detector.features`. Tiles are computed from the pixels; a batch holds as many tiles as it would images.
+    """
+    batch = 64 if detector.localizer is None else max(1, 64 // detector.localizer.tiles**2)
+    for i, part in enumerate(activations.batches(items, layers, batch)):
+        at = slice(i * batch, (i + 1) * batch)
+        pixels = (item.read() for item in items[at])
+        yield detector.score_activations(part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels)
 
 
 def threads() -> None:

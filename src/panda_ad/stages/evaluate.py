@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from panda_ad.stages.common import (
     layers_needed,
     raw_features,
     run_stage,
+    score_items,
     threads,
 )
 
@@ -69,18 +71,22 @@ def main(category: str) -> None:
 
 
 def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, raw: np.ndarray) -> Scores:
-    """Score manifest rows from cached activations, batch by batch; heat maps only where the model has a localiser."""
+    """Score manifest rows from cached activations; heat maps only where the model has a localiser.
+
+    Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
+    """
     activations = activations_for(params, detector.backbone)
     items = items_of(rows, params)
     layers = layers_needed(params)
     activations.warm(items, layers)
-    parts, done = [], 0
-    for batch in activations.batches(items, layers):
-        n = len(batch["layer2"])
-        known = raw[rows.index[done : done + n]]
-        parts.append(detector.score_activations(batch["layer2"], batch.get("layer1"), known, heatmaps=True))
-        done += n
-    maps = None if parts[0].heatmaps is None else np.concatenate([p.heatmaps for p in parts])
+    most = max(PIXEL_SIDE, *detector.size)
+    parts, kept = [], []
+    for part in score_items(detector, activations, items, layers, raw[rows.index]):
+        parts.append(replace(part, heatmaps=None))
+        if part.heatmaps is not None:
+            scale = min(1.0, most / max(part.heatmaps.shape[1:]))
+            kept += [resize_map(m, (round(m.shape[0] * scale), round(m.shape[1] * scale))) for m in part.heatmaps]
+    maps = np.stack(kept) if kept else None
     columns = ("score", "snapshot", "neighbours", "distances", "features")
     score, snapshot, neighbours, distances, features = (np.concatenate([getattr(p, name) for p in parts]) for name in columns)
     return Scores(score, snapshot, neighbours, distances, features, maps)

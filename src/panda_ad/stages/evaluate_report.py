@@ -141,7 +141,7 @@ def provenance(params: Params, detector: Detector, category: str, values: Mappin
             "adaptation": detector.config["method"],
             "snapshots at steps": ", ".join(map(str, detector.config["steps"])),
             "neighbours": detector.config["k"],
-            "localisation": params.localize.method,
+            "localisation": params.localize.method + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
         },
         "code": {"panda-ad": known["panda_ad"], "seed": params.seed},
     }

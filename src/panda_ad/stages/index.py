@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.torch import load_file
@@ -27,9 +31,14 @@ from panda_ad.stages.common import (
     layers_needed,
     raw_features,
     run_stage,
+    score_items,
     threads,
 )
 from panda_ad.whitening import fit_whitening
+
+if TYPE_CHECKING:
+    from panda_ad.activations import Item
+    from panda_ad.localize.maps import Maps
 
 _THUMBNAIL = 96  # pixels, longest side
 
@@ -110,14 +119,21 @@ def main(category: str) -> None:
         from panda_ad.localize import build_localizer
 
         views = {layer: activations.view(train, layer) for layer in layers}
-        detector.localizer = build_localizer(params.localize, lambda index: gallery_maps(detector, views, index), matrices[-1], params.seed)
+        tiled = gallery_tiles(detector, train, params.localize.tiles) if params.localize.tiles else None
+        detector.localizer = build_localizer(params.localize, tiled or (lambda index: gallery_maps(detector, views, index)), matrices[-1], params.seed)
 
-    held_out = [detector.score_activations(b["layer2"], b.get("layer1"), heatmaps=True) for b in activations.batches(calibration, layers)]
+    every = params.localize.tiles or 1
+    held_out, usual, peaks = [], [], []
+    for scores in score_items(detector, activations, calibration, layers):
+        held_out.append(replace(scores, heatmaps=None))
+        if scores.heatmaps is not None:  # joined maps are large: of each, as many pixels as of an untiled one
+            usual.append(scores.heatmaps[:, ::every, ::every].copy())
+            peaks.append(scores.heatmaps.max(axis=(1, 2)))
     detector.calibration = np.concatenate([part.score for part in held_out])
     statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
     detector.reference = Reference(statistics.astype(np.float32), np.concatenate([part.features for part in held_out]).astype(np.float16))
     if detector.localizer is not None:
-        config["heatmap_range"] = heatmap_range(np.concatenate([part.heatmaps for part in held_out]))
+        config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
@@ -157,9 +173,29 @@ def gallery_maps(detector: Detector, views: dict, index):
     return {**maps, "layer3": layer3.half()}
 
 
-def heatmap_range(maps: np.ndarray) -> list[float]:
-    """Where an overlay's colour starts and where it is full, from the calibration images' maps (M, h, w): a good part stays nearly clear."""
-    usual, peak = float(np.median(maps)), float(np.median(maps.max(axis=(1, 2))))
+def gallery_tiles(detector: Detector, train: Sequence[Item], tiles: int) -> Maps:
+    """As `gallery_maps`, of the images' tiles, `tiles`^2 for each, computed from the pixels."""
+    import torch
+
+    from panda_ad.localize.tiling import image_tiles
+
+    @lru_cache(maxsize=1)
+    def tiles_of(image: int):
+        return image_tiles(train[image].read(), detector.size, tiles)
+
+    def maps(index):
+        chosen = range(len(train) * tiles**2)[index]
+        return detector.tile_layers(torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen]))
+
+    return maps
+
+
+def heatmap_range(maps: np.ndarray, peaks: np.ndarray) -> list[float]:
+    """Where an overlay's colour starts and where it is full, from the calibration images' maps (M, h, w) and their maxima (M,).
+
+    A good part stays nearly clear.
+    """
+    usual, peak = float(np.median(maps)), float(np.median(peaks))
     return [usual + 0.8 * (peak - usual), usual + 2.0 * (peak - usual)]
 
 
