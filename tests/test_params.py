@@ -32,6 +32,9 @@ def test_the_projects_own_parameters_load(repo_root):
         ("backbone", "input_size", [64], "backbone.input_size: "),
         ("data", "calibration_fraction", 1.0, "data.calibration_fraction: "),
         ("gallery", "k", True, "gallery.k: "),
+        ("localize", "tiles", 1, "localize.tiles: "),
+        ("localize", "tiles", 9, "localize.tiles: "),
+        ("localize", "tiles", [2, 3], "localize.tiles: "),
         ("verdict", "false_alarm_rate", 0.0, "verdict.false_alarm_rate: "),
     ],
 )
@@ -61,6 +64,15 @@ def test_missing_keys_repeats_and_other_shapes(raw):
     raw["adapt"]["method"] = "oe"
     with pytest.raises(UserError, match="adapt.outliers"):
         parse_params(raw)
+
+
+def test_tiles_go_with_the_patch_memory_only(raw):
+    raw["localize"] |= {"method": "patch_memory", "tiles": 3}
+    assert parse_params(raw).localize.tiles == 3
+    for method in ("spade", "none"):
+        raw["localize"]["method"] = method
+        with pytest.raises(UserError, match=f"localize: tiles need method: patch_memory, not {method}"):
+            parse_params(raw)
 
 
 def test_files_that_cannot_be_read(tmp_path):

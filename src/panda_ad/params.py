@@ -86,7 +86,7 @@ class LocalizeParams(_Section):
     @model_validator(mode="after")
     def _tiles_go_with_patch_memory(self) -> LocalizeParams:
         if self.tiles is not None and self.method != "patch_memory":
-            raise ValueError(f"localize.tiles works with method: patch_memory only, not {self.method}; set one of them, or tiles: null")
+            raise ValueError(f"tiles need method: patch_memory, not {self.method}; change it, or set tiles: null")
         return self
 
 
