@@ -33,6 +33,7 @@ from make_sample import DEFECTS, JPEG_QUALITY, defective_image, image_rng, norma
 SEED = 11
 NEW_KIND = {"capsule": "dent", "fabric": "stain", "grid": "rust"}
 LIGHT_FROM, LIGHT = 4, 0.7
+SESSION = 90  # good parts photographed and labelled under the new lamp, besides the week's
 NEW_KIND_FROM = 6
 POISONED = 7
 GOOD, BAD = 60, 12  # parts photographed in a week
@@ -49,6 +50,8 @@ class Week:
     drift: str = ""
     alarms: str = ""
     retrained: str = ""
+    auroc: str = ""
+    decisions: str = ""
     gate: str = ""
     staging: str = ""
     seconds: float = 0.0
@@ -64,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="panda-ad-") as temporary:
         plant = Plant(options.keep or Path(temporary) / "plant", options.category)
-        print("| week | what happens | alarms on good / bad parts | drift found | retrained | gate | at staging |\n|---|---|---|---|---|---|---|", flush=True)
+        print("| week | what happens | alarms on good / bad parts | drift found | retrained | AUROC: new, in place | caught less false alarms: new, in place | gate | at staging |\n|---|---|---|---|---|---|---|---|---|", flush=True)
         weeks = [plant.start()] + [plant.week(number) for number in range(1, options.weeks + 1)]
         print(f"\n{sum(week.seconds for week in weeks):.0f} s in all")
         for week in weeks:
@@ -108,12 +111,16 @@ class Plant:
         good = self.photograph_good(number, light)
         bad = {kind: self.photograph_bad(number, kind, light, BAD // len(kinds) + (kind == NEW_KIND[self.category]) * 6) for kind in kinds}
         self.score(week, good, bad)
-        drifted = self.monitor(week)
+        self.monitor(week)
         poison = number == POISONED
         if poison:
             week.event = f"{MISLABELLED} defects labelled good by mistake"
-        self.panda("ingest", *map(str, good[:TRAINED]), "--category", self.category, "--label", "good")
-        self.panda("ingest", *map(str, good[TRAINED : TRAINED + TESTED]), "--category", self.category, "--label", "good", "--split", "test")
+        if number == LIGHT_FROM:
+            good[:0] = self.photograph_good(number, light, "session", SESSION)
+            week.notes.append(f"{SESSION} more good parts were photographed under the new lamp and labelled")
+        trained = TRAINED + len(good) - GOOD
+        self.panda("ingest", *map(str, good[:trained]), "--category", self.category, "--label", "good")
+        self.panda("ingest", *map(str, good[trained : trained + TESTED]), "--category", self.category, "--label", "good", "--split", "test")
         for kind, pictures in bad.items():
             masks = self.inbox(number) / "masks" / kind
             self.panda("ingest", *map(str, pictures[:2] if kind != NEW_KIND[self.category] else pictures), "--category", self.category,
@@ -124,10 +131,10 @@ class Plant:
             said = self.panda("ingest", *map(str, wrong), "--category", self.category, "--label", "good")
             week.notes += [line for line in said.splitlines() if "defect" in line][:2]
             self.commit(f"Week {number}: a batch with the wrong label")
-        week.notes += [f"drift: {'yes' if drifted else 'no'}"] if poison else []
+            batch = subprocess.check_output(["git", "-C", str(self.folder), "rev-parse", "HEAD"], text=True).strip()
         self.retrain(week)
         if poison and "refused" in week.gate:  # what the people do when the gate has told them
-            subprocess.run(["git", "-C", str(self.folder), "revert", "--no-edit", "HEAD"], check=True, capture_output=True)
+            subprocess.run(["git", "-C", str(self.folder), "revert", "--no-edit", batch], check=True, capture_output=True)
             self.call("dvc", "checkout", "--quiet", "data.dvc")
             week.notes.append("the batch was taken back: git revert, dvc checkout")
         week.seconds += time.perf_counter() - start
@@ -137,11 +144,12 @@ class Plant:
         """Where a week's photographs lie."""
         return self.folder / "inbox" / f"week-{number}"
 
-    def photograph_good(self, number: int, light: float) -> list[Path]:
-        """A week's good parts."""
-        folder = self.inbox(number) / "good"
+    def photograph_good(self, number: int, light: float, name: str = "good", count: int = GOOD) -> list[Path]:
+        """Good parts of a week."""
+        folder = self.inbox(number) / name
         folder.mkdir(parents=True)
-        return [save(rgb, folder / f"{number}-{i:03d}.jpg") for i, rgb in enumerate(normal_images(self.category, GOOD, SEED, f"week {number}", light))]
+        parts = normal_images(self.category, count, SEED, f"week {number}/{name}", light)
+        return [save(rgb, folder / f"{number}-{name}-{i:03d}.jpg") for i, rgb in enumerate(parts)]
 
     def photograph_bad(self, number: int, kind: str, light: float, count: int) -> list[Path]:
         """A week's parts with one kind of defect, and their masks."""
@@ -167,12 +175,11 @@ class Plant:
         if week.number == NEW_KIND_FROM:
             week.notes.append(f"of the new kind {np.mean([called[str(p)] == 'defect' for p in bad[new]]):.0%} were called defect before it was ever seen")
 
-    def monitor(self, week: Week) -> bool:
-        """Whether the week's photographs differ from the calibration images."""
+    def monitor(self, week: Week) -> None:
+        """What the week's photographs have that the calibration images have not."""
         self.panda("monitor", "-c", self.category, expect=(0, 5))
         found = json.loads((self.folder / "monitoring/reports" / f"{self.category}.json").read_text())
         week.drift = "; ".join(found["findings"]) or "none"
-        return bool(found["drifted"])
 
     def retrain(self, week: Week) -> None:
         """`panda-ad run`: the stages whose inputs changed, then the gate."""
@@ -184,7 +191,11 @@ class Plant:
         report = json.loads((self.folder / "build/validation/report.json").read_text())
         counts = report["categories"][self.category]
         images = sum(sum(counts[split].values()) for split in ("train", "calibration"))
-        week.retrained = f"{images} normal images, AUROC {metrics['image_auroc']:.3f}, {seconds:.0f} s"
+        week.retrained = f"{images} normal images, {seconds:.0f} s"
+        texts = {rule["name"]: rule["text"].partition(";")[0].replace(" against", ",") for rule in decision["rules"]}
+        week.auroc = texts.get("image AUROC not worse", f"{metrics['image_auroc']:.4f}")
+        balance = metrics["recall"] - metrics["false_alarm_rate"]
+        week.decisions = texts.get("defects caught less false alarms not worse", f"{balance:.4f}")
         week.gate = f"version {decision['version']} {decision['outcome']}: {decision['reason']}"
         week.staging = self.staging()
         self.commit(f"Week {week.number}: retrained", "dvc.lock")
@@ -221,7 +232,7 @@ def save(rgb: np.ndarray, path: Path) -> Path:
 
 def told(week: Week) -> Week:
     """Print a week's row."""
-    cells = (str(week.number), week.event, week.alarms or "-", week.drift or "-", week.retrained, week.gate, week.staging)
+    cells = (str(week.number), week.event, week.alarms or "-", week.drift or "-", week.retrained, week.auroc, week.decisions, week.gate, week.staging)
     print("| " + " | ".join(cells) + " |", flush=True)
     return week
 

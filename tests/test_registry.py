@@ -288,7 +288,7 @@ def test_a_worse_version_is_refused_by_name_and_amount(project):
     assert refusal.value.exit_code == 3 and "\n" not in str(refusal.value)
     assert aliases() == {"challenger": 2, "staging": 1} and moves() == [("promote", "staging", None, "1")]
     assert connect().get_model_version(NAME, "2").tags["gate.staging"].startswith("refused ")
-    set_gate(project, margin=None, recall_margin=None, min_image_auroc=0.0, min_pixel_auroc=None, false_alarm_risk=None)
+    set_gate(project, margin=None, recall_margin=None, decision_margin=None, min_image_auroc=0.0, min_pixel_auroc=None, false_alarm_risk=None)
     (decision,) = promote()
     assert decision.outcome == "promoted" and decision.rules[0].name == "image AUROC floor"
     assert "gate.staging.image AUROC not worse" not in connect().get_model_version(NAME, "2").tags

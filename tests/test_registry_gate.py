@@ -9,7 +9,7 @@ from panda_ad.params import GateParams
 from panda_ad.registry.gate import Evidence, align, judge, recall_at_budget, refusal, same_images
 
 OFF = {
-    "margin": None, "recall_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,
+    "margin": None, "recall_margin": None, "decision_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,
     "min_defect_auroc": None, "min_defect_recall": None, "must_catch": [], "false_alarm_risk": None, "max_latency_ms": None,
     "max_bundle_mb": None,
 }  # fmt: skip
@@ -102,6 +102,22 @@ def test_a_worse_candidate_is_refused_and_a_better_one_is_not():
     assert refused[0].value > auroc(good["label"], good["score"]) - auroc(spoiled["label"], spoiled["score"]) - 1e-9
     assert "image AUROC not worse" in refusal(refused) and "too much" in refusal(refused)
     assert all(r.passed for r in judge(evidence(good, incumbent=spoiled), rules))
+
+
+def test_a_raised_threshold_is_refused_though_the_order_of_scores_is_the_same():
+    """Defects among the calibration images: they raise the threshold, and AUROC does not see it."""
+    scores = noisy(1)
+    good, defects = scores["score"][scores["label"] == 0], scores["score"][scores["label"] == 1]
+    fair, spoiled = float(good.quantile(0.95)), float(defects.quantile(0.95))
+    rules = gate(margin=0.0, recall_margin=0.0, decision_margin=0.15)
+    refused = judge(evidence(scores, incumbent=scores, threshold=spoiled, incumbent_threshold=fair), rules)
+    assert [r.passed for r in refused] == [True, True, False]
+    caught = [(defects > t).mean() - (good > t).mean() for t in (spoiled, fair)]
+    assert f"{caught[0]:.4f} against {caught[1]:.4f}" in refused[2].text and refused[2].by > 0
+    assert all(r.passed for r in judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=spoiled), rules))
+    # a threshold may rise where it had let too many false alarms through
+    loose = float(good.quantile(0.3))
+    assert judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=loose), rules)[2].passed
 
 
 def test_more_confidence_asks_for_more():

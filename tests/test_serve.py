@@ -78,7 +78,7 @@ def test_a_changed_test_set_is_scored_by_the_incumbent_itself(project, tmp_path,
         write_rows(path, rows)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["gallery"]["k"] = 1
-    params["gate"] |= {"margin": 1.0, "recall_margin": 1.0}
+    params["gate"] |= {"margin": 1.0, "recall_margin": 1.0, "decision_margin": 1.0}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     index.main("fabric")
     evaluate.main("fabric")

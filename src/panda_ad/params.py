@@ -108,6 +108,7 @@ class GateParams(_Section):
 
     margin: Share | None
     recall_margin: Share | None
+    decision_margin: Share | None
     confidence: Fraction
     min_image_auroc: Share | None
     min_pixel_auroc: Share | None

@@ -37,8 +37,10 @@ def gather(client: MlflowClient, params: Params, category: str, candidate: Model
     """
     scores = score_table(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/scores.csv"))
     metrics = json.loads(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
-    theirs, known = None, frozenset[str]()
+    theirs, their_threshold, known = None, None, frozenset[str]()
     if incumbent is not None:
+        before = artifact(client, incumbent.tags["panda.run"], f"{plain(category)}/metrics.json")
+        their_threshold = float(json.loads(before.read_text(encoding="utf-8"))["threshold"])
         theirs = score_table(artifact(client, incumbent.tags["panda.run"], f"{plain(category)}/scores.csv"))
         theirs = align(theirs, scores) if same_images(theirs, scores) else rescore(bundle_of(client, incumbent), params, scores)
         manifest = score_table(artifact(client, incumbent.run_id, "data/manifest.csv"))
@@ -55,6 +57,7 @@ def gather(client: MlflowClient, params: Params, category: str, candidate: Model
         budget=float(candidate.tags["panda.budget"]),
         calibration=int(candidate.tags["panda.calibration_images"]),
         incumbent=theirs,
+        incumbent_threshold=their_threshold,
         known=known,
         test_images=tests,
         bundle_mb=float(candidate.tags["panda.bundle_mb"]),

@@ -19,6 +19,9 @@ from panda_ad.params import GateParams
 if TYPE_CHECKING:
     import pandas as pd
 
+Metric = Callable[[np.ndarray, np.ndarray], float]
+"""A figure of labels (N,) and scores (N,)."""
+
 _FEW = 10
 """With fewer new good images than this, calibration is checked on all good test images."""
 
@@ -55,6 +58,7 @@ class Evidence:
     budget : share of good parts that may raise an alarm.
     calibration : number of calibration images behind the threshold.
     incumbent : the version in place on the same images, column `score`, same order as `scores`; None where there is none.
+    incumbent_threshold : of the version in place; None where there is none.
     known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
     test_images : paths and sha256 of all test images of all categories, to tell a misspelt must_catch entry.
     bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
@@ -67,6 +71,7 @@ class Evidence:
     budget: float
     calibration: int
     incumbent: pd.DataFrame | None = None
+    incumbent_threshold: float | None = None
     known: frozenset[str] = frozenset()
     test_images: frozenset[str] = frozenset()
     bundle_mb: float | None = None
@@ -89,7 +94,7 @@ def judge(evidence: Evidence, params: GateParams) -> list[Rule]:
     return [rule for check in RULES for rule in check(evidence, params)]
 
 
-def recall_at_budget(budget: float) -> Callable[[np.ndarray, np.ndarray], float]:
+def recall_at_budget(budget: float) -> Metric:
     """Metric: share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
 
     def metric(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -108,6 +113,22 @@ def image_auroc_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
 def recall_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
     """The same for recall where the false-alarm budget is spent on the good test images."""
     return _not_worse("recall at the false-alarm budget not worse", recall_at_budget(e.budget), e, params.recall_margin, params.confidence)
+
+
+def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
+    """The share of defects caught less the share of good parts alarmed (Youden's J), each version at its own threshold.
+
+    Images with the wrong label spoil the threshold before they spoil the order of the scores: defects among the calibration images
+    raise it, and AUROC does not see that.
+    """
+    if params.decision_margin is None or e.incumbent is None or e.incumbent_threshold is None:
+        return []
+    return _not_worse("defects caught less false alarms not worse", youden, e, params.decision_margin, params.confidence, e.threshold, e.incumbent_threshold)
+
+
+def youden(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Youden's J of the decisions score > 0: share of the anomalous above 0 less the share of the normal above 0, in [-1, 1]."""
+    return float((scores[labels == 1] > 0).mean() - (scores[labels == 0] > 0).mean())
 
 
 def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
@@ -184,6 +205,7 @@ def bundle_size_ceiling(e: Evidence, params: GateParams) -> list[Rule]:
 RULES: tuple[Callable[[Evidence, GateParams], list[Rule]], ...] = (
     image_auroc_not_worse,
     recall_not_worse,
+    decisions_not_worse,
     image_auroc_floor,
     pixel_auroc_floor,
     defect_auroc_floor,
@@ -211,12 +233,15 @@ def align(scores: pd.DataFrame, to: pd.DataFrame) -> pd.DataFrame:
     return scores.drop_duplicates("sha256").set_index("sha256").loc[to["sha256"]].reset_index()
 
 
-def _not_worse(name: str, metric, e: Evidence, margin: float | None, confidence: float) -> list[Rule]:
+def _not_worse(
+    name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, threshold: float = 0.0, incumbent_threshold: float = 0.0
+) -> list[Rule]:
+    """Rule on a metric of labels and of each version's scores less its threshold."""
     if margin is None or e.incumbent is None:
         return []
-    theirs = e.incumbent["score"].to_numpy(dtype=np.float64)
-    ours, before = metric(e.labels, e.values), metric(e.labels, theirs)
-    drops = -paired_bootstrap(metric, e.labels, e.values, theirs, e.resamples, e.seed)
+    values, theirs = e.values - threshold, e.incumbent["score"].to_numpy(dtype=np.float64) - incumbent_threshold
+    ours, before = metric(e.labels, values), metric(e.labels, theirs)
+    drops = -paired_bootstrap(metric, e.labels, values, theirs, e.resamples, e.seed)
     drop = float(np.quantile(drops, confidence))
     text = f"{ours:.4f} against {before:.4f}; with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
     passed = drop <= margin
