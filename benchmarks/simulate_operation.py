@@ -38,7 +38,7 @@ NEW_KIND_FROM = 6
 POISONED = 7
 GOOD, BAD = 60, 12  # parts photographed in a week
 TRAINED, TESTED = 30, 10  # of the good ones, added to training and to the test set
-MISLABELLED = 48
+MISLABELLED = 45
 
 
 @dataclass
