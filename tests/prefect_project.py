@@ -23,6 +23,7 @@ stages:
     matrix: {category: [fabric, grid]}
     cmd:
       - if [ -e slow ]; then echo waiting; sleep 98765; fi
+      - if [ -e paused ]; then echo paused; while [ -e paused ]; do sleep 0.5; done; fi
       - cat build/manifest > build/adapt-${item.category}
       - echo ${adapt.method} ${adapt.epochs} >> build/adapt-${item.category}
       - echo "adapted ${item.category}"
@@ -68,7 +69,7 @@ def make_project(folder: Path) -> Path:
     (folder / "dvc.yaml").write_text(DVC_YAML)
     (folder / "data").mkdir()
     (folder / "data/images").write_text("one\n")
-    ignored = ["/data", "/build", "/.cache", "/.prefect", "/slow", "/down-*", "/attempts-*", "__pycache__"]
+    ignored = ["/data", "/build", "/.cache", "/.prefect", "/slow", "/paused", "/down-*", "/attempts-*", "__pycache__"]
     (folder / ".gitignore").write_text("\n".join(ignored) + "\n")
     call("git", "init", "-q", cwd=folder)
     call("git", "config", "user.email", "test@example.org", cwd=folder)

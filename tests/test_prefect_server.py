@@ -142,7 +142,7 @@ def prefect(tmp_path_factory, webhook):
 @pytest.fixture(autouse=True)
 def nothing_in_the_way(prefect):
     yield
-    for path in [*prefect.project.glob("down-*"), *prefect.project.glob("attempts-*"), prefect.project / "slow"]:
+    for path in [*prefect.project.glob("down-*"), *prefect.project.glob("attempts-*"), prefect.project / "slow", prefect.project / "paused"]:
         path.unlink(missing_ok=True)
 
 
@@ -238,6 +238,34 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
     assert "| brightness |" in artifacts["monitor-fabric"] and json.loads(artifacts["monitor-results"])[0]["state"] == "Drift"
     (scored,) = prefect.post("/artifacts/filter", artifacts={"key": {"any_": ["score-results"]}})
     assert json.loads(scored["data"])[0]["scored"] == 12
+
+
+def test_a_server_killed_for_20_seconds_during_a_run_loses_nothing(prefect):
+    """A stage ends while the server is gone; run, worker and automations go on with the one that takes its place."""
+    new_data(prefect.project, "server")
+    (prefect.project / "paused").touch()
+    run = prefect.press_run()
+    prefect.wait_for_line(run, "paused")
+    os.killpg(prefect.groups["prefect"].pid, signal.SIGKILL)
+    time.sleep(5)
+    (prefect.project / "paused").unlink()
+    time.sleep(15)
+    port = prefect.address.rpartition(":")[2]
+    environment = clean_environment() | {"PREFECT_HOME": str(prefect.project / ".prefect")}
+    with open(prefect.project / ".prefect/prefect-again.log", "wb") as log:
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+        prefect.groups["prefect"] = Group(command, env=environment, output=log)
+    limit = time.monotonic() + 90
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if prefect.http.get("/health").status_code == 200:
+                break
+        assert time.monotonic() < limit
+        time.sleep(0.5)
+    ended = prefect.wait(run)
+    assert ended["state_type"] == "COMPLETED", (ended["state"]["message"], prefect.logs(run)[-5:])
+    assert "up to date" in call("dvc", "repro", cwd=prefect.project)
+    assert prefect.wait(prefect.press_run())["state_type"] == "COMPLETED"
 
 
 def test_cancelling_stops_the_children(prefect):
