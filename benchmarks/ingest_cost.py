@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
 import shutil
@@ -24,13 +23,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from panda_ad.processes import child_environment
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from make_sample import image_rng, normal_image  # noqa: E402
 
 SIDE = 160
-BIN = Path(sys.executable).parent
 
 
 def pictures(count: int, first: int = 0) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ def processor_seconds() -> float:
 
 def call(project: Path, *command: str) -> tuple[float, float]:
     """Run a command; its wall-clock and processor seconds."""
-    env = {**os.environ, "PYTHONPATH": str(project / "src"), "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}", "DVC_NO_ANALYTICS": "1"}
+    env = child_environment({"PYTHONPATH": str(project / "src")})
     start, used = time.perf_counter(), processor_seconds()
     done = subprocess.run(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:

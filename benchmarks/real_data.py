@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from panda_ad.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,8 +77,7 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
             section, _, name = key.partition(".")
             params[section][name] = yaml.safe_load(value)
         (repo / "params.yaml").write_text(yaml.safe_dump(params))
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        environment["PYTHONPATH"] = str(repo / "src")
+        environment = child_environment({"PYTHONPATH": str(repo / "src")})
         start = time.perf_counter()
         command = ["panda_ad.cli", "run"] if options.publish else ["dvc", "repro", "evaluate"]
         done = subprocess.run([sys.executable, "-m", *command], cwd=repo, env=environment, capture_output=True, text=True, check=False)

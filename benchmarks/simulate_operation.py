@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+
+from panda_ad.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -211,8 +212,7 @@ class Plant:
 
     def call(self, *command: str, expect: tuple[int, ...] = (0,)) -> str:
         """Run a command in the plant with the plant's code; its output."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(self.folder / "src"), "DVC_NO_ANALYTICS": "1"}
+        environment = child_environment({"PYTHONPATH": str(self.folder / "src")})
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in expect:
             sys.exit(f"{' '.join(command[:6])}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from panda_ad.errors import UserError
 from panda_ad.params import load_params
-from panda_ad.processes import Group
+from panda_ad.processes import Group, child_environment
 
 SAVED = Path(".cache/before-run")
 """Where params.yaml and dvc.lock stand while a run with changed parameters is under way."""
@@ -82,18 +81,6 @@ def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
             wanted.add(name)
             queue.extend(by_name[name].parents)
     return [stage for stage in stages if stage.name in wanted]
-
-
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with this Python's commands first, output unbuffered and telemetry off."""
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PYTHONUNBUFFERED": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "DO_NOT_TRACK": "true",
-        **(extra or {}),
-    }
 
 
 def run_logged(

@@ -26,8 +26,8 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.workers.process import ProcessWorker
 from pydantic import SecretStr
 
-from flows.common import child_environment
 from panda_ad.errors import UserError
+from panda_ad.processes import child_environment
 
 POOL = "panda"
 WEBHOOK = "PANDA_WEBHOOK_URL"

@@ -7,9 +7,9 @@ import pytest
 from prefect_project import ROOT, call, make_project, new_data
 
 from panda_ad.errors import UserError
+from panda_ad.processes import child_environment
 
 sys.path.insert(0, str(ROOT))
-from flows import common
 from flows.common import SAVED, Stage, changed_params, read_pipeline, select
 
 
@@ -139,7 +139,7 @@ def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
 
 
 def test_children_get_this_pythons_commands(project):
-    assert common.child_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert child_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
 def test_figures_in_the_artifacts():

@@ -14,7 +14,7 @@ from registry_project import make_project, read_rows, set_gate, write, write_bun
 
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
-from panda_ad.registry.connection import connect, download_bundle, without_credentials
+from panda_ad.registry.connection import connect, download_version, without_credentials
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
@@ -91,7 +91,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
 
 def test_the_model_holds_no_pickle_and_its_own_code(project):
     publish("fabric")
-    bundle = download_bundle(f"models:/{NAME}@challenger")
+    bundle = download_version(f"models:/{NAME}@challenger")[2]
     model = bundle.parent.parent
     names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
     assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
@@ -358,7 +358,7 @@ def test_the_commit_is_on_record_and_whether_inputs_differ_from_it(project):
 def test_a_model_that_is_not_there_is_one_clear_line(project, text):
     publish("fabric")
     with pytest.raises(UserError) as error:
-        download_bundle(text)
+        download_version(text)
     assert text in str(error.value) and "\n" not in str(error.value)
 
 

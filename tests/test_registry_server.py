@@ -14,7 +14,7 @@ from registry_project import make_project, write, write_bundle, write_scores
 from panda_ad.errors import UserError
 from panda_ad.processes import Group
 from panda_ad.registry import audit
-from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_bundle, server_command
+from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_version, server_command
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
 
@@ -61,13 +61,13 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
 
         monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same store as a file: what the server wrote can be read, and back
         assert aliases(NAME, 1) == ["challenger", "staging"]
-        assert (download_bundle(f"models:/{NAME}@staging") / "weights.safetensors").read_bytes() == b"weights 1"
+        assert (download_version(f"models:/{NAME}@staging")[2] / "weights.safetensors").read_bytes() == b"weights 1"
         write(folder / "requirements.lock", "# 2\n")
         write_bundle(folder, "fabric", b"weights 2")
         write_scores(folder, "fabric")
         publish("fabric")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        assert (download_bundle(f"models:/{NAME}@challenger") / "weights.safetensors").read_bytes() == b"weights 2"
+        assert (download_version(f"models:/{NAME}@challenger")[2] / "weights.safetensors").read_bytes() == b"weights 2"
 
         os.killpg(server.pid, signal.SIGKILL)
         start = time.monotonic()
@@ -115,7 +115,7 @@ def test_a_server_lost_between_the_writes_of_a_publish_is_one_line_and_the_next_
         assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
         assert len(connect().search_model_versions(f"name = '{NAME}'")) == 1
         assert promote()[0].outcome == "promoted"
-        bundle = download_bundle(f"models:/{NAME}@staging")
+        bundle = download_version(f"models:/{NAME}@staging")[2]
         assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
-        assert download_bundle(f"models:/{NAME}/1") == bundle
+        assert download_version(f"models:/{NAME}/1")[2] == bundle
     assert not (folder / "mlflow.db").exists() and not (folder / "mlartifacts").exists()

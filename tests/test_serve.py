@@ -20,7 +20,7 @@ from panda_ad.bundle import load_bundle
 from panda_ad.errors import UserError
 from panda_ad.metrics import auroc
 from panda_ad.processes import Group
-from panda_ad.registry.connection import download_bundle
+from panda_ad.registry.connection import download_version
 from panda_ad.registry.promote import promote
 from panda_ad.registry.publish import main as publish
 
@@ -61,7 +61,7 @@ def test_the_bundle_in_the_registry_gives_the_evaluated_scores(project):
     from panda_ad.data.images import decode
 
     cases = evaluated(project)
-    verdicts = load_bundle(download_bundle(MODEL)).score([decode(data, "x") for data, _, _ in cases])
+    verdicts = load_bundle(download_version(MODEL)[2]).score([decode(data, "x") for data, _, _ in cases])
     assert [v.score for v in verdicts] == [score for _, score, _ in cases]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from panda_ad.errors import GateRefused, UserError
 from panda_ad.lock import repository_lock
 from panda_ad.params import Params, load_params
-from panda_ad.processes import Group
+from panda_ad.processes import Group, child_environment
 
 BUILD = Path("build")
 
@@ -43,7 +42,7 @@ def dvc(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, s
     ----------
     folder : where it runs; None: here.  extra : environment variables beside this process's.
     """
-    env = {**os.environ, **(extra or {}), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}", "DVC_NO_ANALYTICS": "1"}
+    env = child_environment(extra)
     command = [sys.executable, "-m", "dvc", *arguments]
     if sys.stdout.isatty():  # progress bars draw on the terminal itself
         status = subprocess.run(command, cwd=folder, env=env, check=False).returncode

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from panda_ad.errors import UserError
-from panda_ad.processes import Group
+from panda_ad.processes import Group, child_environment
 from panda_ad.registry.connection import DEFAULTS, server_command, without_credentials
 
 HOST = "127.0.0.1"
@@ -25,10 +25,8 @@ POOL = "panda"
 READY_SECONDS = 180.0
 
 QUIET = {
-    "DO_NOT_TRACK": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DVC_NO_ANALYTICS": "1",
     "GX_ANALYTICS_ENABLED": "false",
 }
 
@@ -81,13 +79,7 @@ def running_servers(
     mlflow, prefect = _remote("MLFLOW_TRACKING_URI"), _remote("PREFECT_API_URL")
     home = HOME.absolute()
     home.mkdir(exist_ok=True)
-    bin_folder = str(Path(sys.executable).parent)
-    env = {
-        **os.environ,
-        **QUIET,
-        "PREFECT_HOME": str(home),
-        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", os.defpath)]),
-    }
+    env = child_environment({**QUIET, "PREFECT_HOME": str(home)})
     groups: dict[str, Group] = {}
     with ExitStack() as stack:
 

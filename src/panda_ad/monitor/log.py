@@ -124,19 +124,17 @@ def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
     return found
 
 
-def read_window(
-    category: str, model: str, version: str, last: int | None = None, since: datetime | None = None, log: Path = LOG
-) -> Window:
+def read_window(category: str, model: str, version: str, last: int | None = None, log: Path = LOG) -> Window:
     """The newest verdicts of a model version, each image once, oldest first.
 
     Parameters
     ----------
-    last : at most so many images.  since : none from before, with a time zone. Both None: all there are.
+    last : at most so many images; None: all there are.
 
     Raises
     ------
     NothingLogged
-        The log has no verdict of that version, or none since then.
+        The log has no verdict of that version.
     UserError
         A file is damaged.
     """
@@ -150,17 +148,13 @@ def read_window(
             seen.update(part["sha256"].to_pylist())
         if last is not None and len(seen) >= last:
             break
-    where = f"{log / category}: no verdict of {model} version {version}"
     if not parts:
+        where = f"{log / category}: no verdict of {model} version {version}"
         raise NothingLogged(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
     table = pa.concat_tables(parts).sort_by([("time", "ascending"), ("sha256", "ascending")])
     times = table["time"].to_numpy().astype("datetime64[us]")
     _, first = np.unique(np.array(table["sha256"].to_pylist()), return_index=True)  # two scorers at once may log an image twice
     keep = np.sort(first)
-    if since is not None:
-        keep = keep[times[keep] >= np.datetime64(since.astimezone(UTC).replace(tzinfo=None), "us")]
-        if not len(keep):
-            raise NothingLogged(f"{where} since {since.isoformat()}")
     if last is not None:
         keep = keep[-last:]
     return _window(table.take(pa.array(keep)), times[keep], category, model, version)

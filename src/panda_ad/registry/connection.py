@@ -199,19 +199,16 @@ def find_version(client: MlflowClient, model: str) -> ModelVersion:
         raise UserError(f"{model}: no such registered model at {without_credentials(tracking_uri())} ({_first_line(e)})") from None
 
 
-def download_bundle(model: str) -> Path:
-    """Folder with the bundle of a registered version: its own place where that is on this machine, else a copy in .cache/models.
+def download_version(model: str) -> tuple[str, str, Path]:
+    """Name, version number and bundle folder of a registered version, e.g. 'models:/panda-sample-fabric@staging'.
+
+    The folder is its own place where that is on this machine, else a copy in .cache/models.
 
     Raises
     ------
     UserError
         There is no such version, its server does not answer, or its files are gone.
     """
-    return download_version(model)[2]
-
-
-def download_version(model: str) -> tuple[str, str, Path]:
-    """Registered name, version number and bundle folder of what `model` names; errors as `download_bundle`."""
     with mlflow_errors():
         client = connect()
         version = find_version(client, model)
@@ -219,7 +216,7 @@ def download_version(model: str) -> tuple[str, str, Path]:
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
-    """As `download_bundle`, for a version already looked up."""
+    """The bundle folder of a version already looked up; see `download_version`."""
     import mlflow.artifacts
 
     uri = client.get_model_version_download_uri(version.name, version.version) + "/artifacts/bundle"

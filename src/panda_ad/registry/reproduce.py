@@ -17,6 +17,7 @@ import yaml
 
 from panda_ad.errors import UserError
 from panda_ad.lock import HELD
+from panda_ad.processes import child_environment
 from panda_ad.registry import connection
 from panda_ad.registry.lineage import explain_version
 from panda_ad.run import dvc
@@ -180,7 +181,7 @@ def _share_storage(folder: Path, extra: Mapping[str, str]) -> None:
     local = source / ".dvc" / "config.local"
     if local.is_file():
         shutil.copy(local, folder / ".dvc" / "config.local")
-    env = {**os.environ, **extra, "DVC_NO_ANALYTICS": "1"}
+    env = child_environment(extra)
     done = subprocess.run([sys.executable, "-c", _SHARE, str(source), str(folder)], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{source}: DVC's settings cannot be taken over ({(done.stderr.strip().splitlines() or [''])[-1]})")

@@ -2,5 +2,5 @@
 
 import gc
 
-# Importing torch makes some million objects that stay; the default threshold collects among them hundreds of times.
+# Importing torch or Great Expectations makes some million objects that stay; the default threshold collects among them hundreds of times.
 gc.set_threshold(100_000, 50, 50)
