@@ -86,6 +86,7 @@ def dask_runner(address: str | None = None, **cluster_kwargs: Any):
 @contextlib.contextmanager
 def _prefect_server() -> Iterator[None]:
     """The server that PREFECT_API_URL names, else one of our own for the time being: left to itself, each worker would start its own."""
+    from prefect.logging.handlers import APILogHandler
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -98,4 +99,5 @@ def _prefect_server() -> Iterator[None]:
         with temporary_settings({PREFECT_API_URL: server.api_url}):
             yield
     finally:
+        APILogHandler().flush()  # else this process tries for a minute, at its end, to log to a server that is gone
         server.stop()
