@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panda_ad.errors import UserError
-from panda_ad.resnet import SHAPES, ResNet
+
+if TYPE_CHECKING:
+    from torchvision.models import ResNet
 
 EMBEDDED = Path(__file__).parent / "weights" / "resnet18-tiny-imagenet-64px-fp16.safetensors"
-NAMES = tuple(SHAPES)
+NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 MICRO_BATCH = 8
 """Images per forward pass when scoring. Fixed, and padded up to, so that an image's score never depends on its company."""
 
@@ -76,12 +79,14 @@ class Backbone(nn.Module):
     def __init__(self, name: str, state: dict[str, Tensor]):
         """Build from torchvision's state dict (any float dtype). Raises ValueError where it does not fit `name`."""
         super().__init__()
+        import torchvision.models.resnet as resnets
+
         if name not in NAMES:
             raise ValueError(f"unknown architecture {name!r}")
         state = {k: v.float() for k, v in state.items() if not k.endswith("num_batches_tracked")}
         classes = state["fc.weight"].shape[0] if "fc.weight" in state else 0
         with torch.device("meta"):
-            net = ResNet(name, classes or 1)
+            net = getattr(resnets, name)(num_classes=classes or 1)
         expected = {k for k in net.state_dict() if not k.endswith("num_batches_tracked")}
         if not classes:
             expected -= {"fc.weight", "fc.bias"}
