@@ -1,4 +1,4 @@
-"""A small DVC project with this repository's flows, for the tests of the Prefect side: real stages, a second each."""
+"""For the tests of the Prefect side: a small DVC project with this repository's flows, real stages of a second each, and its server's API."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import httpx
 
 ROOT = Path(__file__).parent.parent
 BIN = str(Path(sys.executable).parent)
@@ -86,3 +89,77 @@ def new_data(project: Path, text: str) -> None:
     """Change the data, so that every stage has work."""
     (project / "data/images").write_text(text + "\n")
     call("dvc", "add", "-q", "data", cwd=project)
+
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
+
+
+class Prefect:
+    """The few calls of Prefect's API that its UI makes."""
+
+    def __init__(self, address, project, groups):
+        self.http = httpx.Client(base_url=f"{address}/api", timeout=30, trust_env=False)
+        self.address, self.project, self.groups = address, project, groups
+
+    def post(self, path, **body):
+        for _ in range(5):
+            response = self.http.post(path, json=body)
+            if response.status_code != 503:  # SQLite was busy: Prefect's own client tries again, too
+                break
+            time.sleep(0.5)
+        return response.raise_for_status().json()
+
+    def get(self, path):
+        return self.http.get(path).raise_for_status().json()
+
+    def press_run(self, **parameters):
+        deployment = self.get("/deployments/name/retrain/retrain")["id"]
+        return self.post(
+            f"/deployments/{deployment}/create_flow_run", parameters={"promote": False, **parameters}, state={"type": "SCHEDULED"}
+        )["id"]
+
+    def run_by_hand(self, **parameters):
+        """`python -m flows.retrain` with parameters; returns the finished flow run."""
+        code = f"from flows.retrain import retrain\nretrain(return_state=True, **{ ({'promote': False} | parameters)!r})"
+        environment = clean_environment() | {
+            "PREFECT_API_URL": f"{self.address}/api",
+            "PREFECT_HOME": str(self.project / ".prefect"),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=self.project, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        (run,) = self.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1, flow_runs={"deployment_id": {"is_null_": True}})
+        return run
+
+    def wait(self, run, states=frozenset(ENDED), seconds=90.0):
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            flow_run = self.get(f"/flow_runs/{run}")
+            if flow_run["state_type"] in states:
+                return flow_run
+            time.sleep(0.3)
+        raise AssertionError(
+            f"still {flow_run['state_name']} ({flow_run['state']['message']}) after {seconds} s, {self.logs(run)[-5:]}"
+        )
+
+    def tasks(self, run, seconds=10.0, count=1):
+        """At least `count` task runs by name; their events arrive a moment after the flow's end."""
+        limit = time.monotonic() + seconds
+        while True:
+            found = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
+            settled = len(found) >= count and all(t["state_type"] in ENDED | {"PENDING"} for t in found)
+            if settled or time.monotonic() > limit:
+                return {t["name"]: t for t in found}
+            time.sleep(0.3)
+
+    def logs(self, run):
+        return [
+            entry["message"] for entry in self.post("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
+        ]
+
+    def wait_for_line(self, run, line, seconds=60.0):
+        limit = time.monotonic() + seconds
+        while line not in self.logs(run):
+            assert time.monotonic() < limit, self.logs(run)
+            time.sleep(0.3)
