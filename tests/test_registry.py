@@ -78,6 +78,11 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     loss = client.get_metric_history(run.info.run_id, "fabric/adapt/loss")
     assert [(m.step, m.value) for m in loss] == [(i, 1 / (i + 1)) for i in range(20)]
     assert run.data.tags["panda.data"] == "d" * 64
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("sample", "d" * 36, "training and evaluation")
+    profile = json.loads(data.dataset.profile)
+    assert profile["train"] == 8 and profile["num_rows"] == sum(v for k, v in profile.items() if k != "num_rows")
+    assert client.get_experiment("1").tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.data.tags["panda.prefect_url"] == "http://127.0.0.1:4200/runs/flow-run/f00d"
     files = {f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)}
     assert {"params.yaml", "dvc.lock", "dvc.yaml", "data/manifest.csv", "data/data_docs", "data/problems.csv"} <= files
@@ -141,7 +146,7 @@ class Killed(BaseException):
 
 
 WRITES = (
-    "create_experiment", "create_run", "update_run", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
+    "create_experiment", "create_run", "update_run", "log_inputs", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
     "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version",
     "set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
     "set_registered_model_tag", "set_terminated", "transition_model_version_stage",
@@ -181,6 +186,7 @@ def snapshot():
         run.info.status, run.data.params, history, sorted(run.data.tags), version.description, version.aliases, version.current_stage,
         {k: v for k, v in version.tags.items() if k not in ids and not k.startswith("gate.")}, [str(m.status) for m in models],
         len(client.search_model_versions(f"name = '{NAME}'")), len(run.outputs.model_outputs), aliases(), moves(),
+        [(i.dataset.name, i.dataset.digest, i.dataset.profile) for i in run.inputs.dataset_inputs],
     )  # fmt: skip
 
 
@@ -193,7 +199,7 @@ def test_killed_after_any_kind_of_write_publish_and_promote_end_as_if_undisturbe
         with create_sqlalchemy_engine(f"sqlite:///{project / 'mlflow.db'}").begin() as db:  # the open store keeps the file
             for table in ("registered_model_aliases", "registered_model_tags", "model_version_tags", "model_versions", "registered_models",
                           "logged_model_metrics", "logged_model_tags", "logged_model_params", "logged_models", "inputs", "input_tags",
-                          "latest_metrics", "metrics", "params", "tags", "runs"):  # fmt: skip
+                          "latest_metrics", "metrics", "params", "tags", "runs", "datasets", "experiment_tags"):  # fmt: skip
                 db.exec_driver_sql(f"DELETE FROM {table}")
             db.exec_driver_sql("DELETE FROM experiments WHERE name <> 'Default'")
 

@@ -40,6 +40,7 @@ def main(category: str) -> None:
     with mlflow_errors():
         client = connect()
         run = runs.run_of(client, runs.experiment_id(client, params.dataset), change)
+        runs.log_dataset(client, run, params.dataset, change.data_hash, Counter(row["split"] for row in _rows()))
         log(client, run, params, category, metrics)
         version = publish_version(client, run, params, category, metrics)
         client.set_terminated(run.info.run_id)
@@ -153,9 +154,10 @@ def _timings(category: str) -> dict[str, float]:
     return figures
 
 
-def _rows(category: str) -> list[dict[str, str]]:
+def _rows(category: str | None = None) -> list[dict[str, str]]:
+    """The manifest's rows, of one category or of all."""
     with open(MANIFEST, newline="", encoding="utf-8") as f:
-        return [row for row in csv.DictReader(f) if row["category"] == category]
+        return [row for row in csv.DictReader(f) if category in (None, row["category"])]
 
 
 def _counts(category: str) -> dict[str, int]:

@@ -22,6 +22,7 @@ _BATCH = 1000  # metrics per request, MLflow's limit
 _PARAMS = 100  # parameters per request, MLflow's limit
 _HELD = "panda.artifacts"
 _VALUE = 6000  # characters of a parameter, MLflow's limit
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page shows training, not its tools for language models
 
 
 def experiment_id(client: MlflowClient, dataset: str) -> str:
@@ -33,7 +34,7 @@ def experiment_id(client: MlflowClient, dataset: str) -> str:
     if found is None:
         location = f"{connection.artifact_root()}/{name}" if connection.local_store() else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=_KIND)
         except MlflowException as e:
             if e.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -94,6 +95,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return flat
+
+
+def log_dataset(client: MlflowClient, run: Run, name: str, data_hash: str, splits: Mapping[str, int]) -> None:
+    """The data set as the run's input, by the hash of its validated manifest, with images per split."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if run.inputs is not None and run.inputs.dataset_inputs:
+        return
+    profile = {"num_rows": sum(splits.values()), **splits}
+    # 36 characters are MLflow's limit
+    dataset = Dataset(name, data_hash[:36], source_type="dvc", source=json.dumps({"uri": "data.dvc"}), profile=json.dumps(profile))
+    client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training and evaluation")])])
 
 
 def log_metrics(client: MlflowClient, run: Run, values: Mapping[str, float]) -> None:
