@@ -82,7 +82,6 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("sample", "d" * 36, "training and evaluation")
     profile = json.loads(data.dataset.profile)
     assert profile["train"] == 8 and profile["num_rows"] == sum(v for k, v in profile.items() if k != "num_rows")
-    assert client.get_experiment("1").tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.data.tags["panda.prefect_url"] == "http://127.0.0.1:4200/runs/flow-run/f00d"
     files = {f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)}
     assert {"params.yaml", "dvc.lock", "dvc.yaml", "data/manifest.csv", "data/data_docs", "data/problems.csv"} <= files
@@ -199,7 +198,7 @@ def test_killed_after_any_kind_of_write_publish_and_promote_end_as_if_undisturbe
         with create_sqlalchemy_engine(f"sqlite:///{project / 'mlflow.db'}").begin() as db:  # the open store keeps the file
             for table in ("registered_model_aliases", "registered_model_tags", "model_version_tags", "model_versions", "registered_models",
                           "logged_model_metrics", "logged_model_tags", "logged_model_params", "logged_models", "inputs", "input_tags",
-                          "latest_metrics", "metrics", "params", "tags", "runs", "datasets", "experiment_tags"):  # fmt: skip
+                          "latest_metrics", "metrics", "params", "tags", "runs", "datasets"):  # fmt: skip
                 db.exec_driver_sql(f"DELETE FROM {table}")
             db.exec_driver_sql("DELETE FROM experiments WHERE name <> 'Default'")
 

@@ -22,7 +22,6 @@ _BATCH = 1000  # metrics per request, MLflow's limit
 _PARAMS = 100  # parameters per request, MLflow's limit
 _HELD = "panda.artifacts"
 _VALUE = 6000  # characters of a parameter, MLflow's limit
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page shows training, not its tools for language models
 
 
 def experiment_id(client: MlflowClient, dataset: str) -> str:
@@ -34,7 +33,7 @@ def experiment_id(client: MlflowClient, dataset: str) -> str:
     if found is None:
         location = f"{connection.artifact_root()}/{name}" if connection.local_store() else None
         try:
-            return client.create_experiment(name, artifact_location=location, tags=_KIND)
+            return client.create_experiment(name, artifact_location=location)
         except MlflowException as e:
             if e.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
