@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from panda_ad.adapt.collapse import SAMPLE, collapsed, feature_statistics
 from panda_ad.adapt.compactness import Since, compactness_loss, descend, features_of, minibatches, rows_of
+from panda_ad.adapt.convolution import small_convolutions
 from panda_ad.adapt.ewc import ElasticPenalty
 from panda_ad.adapt.fisher import cached_fisher, chosen_rows, estimate_fisher
 from panda_ad.adapt.oe import linear_head, outlier_loss
@@ -131,12 +133,14 @@ def adapt(
         penalty = ElasticPenalty(head, fisher, params.ewc_lambda)
         provenance["fisher_sha256"] = fingerprint(dict(fisher))
 
+    fast = precision == torch.bfloat16
+
     def loss() -> Tensor:
         rows = next(normal)
         x = rows_of(layer2, rows, device)
         if linear is not None:
             x = torch.cat([x, rows_of(outliers, next(exposed), device)]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast), small_convolutions() if fast and device.type == "cpu" else nullcontext():
             features = head(x)
         features = features.float()
         return compactness_loss(features, on_device) if linear is None else outlier_loss(linear(features)[:, 0], len(rows))
