@@ -6,17 +6,21 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from panda_ad.errors import UserError
+from panda_ad.errors import Busy, UserError
 from panda_ad.params import load_params
 from panda_ad.processes import Group, child_environment
 
 SAVED = Path(".cache/before-run")
 """Where params.yaml and dvc.lock stand while a run with changed parameters is under way."""
+
+PATIENCE = 20.0
+"""Seconds that a run waits for another DVC process in this repository."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +50,46 @@ class Stage:
 def read_pipeline() -> tuple[list[Stage], set[str]]:
     """DVC's graph of the repository in the working directory, parents before children, and which stages `dvc status` calls changed.
 
-    Tracked data (`*.dvc`) has nothing to run and is left out.
+    Tracked data (`*.dvc`) has nothing to run and is left out. Another DVC process here, such as one of a killed run that takes a
+    moment to die, is waited for, at most `PATIENCE` seconds.
+
+    Raises
+    ------
+    Busy
+        It did not end.
+    UserError
+        What else DVC refuses.
     """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
+
+    limit = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return _read_pipeline()
+        except LockError as e:
+            if time.monotonic() > limit:
+                raise Busy(f"DVC: {' '.join(str(e).split())}") from None
+            time.sleep(0.5)
+        except DvcException as e:
+            raise UserError(f"DVC: {' '.join(str(e).split())}") from None
+
+
+def _read_pipeline() -> tuple[list[Stage], set[str]]:
     from dvc.repo import Repo
 
-    try:
-        with Repo() as repo:
-            graph = repo.index.graph  # edges point from a stage to what it depends on
-            stages = {
-                node.addressing: Stage(
-                    name=node.addressing,
-                    parents=tuple(parent.addressing for parent in graph.successors(node) if parent.cmd),
-                    retries=int((getattr(node, "meta", None) or {}).get("retries", 0)),
-                )
-                for node in graph
-                if node.cmd
-            }
-            changed = set(repo.status())
-    except DvcException as e:
-        raise UserError(f"DVC: {' '.join(str(e).split())}") from None
+    with Repo() as repo:
+        graph = repo.index.graph  # edges point from a stage to what it depends on
+        stages = {
+            node.addressing: Stage(
+                name=node.addressing,
+                parents=tuple(parent.addressing for parent in graph.successors(node) if parent.cmd),
+                retries=int((getattr(node, "meta", None) or {}).get("retries", 0)),
+            )
+            for node in graph
+            if node.cmd
+        }
+        changed = set(repo.status())
     order = TopologicalSorter({stage.name: stage.parents for stage in stages.values()}).static_order()
     return [stages[name] for name in order], changed & set(stages)
 

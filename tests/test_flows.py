@@ -1,15 +1,19 @@
+import json
 import os
 import re
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from prefect_project import ROOT, call, make_project, new_data
 
-from panda_ad.errors import UserError
+from panda_ad.errors import Busy, UserError
 from panda_ad.processes import child_environment
 
 sys.path.insert(0, str(ROOT))
+import flows.common
 from flows.common import SAVED, Stage, changed_params, read_pipeline, select
 
 
@@ -57,6 +61,19 @@ def test_a_broken_dvc_yaml_is_one_line(project):
     with pytest.raises(UserError, match="dvc.yaml") as error:
         read_pipeline()
     assert "\n" not in str(error.value)
+
+
+def test_a_dvc_process_that_is_dying_is_waited_for_and_another_named(project, monkeypatch):
+    """As after a killed run: DVC's own lock names a process that still lives."""
+    with subprocess.Popen(["sleep", "60"]) as blocker:
+        lock = {"write": {str(project / "build/adapt-fabric"): {"pid": blocker.pid, "cmd": "dvc repro"}}, "read": {}}
+        (project / ".dvc/tmp/rwlock").write_text(json.dumps(lock))
+        with monkeypatch.context() as patch:
+            patch.setattr(flows.common, "PATIENCE", 0.0)
+            with pytest.raises(Busy, match=f"PID {blocker.pid}"):
+                read_pipeline()
+        threading.Timer(1.0, lambda: (blocker.kill(), blocker.wait())).start()
+        assert read_pipeline()[0]
 
 
 def test_a_category_brings_what_it_depends_on():
