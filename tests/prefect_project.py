@@ -143,12 +143,12 @@ class Prefect:
             f"still {flow_run['state_name']} ({flow_run['state']['message']}) after {seconds} s, {self.logs(run)[-5:]}"
         )
 
-    def tasks(self, run, seconds=10.0, count=1):
-        """At least `count` task runs by name; their events arrive a moment after the flow's end."""
+    def tasks(self, run, seconds=30.0, count=1):
+        """At least `count` task runs by name, ended or never to start; their events arrive a moment after the flow's end."""
         limit = time.monotonic() + seconds
         while True:
             found = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
-            settled = len(found) >= count and all(t["state_type"] in ENDED | {"PENDING"} for t in found)
+            settled = len(found) >= count and all(t["state_type"] in ENDED or t["state_name"] == "NotReady" for t in found)
             if settled or time.monotonic() > limit:
                 return {t["name"]: t for t in found}
             time.sleep(0.3)
