@@ -123,6 +123,8 @@ def plants(tmp_path_factory):
     params["adapt"]["method"] = "none"
     params["backbone"]["input_size"] = SIZE[0]
     params["evaluate"]["bootstrap"] = 50
+    params["gallery"]["whiten"] = False
+    params["verdict"]["score"] = "features"
     with pytest.MonkeyPatch.context() as patch:
         for name, tiles in (("whole", None), ("tiled", 4)):
             plant = folder.parent / name
@@ -144,6 +146,24 @@ def test_scores_stay_those_of_the_whole_image(plants):
     assert whole == tiled
     whole, tiled = (json.loads((p / "build/bundle/fabric/calibration.json").read_text()) for p in plants)
     assert whole == tiled
+
+
+def test_a_score_from_the_heat_map_sees_what_the_tiles_show(plants, monkeypatch, tmp_path):
+    from panda_ad.stages import evaluate, index
+
+    found = {}
+    for plant in plants:
+        folder = shutil.copytree(plant, tmp_path / plant.name)
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        params["verdict"]["score"] = "heatmap"
+        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        monkeypatch.chdir(folder)
+        index.main("fabric")
+        evaluate.main("fabric")
+        found[plant.name] = json.loads((folder / "build/evaluation/fabric/metrics.json").read_text())
+    whole, tiled = found[plants[0].name], found[plants[1].name]
+    assert whole["features_auroc"] == tiled["features_auroc"] < 0.8
+    assert whole["image_auroc"] < 0.8 and tiled["image_auroc"] > 0.95
 
 
 def test_a_defect_too_small_for_the_input_size_is_found(plants):

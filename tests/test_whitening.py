@@ -84,7 +84,7 @@ def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_dig
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["adapt"] |= {"method": "ses", "epochs": 1, "snapshots": 2}
     params["gallery"] |= {"whiten": True, "normalize": True, "compression": "coreset", "size": 6, "k": 2}
-    params["localize"]["method"] = "none"
+    params["localize"]["method"], params["verdict"]["score"] = "none", "features"
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     monkeypatch.chdir(folder)
     extract.main()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
@@ -18,14 +18,16 @@ from panda_ad.detector import Detector, with_state
 from panda_ad.errors import UserError
 from panda_ad.files import write_json
 from panda_ad.gallery import Gallery
+from panda_ad.image_score import Scale, Usual
 from panda_ad.monitor.statistics import NAMES, Reference
 from panda_ad.whitening import Whitening
 
 if TYPE_CHECKING:
     from panda_ad.localize import Localizer
 
-FORMAT = 3
-"""Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening, 2 (still written where there are none) no tiles."""
+FORMAT = 4
+"""Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening, 2 no tiles, 3 no score but the features'; the oldest
+that says all is written."""
 
 
 def save_bundle(detector: Detector, folder: Path) -> None:
@@ -46,12 +48,16 @@ def save_bundle(detector: Detector, folder: Path) -> None:
     if detector.reference is not None:
         tensors = {k: torch.from_numpy(v) for k, v in vars(detector.reference).items()}
         save_file(tensors, folder / "reference.safetensors", {"statistics": ",".join(NAMES)})
+    if detector.usual is not None:
+        save_file({k: torch.from_numpy(v) for k, v in vars(detector.usual).items()}, folder / "usual.safetensors")
     if detector.localizer is not None:
         (folder / "localizer").mkdir()
         detector.localizer.save(folder / "localizer")
     write_json(folder / "calibration.json", {"scores": detector.calibration.tolist(), "threshold": vars(detector.threshold())})
     tiled = detector.localizer is not None and detector.localizer.tiles > 1
-    head = {"format": FORMAT if tiled else 2, "architecture": backbone.name, **config}
+    version = FORMAT if config["score"] != "features" else 3 if tiled else 2
+    scales = {} if detector.scales is None else {"scales": [vars(scale) for scale in detector.scales]}
+    head = {"format": version, "architecture": backbone.name, **config, **scales}
     write_json(folder / "bundle.json", {**head, "train_means": detector.train_means.tolist(), "images": detector.images})
 
 
@@ -80,18 +86,21 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         whitened = range(len(heads) if config.setdefault("whiten", False) else 0)
         whitenings = [Whitening(white[f"{s}.mean"].numpy(), white[f"{s}.matrix"].numpy()) for s in whitened]
         localizer = _load_localizer(folder / "localizer")
+        usual = _load_usual(folder / "usual.safetensors", config.setdefault("score", "features") != "features")
         reference = _load_reference(folder / "reference.safetensors")
         images, means = config.pop("images"), np.array(config.pop("train_means"))
+        found = tuple(Scale(**scale) for scale in config.pop("scales", []))
+        scales = (found[0], found[1]) if config["score"] == "both" else None
         config.pop("format")
     except UserError:
         raise
     except FileNotFoundError as e:
         raise UserError(f"{folder}: not a bundle, {Path(str(e.filename or folder)).name} is missing; run `dvc repro` to build one") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, StopIteration, SafetensorError) as e:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, StopIteration, SafetensorError) as e:
         raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
     thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
     classifier = groups["classifier"] or None
-    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings, reference)
+    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings, reference, usual, scales)
 
 
 def _load_reference(path: Path) -> Reference | None:
@@ -102,6 +111,12 @@ def _load_reference(path: Path) -> Reference | None:
         if (f.metadata() or {}).get("statistics") != ",".join(NAMES):
             return None
         return Reference(f.get_tensor("statistics").numpy(), f.get_tensor("features").numpy())
+
+
+def _load_usual(path: Path, needed: bool) -> Usual | None:
+    if not path.exists() and not needed:
+        return None
+    return Usual(**{k: v.numpy() for k, v in load_file(path).items()})
 
 
 def _load_localizer(folder: Path) -> Localizer | None:

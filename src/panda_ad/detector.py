@@ -18,6 +18,7 @@ from panda_ad.backbones import Backbone, Head, in_micro_batches, preprocess, tru
 from panda_ad.calibration import Threshold, p_values, threshold
 from panda_ad.errors import UserError
 from panda_ad.gallery import Gallery
+from panda_ad.image_score import Scale, Usual, image_scores
 from panda_ad.monitor.statistics import Reference
 from panda_ad.whitening import Whitening
 
@@ -59,6 +60,7 @@ class Scores:
     Attributes
     ----------
     score : (N,) float64.  snapshot : (N,) int64.  neighbours, distances : (N, k) int64 and float64, of the deciding snapshot.
+    whole, peaks : (N,) float64, what `score` is made of: the pooled features' score, and the heat maps' peaks (`Usual.peaks`; None without maps).
     features : (N, D) float32, of the last head.
     heatmaps : float32 (N, h, w) at network input size, of joined tiles larger (`tiling.grid`), or None.
     """
@@ -69,6 +71,8 @@ class Scores:
     distances: np.ndarray
     features: np.ndarray
     heatmaps: np.ndarray | None
+    whole: np.ndarray
+    peaks: np.ndarray | None
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Detector:
     Attributes
     ----------
     config : the content of bundle.json: dataset, category, input_size, precision, scorer ('knn' or 'logit'), k, normalize, whiten,
-        steps, false_alarm_rate, provenance.
+        steps, score ('features', 'heatmap' or 'both'), false_alarm_rate, provenance.
     heads : one per snapshot, in the order of `config["steps"]`.
     galleries : features of the normal training images under each head, normalised and whitened as those of any image.
     whitenings : one per head, fitted on these images; empty: none.
@@ -86,6 +90,8 @@ class Detector:
     classifier : outlier exposure's linear head {weight (1, D), bias (1,)}, else None.
     calibration : (M,) scores of the calibration set.  reference : what these images are like; None in bundles from before monitoring.
     images : path and sha256 of each gallery image.  thumbnails : its picture as JPEG bytes.
+    usual : what the heat maps of normal images show at each place; None without a localiser and in bundles from before.
+    scales : of the pooled features' scores and of the heat maps' peaks, for score 'both'.
     """
 
     config: dict[str, Any]
@@ -100,6 +106,8 @@ class Detector:
     thumbnails: list[bytes] = field(default_factory=list)
     whitenings: list[Whitening] = field(default_factory=list)
     reference: Reference | None = None
+    usual: Usual | None = None
+    scales: tuple[Scale, Scale] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -147,18 +155,20 @@ class Detector:
         k = min(self.config["k"], *(len(g.features) for g in self.galleries))
         found = [gallery.search(f, k) for gallery, f in zip(self.galleries, features, strict=True)]
         distances, neighbours = (np.stack(part) for part in zip(*found, strict=True))  # (S, N, k)
-        knn = distances.sum(axis=2)  # (S, N)
+        score, decided = self.combined(distances.sum(axis=2), features[-1])
+        rows = np.arange(len(score))
+        return score, decided, neighbours[decided, rows], distances[decided, rows]
+
+    def combined(self, knn: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """kNN scores under each head (S, N), and features (N, D) under the last -> score (N,) and deciding snapshot (N,)."""
         if self.classifier is not None:
             weight, bias = (self.classifier[name].double().numpy() for name in ("weight", "bias"))
             # one row at a time, so that the sum's order does not depend on the batch
-            score = np.array([row.astype(np.float64) @ weight[0] + bias[0] for row in features[-1]])
-            decided = np.full(len(score), len(self.heads) - 1)
-        elif len(self.heads) == 1:
-            score, decided = knn[0], np.zeros(len(knn[0]), dtype=np.int64)
-        else:
-            score, decided = ses_scores(knn, self.train_means)
-        rows = np.arange(len(score))
-        return score, decided, neighbours[decided, rows], distances[decided, rows]
+            score = np.array([row.astype(np.float64) @ weight[0] + bias[0] for row in features])
+            return score, np.full(len(score), len(self.heads) - 1)
+        if len(self.heads) == 1:
+            return knn[0], np.zeros(len(knn[0]), dtype=np.int64)
+        return ses_scores(knn, self.train_means)
 
     def score_activations(
         self,
@@ -171,19 +181,23 @@ class Detector:
         """Score images by their trunk activations, float16 (N, C, h, w).
 
         `layer1` is needed only where the localiser uses it; `raw` as in `features`; `images`, their pixels, are read only for heat maps from tiles.
+        Heat maps are computed where they are asked for or the score needs them, and given where they are asked for.
         """
-        localizer = self.localizer if heatmaps else None
+        method = self.config["score"]
+        localizer = self.localizer if heatmaps or method != "features" else None
         features, layer3 = self.features(layer2, raw, maps=localizer is not None and localizer.tiles == 1)
-        score, snapshot, neighbours, distances = self.score_features(features)
-        if not np.isfinite(score).all():
-            raise UserError(f"category {self.config['category']}: a score is not a finite number; the model is damaged, retrain it")
+        whole, snapshot, neighbours, distances = self.score_features(features)
         maps = None
         if localizer is not None and layer3 is not None:
             layers = {"layer2": layer2, "layer3": layer3.half()} | ({} if layer1 is None else {"layer1": layer1})
             maps = localizer.heatmaps(layers, features[-1], self.size)
         elif localizer is not None:
             maps = self._tiled_heatmaps(localizer, images, features[-1])
-        return Scores(score, snapshot, neighbours, distances, features[-1], maps)
+        peaks = None if maps is None or self.usual is None else self.usual.peaks(maps)
+        score = image_scores(method, whole, peaks, self.scales)
+        if not np.isfinite(score).all():
+            raise UserError(f"category {self.config['category']}: a score is not a finite number; the model is damaged, retrain it")
+        return Scores(score, snapshot, neighbours, distances, features[-1], maps if heatmaps else None, whole, peaks)
 
     def tile_layers(self, tiles: Tensor) -> dict[str, Tensor]:
         """What the localiser compares of tiles (T, 3, h, w), preprocessed: float16 layer2 and, under the last head, layer3."""

@@ -91,6 +91,7 @@ class LocalizeParams(_Section):
 
 
 class VerdictParams(_Section):
+    score: Literal["features", "heatmap", "both"]
     false_alarm_rate: Fraction
 
 
@@ -148,6 +149,12 @@ class Params(_Section):
     evaluate: EvaluateParams
     gate: GateParams
     monitor: MonitorParams
+
+    @model_validator(mode="after")
+    def _score_has_its_heat_map(self) -> Params:
+        if self.verdict.score != "features" and self.localize.method == "none":
+            raise ValueError(f"verdict.score: {self.verdict.score} needs heat maps; set localize.method, or verdict.score: features")
+        return self
 
     @field_validator("dataset")
     @classmethod
@@ -207,10 +214,10 @@ def _problem(error, raw: dict) -> str:
         elif error["type"] not in ("missing", "extra_forbidden"):
             break
         keys.append(str(part))
-    key = ".".join(keys) or "params"
+    key = ".".join(keys)
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key"
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" + ("" if error["type"] == "value_error" else f", found {value!r}")
+    return (f"{key}: " if key else "") + message + ("" if error["type"] == "value_error" else f", found {value!r}")

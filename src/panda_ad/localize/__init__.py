@@ -40,6 +40,10 @@ class Localizer(Protocol):
         """
         ...
 
+    def without(self, image: int) -> Localizer:
+        """The same as if it had never seen the gallery image of that index; only while what `build_localizer` made is in memory."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write into an existing, empty folder."""
         ...

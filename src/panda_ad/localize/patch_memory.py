@@ -1,11 +1,11 @@
 """Patch memory (PatchCore, Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3), for comparison with SPADE.
 
-Left out: PatchCore's pooling of channels to 1,024, and its re-weighted image score (images are scored by kNN, as in PANDA).
+Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its image score, the map's maximum (`panda_ad.image_score`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,14 @@ class PatchMemory:
     basis : for the search.
     sigma : pixels of the heat map.
     tiles : tiles per side of an image; 1: the whole image is one.
+    sources : int64 (K,), index of the image that each row is of; known until it is saved.
     """
 
     rows: Rows
     basis: Basis
     sigma: float
     tiles: int = 1
+    sources: Tensor | None = field(default=None, repr=False)
     _packed: Packed = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -51,18 +53,21 @@ class PatchMemory:
         """Memory of `fraction` of the patches of `count` images or tiles, at most `limit`, chosen greedily from at most `POOL`."""
         generator = torch.Generator().manual_seed(seed)
         parts: list[Tensor] = []
+        sources: list[int] = []
         total = 0
         quota = max(1, POOL // count)  # patches drawn from each
         for i in range(0, count, BATCH):
             batch = positions(patch_features(maps(slice(i, i + BATCH))))  # (B, P, C)
             total += batch.shape[0] * batch.shape[1]
-            for rows in batch:
+            for j, rows in enumerate(batch, start=i):
                 drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
                 parts.append(rows[drawn])
+                sources += [j // tiles**2] * len(drawn)
         pool = torch.cat(parts)
-        values = pool[greedy_coreset(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)]
+        chosen = greedy_coreset(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)
+        values = pool[chosen]
         basis = fit_basis(values)
-        return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles)
+        return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles, torch.tensor(sources)[chosen])
 
     def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
@@ -79,6 +84,14 @@ class PatchMemory:
         features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
         distances = nearest(positions(features)[0], [self._packed], self.basis)
         return upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
+
+    def without(self, image: int) -> PatchMemory:
+        """See `Localizer.without`. A memory that holds nothing else is left as it is."""
+        assert self.sources is not None
+        kept = self.sources != image
+        if not kept.any():
+            return self
+        return replace(self, rows=Rows(self.rows.values[kept], self.rows.bounds[kept]), sources=self.sources[kept])
 
     def save(self, folder: Path) -> None:
         """Write localizer.json and memory.safetensors."""

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Spade:
     values, lengths : per layer, memory-mapped: float16 (M, h * w, C) and float32 (M, h * w, 2) (`search.Rows`).
     bases : per layer.
     neighbours : K.  sigma : pixels at input size.
+    left_out : index of a gallery image that counts as not there, or None.
     """
 
     pooled: np.ndarray
@@ -43,6 +44,7 @@ class Spade:
     bases: dict[str, Basis]
     neighbours: int
     sigma: float
+    left_out: int | None = None
     tiles = 1  # it compares whole images
 
     @classmethod
@@ -90,7 +92,12 @@ class Spade:
     def nearest_images(self, pooled: np.ndarray) -> np.ndarray:
         """Indices of the K gallery images nearest to `pooled` (D,), nearest first."""
         distances = np.square(self.pooled.astype(np.float64) - pooled).sum(axis=1)
-        return np.argsort(distances, kind="stable")[: self.neighbours]
+        order = np.argsort(distances, kind="stable")
+        return (order if self.left_out is None else order[order != self.left_out])[: self.neighbours]
+
+    def without(self, image: int) -> Spade:
+        """See `Localizer.without`. A gallery of that image alone is left as it is."""
+        return replace(self, left_out=image) if len(self.pooled) > 1 else self
 
     def _gallery(self, layer: str, chosen: np.ndarray) -> Iterator[Packed]:
         values, lengths = self.values[layer], self.lengths[layer]

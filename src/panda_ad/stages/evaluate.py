@@ -47,7 +47,10 @@ def main(category: str) -> None:
         "recall": float((scores.score[labels == 1] > limit.value).mean()),
         "test_good": int((labels == 0).sum()),
         "test_defect": int((labels == 1).sum()),
+        "features_auroc": metrics.auroc(labels, scores.whole),  # what either part of the score would give alone
     }
+    if scores.peaks is not None:
+        values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
         maps = [resize_map(m, mask.shape) for m, mask in zip(scores.heatmaps, masks, strict=True)]
@@ -55,7 +58,7 @@ def main(category: str) -> None:
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
     table = rows[["path", "sha256", "label", "defect"]].assign(
-        score=scores.score, p_value=p_values(detector.calibration, scores.score), anomalous=scores.score > limit.value, snapshot=scores.snapshot
+        score=scores.score, features_score=scores.whole, heatmap_peak=scores.peaks, p_value=p_values(detector.calibration, scores.score), anomalous=scores.score > limit.value, snapshot=scores.snapshot
     )
     write_csv(folder / "scores.csv", table)
     false_positive, true_positive, _ = metrics.roc_curve(labels, scores.score)
@@ -89,7 +92,9 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, raw: np.n
     maps = np.stack(kept) if kept else None
     columns = ("score", "snapshot", "neighbours", "distances", "features")
     score, snapshot, neighbours, distances, features = (np.concatenate([getattr(p, name) for p in parts]) for name in columns)
-    return Scores(score, snapshot, neighbours, distances, features, maps)
+    peaks = [part.peaks for part in parts if part.peaks is not None]
+    whole = np.concatenate([part.whole for part in parts])
+    return Scores(score, snapshot, neighbours, distances, features, maps, whole, np.concatenate(peaks) if peaks else None)
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dict[str, float]:

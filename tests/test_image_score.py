@@ -1,0 +1,215 @@
+"""One score per image: its parts, their scale, and the same number everywhere."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from registry_project import make_project
+from scipy.stats import iqr
+from test_localize import build, naive_spade, pairwise
+
+from panda_ad.bundle import load_bundle, save_bundle
+from panda_ad.data.images import read_image
+from panda_ad.errors import UserError
+from panda_ad.image_score import FOLDS, Scale, Usual, fit_scale, fit_usual, image_scores, left_out_peaks
+from panda_ad.localize.maps import positions
+from panda_ad.localize.patch_memory import patch_features
+from panda_ad.params import parse_params
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
+def test_the_scale_is_median_and_normal_iqr(values):
+    scale = fit_scale(np.array(values))
+    assert scale.centre == pytest.approx(np.median(values), abs=1e-6)
+    assert scale.spread == pytest.approx(iqr(values, scale="normal") or 1.0, rel=1e-6)
+
+
+def test_a_few_bad_images_among_the_normal_ones_hardly_move_the_scale():
+    normal = np.random.default_rng(0).normal(5, 2, 100)
+    with_bad = np.concatenate([normal, [500.0] * 5])
+    assert fit_scale(with_bad).spread == pytest.approx(fit_scale(normal).spread, rel=0.2)
+    assert np.std(with_bad) > 10 * np.std(normal)
+
+
+def test_both_adds_what_the_parts_say_in_units_of_their_spread():
+    features, peaks = np.array([1.0, 3.0, 2.0]), np.array([10.0, 10.0, 40.0])
+    assert image_scores("features", features, None, None) is features
+    assert image_scores("heatmap", features, peaks, None) is peaks
+    both = image_scores("both", features, peaks, (Scale(1.0, 0.5), Scale(10.0, 10.0)))
+    assert both.tolist() == [0.0, 4.0, 5.0]
+
+
+def test_a_spot_counts_by_what_is_usual_at_its_place():
+    rng = np.random.default_rng(0)
+    noisy = np.ones((8, 8))
+    noisy[:, 0] = 10  # a border where normal images differ
+    normal = (5 + rng.normal(size=(400, 8, 8)) * noisy).astype(np.float32)
+    usual = fit_usual(normal)
+    np.testing.assert_allclose(usual.mean, normal.mean(axis=0), rtol=1e-5)
+    at_border, inside = np.full((2, 8, 8), 5, np.float32)
+    at_border[3, 0] += 12
+    inside[3, 4] += 6
+    border, middle = usual.peaks(np.stack([at_border, inside]))
+    assert border < 2 < 5 < middle
+    assert usual.peaks(inside[None])[0] == middle, "alone as in company"
+
+
+def test_no_place_is_steadier_than_the_median_place():
+    maps = np.random.default_rng(1).normal(size=(50, 6, 6)).astype(np.float32)
+    maps[:, 0, 0] = 3.0
+    usual = fit_usual(maps)
+    assert usual.spread[0, 0] == pytest.approx(np.median(maps.std(axis=0)), rel=1e-5)
+    assert fit_usual(np.ones((3, 4, 4), np.float32)).spread.tolist() == np.ones((4, 4)).tolist()
+
+
+def test_left_out_peaks_are_those_of_new_images():
+    """Smooth maps of few images: a map that shaped the mean and spread would peak too low."""
+    rng = np.random.default_rng(2)
+    maps = rng.normal(size=(40, 12, 12)).astype(np.float32)
+    new = fit_usual(maps).peaks(rng.normal(size=(400, 12, 12)).astype(np.float32))
+    assert np.median(left_out_peaks(maps)) == pytest.approx(np.median(new), rel=0.06)
+    first = left_out_peaks(maps)[:8]
+    assert first.tolist() == fit_usual(maps[8:]).peaks(maps[:8]).tolist()
+    assert isinstance(fit_usual(maps), Usual)
+
+
+@pytest.fixture(scope="module", params=[(64, 64)])
+def world(request):
+    from test_localize import world as make
+
+    return make.__wrapped__(request)
+
+
+def test_spade_without_an_image_never_looks_at_it(world):
+    size, gallery, pooled, _, _ = world
+    left = build("spade", world).without(4)
+    layers = {k: v[4:5] for k, v in gallery.items()}
+    others = np.arange(12) != 4
+    kept = {k: v[torch.from_numpy(others)] for k, v in gallery.items()}
+    expected = naive_spade(kept, pooled[others], {k: v[0] for k, v in layers.items()}, pooled[4], size, 5, 2.0)
+    np.testing.assert_allclose(left.heatmaps(layers, pooled[4:5], size)[0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
+    """With tiles the gallery's maps count as the four tiles of three images."""
+    size, gallery, pooled, _, _ = world
+    whole = build("patch_memory", (size, gallery, pooled[: 12 // tiles**2], None, None), memory_fraction=1.0, tiles=tiles if tiles > 1 else None)
+    left = whole.without(1)
+    rows = positions(patch_features(gallery))  # (12, P, C)
+    own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].flatten(0, 1)}
+    assert own & {tuple(row.tolist()) for row in whole.rows.values}
+    assert not own & {tuple(row.tolist()) for row in left.rows.values}
+    assert len(left.rows.values) >= len(whole.rows.values) * (1 - 1.5 / (12 // tiles**2))
+    layers = {k: v[tiles**2 : 2 * tiles**2] for k, v in gallery.items()}
+    query = positions(patch_features(layers))[0].float()
+    sharp = left._sharp(layers, 0, tuple(gallery["layer2"].shape[2:]))  # one value a position: nothing to interpolate
+    np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.rows.values.float()), rtol=1e-5)
+    assert np.array_equal(whole.without(999).rows.values, whole.rows.values)
+
+
+def make_plant(folder, monkeypatch, gallery=None, **verdict):
+    from panda_ad.stages import adapt, evaluate, extract, index
+
+    folder = make_project(folder)
+    for name in ("adapt", "bundle", "evaluation"):
+        shutil.rmtree(folder / "build" / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["adapt"] |= {"method": "ses", "epochs": 1, "snapshots": 2}
+    params["evaluate"]["bootstrap"] = 50
+    params["gallery"] |= {"whiten": False} | (gallery or {})
+    params["verdict"] |= verdict
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(folder)
+    extract.main()
+    for stage in (adapt, index, evaluate):
+        stage.main("fabric")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["both", "heatmap", "features"])
+def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_maps(tmp_path, monkeypatch, method):
+    import pandas as pd
+
+    folder = make_plant(tmp_path / "plant", monkeypatch, score=method)
+    detector = load_bundle("build/bundle/fabric")
+    rows = pd.read_csv("build/evaluation/fabric/scores.csv")
+    images = [read_image(folder / "data" / path) for path in rows["path"]]
+    plain, mapped = detector.score(images), detector.score(images, heatmaps=True)
+    assert [v.score for v in plain] == [v.score for v in mapped] == rows["score"].tolist()
+    assert plain[0].heatmap is None and mapped[0].heatmap is not None
+    assert detector.score(images[2:3])[0].score == rows["score"][2]
+    expected = {
+        "features": rows["features_score"],
+        "heatmap": rows["heatmap_peak"],
+        "both": sum(scale(rows[c]) for scale, c in zip(detector.scales or (), ("features_score", "heatmap_peak"), strict=False)),
+    }[method]
+    assert rows["score"].tolist() == expected.tolist()
+    bundle = json.loads((folder / "build/bundle/fabric/bundle.json").read_text())
+    assert bundle["format"] == (2 if method == "features" else 4)
+    figures = json.loads((folder / "build/evaluation/fabric/metrics.json").read_text())
+    assert figures["image_auroc"] == figures.get({"features": "features_auroc", "heatmap": "heatmap_auroc"}.get(method, "image_auroc"))
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, monkeypatch, whiten):
+    """By hand: each fold against whitening and gallery of the others, by the loaded bundle's own heads; a seen image would look too normal."""
+    import pandas as pd
+
+    from panda_ad.backbones import preprocess, trunk_activations
+    from panda_ad.whitening import fit_whitening
+
+    folder = make_plant(tmp_path / "plant", monkeypatch, {"whiten": whiten}, score="both")
+    detector = load_bundle("build/bundle/fabric")
+    manifest = pd.read_csv("build/features/fabric/rows.csv")
+    train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] == "train"]["path"]]
+    _, layer2 = trunk_activations(detector.backbone, torch.stack([preprocess(i, detector.size) for i in train]), detector.precision)
+    seen = detector.score_activations(layer2, heatmaps=True)
+    detector.whitenings = []
+    order = np.random.default_rng(0).permutation(len(train))
+    ratios = []
+    for features, mean in zip(detector.features(layer2)[0], detector.train_means, strict=True):
+        ratio = np.empty(len(train))
+        for fold in np.array_split(order, FOLDS):
+            rest = [i for i in order if i not in fold]
+            white = fit_whitening(features[sorted(rest)]) if whiten else (lambda x: x)
+            for i in fold:
+                squared = np.square(white(features[rest]).astype(np.float64) - white(features[i : i + 1])).sum(axis=1)
+                ratio[i] = np.sort(squared)[:2].sum() / mean
+        ratios.append(ratio)
+    scale = fit_scale(np.max(ratios, axis=0))
+    assert detector.scales[0].centre == pytest.approx(scale.centre, rel=1e-4)
+    assert detector.scales[0].spread == pytest.approx(scale.spread, rel=1e-4)
+    assert detector.scales[0].centre > 2 * np.median(seen.whole)
+    assert detector.scales[1].centre > 1.2 * np.median(seen.peaks)
+
+
+def test_an_older_bundle_scores_by_features_and_an_older_program_refuses_the_new_one(tmp_path, monkeypatch):
+    make_plant(tmp_path / "plant", monkeypatch, score="features")
+    path = Path("build/bundle/fabric/bundle.json")
+    config = json.loads(path.read_text())
+    before = load_bundle("build/bundle/fabric")
+    del config["score"]
+    path.write_text(json.dumps(config))
+    assert load_bundle("build/bundle/fabric").config["score"] == before.config["score"] == "features"
+    damaged = replace(before, config={**before.config, "score": "both"})
+    (tmp_path / "new").mkdir()
+    save_bundle(damaged, tmp_path / "new")  # says both, does not say what is usual
+    with pytest.raises(UserError, match="not a bundle"):
+        load_bundle(tmp_path / "new")
+
+
+def test_a_score_from_heat_maps_needs_them(repo_root):
+    raw = yaml.safe_load((repo_root / "params.yaml").read_text())
+    raw["verdict"]["score"], raw["localize"]["method"] = "both", "none"
+    with pytest.raises(UserError, match="verdict.score: both needs heat maps"):
+        parse_params(raw)
+    raw["verdict"]["score"] = "features"
+    assert parse_params(raw).verdict.score == "features"
