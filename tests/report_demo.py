@@ -94,7 +94,7 @@ def demo(good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200),
         ],
         threshold=threshold(normals, 0.05), paths=paths, defects=defects, labels=labels_, scores=scores_, p_values=p,
         calibration_scores=normals,
-        images=[ReportImage(n, y, d, s, float(q), i % 4, rgb, heat, m, near) for i, ((n, y, d, s, rgb, heat, m, near), q) in enumerate(zip(images, p, strict=True))],
+        images=[ReportImage(n, y, d, s, float(q), i % 4, rgb, heat, m, near, (s - 4.0, 4.0)) for i, ((n, y, d, s, rgb, heat, m, near), q) in enumerate(zip(images, p, strict=True))],
         per_defect=rows, gallery_features_2d=gallery_2d, test_features_2d=test_2d, gallery_paths=[g.path for g in gallery],
         provenance={
             "data": {"data set": "demo", "images": "240 train, 60 calibration, 110 test", "data.dvc": "9f2b6c0a8d1e4f7b9f2b6c0a8d1e4f7b.dir", "great expectations": "passed, 14 of 14"},

@@ -144,6 +144,11 @@ def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_
     images = [read_image(folder / "data" / path) for path in rows["path"]]
     plain, mapped = detector.score(images), detector.score(images, heatmaps=True)
     assert [v.score for v in plain] == [v.score for v in mapped] == rows["score"].tolist()
+    if method == "both":
+        assert [sum(v.parts) for v in plain] == pytest.approx(rows["score"].tolist())
+        assert plain[0].parts == (detector.scales[0](rows["features_score"][0]), detector.scales[1](rows["heatmap_peak"][0]))
+    else:
+        assert plain[0].parts is None
     assert plain[0].heatmap is None and mapped[0].heatmap is not None
     assert detector.score(images[2:3])[0].score == rows["score"][2]
     expected = {

@@ -204,6 +204,8 @@ def test_keyboard_alone_is_enough(open_page, page_file, report):
     assert page.text_content("#viewer-title") == report.paths[rows[0]]
     page.keyboard.press("ArrowRight")
     assert page.text_content("#viewer-title") == report.paths[rows[1]]
+    whole = report.images[rows[1]].parts[0]
+    assert f"made ofwhole image {'−' if whole < 0 else '+'}{abs(whole):.1f}, worst spot +4.0" in page.text_content("#viewer-body")
     page.keyboard.press("Escape")
     assert not page.is_visible("#viewer")
     assert page.evaluate("document.activeElement.className") == "open"  # focus goes back where it was

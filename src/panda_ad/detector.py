@@ -41,6 +41,7 @@ class Verdict:
     heatmap : float32 (H, W) at the image's size, higher is more anomalous; None if not asked for or not built.
     region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive; None without a heat map.
     features : float32 (D,), pooled, under the last head.
+    parts : (whole image, worst spot), whose sum is the score: robust standard deviations above what is usual; None unless the score is 'both'.
     """
 
     score: float
@@ -51,6 +52,7 @@ class Verdict:
     heatmap: np.ndarray | None = None
     region: tuple[int, int, int, int] | None = None
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
+    parts: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -222,10 +224,17 @@ class Detector:
         layer1, layer2 = trunk_activations(self.backbone, x, self.precision)
         return self.verdicts(self.score_activations(layer2, layer1, heatmaps=heatmaps, images=images), [image.shape[:2] for image in images])
 
+    def parts(self, scores: Scores) -> np.ndarray | None:
+        """What each score is the sum of, (N, 2) float64, as in `Verdict.parts`; None unless the score is 'both'."""
+        if self.scales is None or scores.peaks is None:
+            return None
+        return np.stack([self.scales[0](scores.whole), self.scales[1](scores.peaks)], axis=1)
+
     def verdicts(self, scores: Scores, sizes: Sequence[tuple[int, ...]]) -> list[Verdict]:
         """Scores with p-values and decisions; heat maps are brought to `sizes`, each (H, W) in pixels."""
         p = p_values(self.calibration, scores.score)
         limit = self.threshold().value
+        parts = self.parts(scores)
         verdicts = []
         for i, size in enumerate(sizes):
             heatmap = None if scores.heatmaps is None else resize_map(scores.heatmaps[i], size)
@@ -239,6 +248,7 @@ class Detector:
                     heatmap,
                     None if heatmap is None else region(heatmap),
                     scores.features[i],
+                    None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),
                 )
             )
         return verdicts

@@ -16,7 +16,7 @@ from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 
-COLUMNS = ("path", "score", "p_value", "decision", "threshold", "x0", "y0", "x1", "y1")
+COLUMNS = ("path", "score", "p_value", "decision", "threshold", "whole_image", "worst_spot", "x0", "y0", "x1", "y1")
 _BATCH = 32
 
 
@@ -154,8 +154,9 @@ def score_files(files: list[Path], model: Model, out: Path | None, heatmaps: Pat
             alarms += verdict.anomalous
             decision = "defect" if verdict.anomalous else "good"
             box = verdict.region or ("", "", "", "")
+            parts = [f"{part:.3f}" for part in verdict.parts] if verdict.parts else ["", ""]
             # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
-            rows.writerow([str(file), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *box])
+            rows.writerow([str(file), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *parts, *box])
             if recorder is not None:
                 recorder.add(file, pixels, verdict)
             if heatmaps is not None and verdict.heatmap is not None:

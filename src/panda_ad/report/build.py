@@ -51,6 +51,7 @@ class ReportImage:
     heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localisation.
     mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
     neighbours : of the nearest normal images, nearest first; five are shown.
+    parts : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
     """
 
     path: str
@@ -63,6 +64,7 @@ class ReportImage:
     heatmap: np.ndarray | None = None
     mask: np.ndarray | None = None
     neighbours: Sequence[Neighbour] = ()
+    parts: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

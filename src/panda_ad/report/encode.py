@@ -47,7 +47,7 @@ def encode_images(images: Sequence[ReportImage]) -> dict[str, Any]:
     Returns
     -------
     images : per image snapshot, thumb (base64 JPEG), width and height (pixels of the thumbnail), heat (base64 grey JPEG) or None,
-        outline (SVG path on a grid of `outlineSize`) or None, neighbours [(index into normals, distance)].
+        outline (SVG path on a grid of `outlineSize`) or None, neighbours [(index into normals, distance)], parts (as in `ReportImage`).
     normals : each neighbour once: path and thumb.
     heat : (low, high) of the heat maps' colour scale, or None without heat maps.
     """
@@ -168,6 +168,7 @@ def _encode(images: Sequence[ReportImage], rung: Rung, scale: tuple[float, float
                 "outline": traced and traced[0],
                 "outlineSize": traced and list(traced[1:]),
                 "neighbours": neighbours,
+                "parts": image.parts,
             }
         )
     return {"images": items, "normals": normals, "heat": scale}

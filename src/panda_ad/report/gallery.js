@@ -144,6 +144,11 @@ function makeGallery(model) {
     fact("verdict", make("span", { class: `badge ${state}`, text: VERDICTS[state] }));
     fact("kind", kind);
     fact("score", `${number(model.scores[row])} (threshold ${number(model.threshold)})`);
+    if (image.parts) {
+      // the thresholded sum, told apart in units that mean something alone
+      const signed = value => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(1)}`;
+      fact("made of", `whole image ${signed(image.parts[0])}, worst spot ${signed(image.parts[1])} (in spreads of normal images)`);
+    }
     fact("p-value", number(model.pValues[row]));
     if (images.some(other => other.snapshot > 0)) fact("decided by snapshot", String(image.snapshot));
     const near = make("ul", { class: "near large" });

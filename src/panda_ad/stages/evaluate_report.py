@@ -48,6 +48,7 @@ def evaluation_report(
     shown = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
     root = image_root(params)
     paths = rows["path"].tolist()
+    parts = detector.parts(scores)
     images = [
         ReportImage(
             path=paths[i],
@@ -59,6 +60,7 @@ def evaluation_report(
             rgb=small(read_image(root / paths[i])),
             heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
             mask=None if masks is None else masks[i],
+            parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),
             neighbours=[
                 Neighbour(thumbs[n], float(d), detector.images[n]["path"]) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)
             ],
