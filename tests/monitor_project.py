@@ -24,7 +24,7 @@ def make_monitored(folder: Path) -> Path:
         shutil.rmtree(folder / "build" / name)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["adapt"]["method"] = "none"
-    params["localize"]["method"] = "none"
+    params["localize"]["method"], params["verdict"]["score"] = "none", "features"
     params["monitor"]["min_images"] = 8
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     set_gate(folder, min_image_auroc=None, min_pixel_auroc=None, false_alarm_risk=None)

@@ -267,7 +267,7 @@ def test_images_labelled_good_are_shown_to_the_present_model(project, tmp_path, 
         save(part(True), tmp_path / f"batch/spot{i}.png")
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["backbone"]["input_size"], params["adapt"]["method"], params["localize"]["method"] = 32, "none", "none"
-    params["verdict"]["false_alarm_rate"] = 0.2
+    params["verdict"] |= {"false_alarm_rate": 0.2, "score": "features"}
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     validate.main()
     extract.main()
