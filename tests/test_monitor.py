@@ -283,3 +283,9 @@ def test_a_log_that_lacks_or_breaks_says_so_in_one_line(tmp_path):
     assert "\n" not in str(error.value) and path.name in str(error.value)
     with pytest.raises(ValueError, match="one category"):
         append([entry(1), dataclasses.replace(entry(2), category="grid")], tmp_path)
+
+
+def test_every_finding_about_the_camera_says_where_to_look():
+    from panda_ad.monitor.report import ADVICE
+
+    assert set(ADVICE) >= {finding for s in statistics.STATISTICS for finding in (s.lower, s.higher)}

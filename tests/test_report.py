@@ -257,6 +257,9 @@ def test_controls_have_names_tables_have_headers_and_narrow_pages_do_not_scroll_
     assert page.locator("main").count() == page.locator("h1").count() == 1
     assert page.locator("table:not(:has(caption)), table:not(:has(th[scope]))").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    caption = page.locator("#defects caption span").bounding_box()
+    assert caption["x"] >= 0 and caption["x"] + caption["width"] <= 360, "a caption wraps although its table scrolls"
+    assert page.evaluate("[...document.querySelectorAll('.interval')].every(e => e.scrollWidth <= e.clientWidth)")
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
 
 

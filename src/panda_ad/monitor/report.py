@@ -15,6 +15,21 @@ from panda_ad.monitor.statistics import STATISTICS
 from panda_ad.report.page import render
 
 SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "monitor.js")
+NAMES = {"alarms": "alarms", "scores": "scores", "content": "content", "red_green": "red against green", "yellow_blue": "yellow against blue"}
+"""Words for tests and statistics whose name is not one."""
+ADVICE = {
+    "darker": "lamp, exposure, shutter, dirt on the window",
+    "brighter": "lamp, exposure, shutter, daylight",
+    "lower contrast": "stray light, fog on the lens, background",
+    "higher contrast": "stray light, background",
+    "out of focus": "focus, distance, vibration, dirt on the lens",
+    "sharper or noisier": "gain, exposure time, a resizing step",
+    **dict.fromkeys((f"colour cast towards {c}" for c in ("red", "green", "yellow", "blue")), "lamp’s age, white balance, daylight"),
+    **dict.fromkeys(("paler colours", "stronger colours"), "lamp’s age, white balance, material"),
+    "content has changed while light, focus and colour have not": "another product, position or background",
+    "more images score as defects": "the parts, then the other findings",
+}
+"""Where to look first, by finding, as in docs/operation.md."""
 BAND = (0.05, 0.5, 0.95)
 """Quantiles of the calibration images that the plots show."""
 
@@ -42,6 +57,8 @@ def build_report(drift: Drift, reference: Sample, window: Window, rate: float, c
         drift=drift,
         window=window,
         statistics=STATISTICS,
+        names={s.name: s.name for s in STATISTICS} | NAMES,
+        advice=ADVICE,
         group=group,
         rate=rate,
         first=times[0],

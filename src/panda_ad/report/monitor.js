@@ -49,8 +49,9 @@ function alarms(element) {
 function dots(name, figure) {
   const element = document.getElementById(name), readout = document.getElementById(`${name}-readout`);
   const rest = readout.textContent;
+  const scale = scoreAxis([...figure.values, ...figure.band], 1); // logarithmic where scores span orders of magnitude
   const band = u => {
-    const at = v => u.valToPos(v, "y", true), { left, width } = u.bbox, [low, middle, high] = figure.band;
+    const at = v => u.valToPos(scale.toBin(v), "y", true), { left, width } = u.bbox, [low, middle, high] = figure.band;
     u.ctx.save();
     u.ctx.fillStyle = css("--rule");
     u.ctx.fillRect(left, at(high), width, Math.max(1, at(low) - at(high)));
@@ -58,13 +59,10 @@ function dots(name, figure) {
     u.ctx.fillRect(left, Math.round(at(middle)), width, 1);
     u.ctx.restore();
   };
-  const u = plot(element, {
+  plot(element, {
     height: 200, padding: [8, 10, 0, 0], cursor: still,
-    scales: { x: { time: false, range: [0, figure.values.length + 1] }, y: { range: (_, low, high) => {
-      const a = Math.min(low, figure.band[0]), b = Math.max(high, figure.band[2]), pad = (b - a || Math.abs(a) || 1) * 0.08;
-      return [a - pad, b + pad];
-    } } },
-    axes: [axis({ size: 22 }), axis({ size: 48, values: (_, at) => at.map(number) })],
+    scales: { x: { time: false, range: [0, figure.values.length + 1] }, y: { range: [-0.05, 1.05] } },
+    axes: [axis({ size: 22 }), axis({ size: 48, splits: () => scale.ticks.map(scale.toBin), values: () => scale.ticks.map(number) })],
     series: [{}, { stroke: () => css("--accent"), paths: () => null, points: { show: true, size: 4, fill: () => css("--accent") } }],
     hooks: {
       drawClear: [band],
@@ -73,8 +71,7 @@ function dots(name, figure) {
         readout.textContent = i === null || i === undefined ? rest : `${number(figure.values[i])} · ${data.times[i]} · ${data.paths[i]}`;
       }],
     },
-  }, [figure.values.map((_, i) => i + 1), figure.values]);
-  return u;
+  }, [figure.values.map((_, i) => i + 1), figure.values.map(scale.toBin)]);
 }
 
 bars(document.getElementById("histogram"));
