@@ -27,7 +27,7 @@ def empty_store(tmp_path_factory):
     """An empty MLflow database; creating one takes seconds, copying it nothing."""
     folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
         patch.chdir(folder)
         connect()
     assert [p.name for p in folder.iterdir()] == ["mlflow.db"]
@@ -342,8 +342,17 @@ def test_explain_version_names_what_reproduces_it(project):
     assert facts["params"]["gallery.k"] == "2" and facts["metrics"]["image_auroc"] == 1.0
     assert facts["moves"][0]["to"] == "1" and facts["gate"]["staging"].startswith("promoted")
     assert facts["run_id"] == the_run().info.run_id and any("dvc repro" in c for c in facts["reproduce"])
+    assert explain_version(NAME, "staging") == explain_version(NAME, 1) == facts
     with pytest.raises(UserError, match="no such registered model"):
         explain_version(NAME, 7)
+
+
+def test_a_wrong_folder_is_said_and_left_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="neither mlflow.db nor params.yaml is here; run from the repository's folder"):
+        explain_version(NAME)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_commit_is_on_record_and_whether_inputs_differ_from_it(project):

@@ -1,4 +1,7 @@
-"""The command line, `panda-ad`. Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at work, 5 drift found."""
+"""Visual anomaly detection that runs for years.
+
+Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at work, 5 drift found.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ Categories = Annotated[list[str] | None, typer.Option("--category", "-c", help="
 
 @app.command()
 def run() -> None:
-    """Pull the data if missing, run what has changed, promote, and say where to look."""
+    """Data, pipeline, promotion: all that has changed.
+
+    Pulls the data if missing, runs the stages that have changed, asks the gate, and says where to look."""
     from panda_ad.run import run
 
     run()
@@ -25,7 +30,9 @@ def run() -> None:
 
 @app.command()
 def summary() -> None:
-    """The figures of the last run: metrics, threshold, time and memory per stage, versions, gate."""
+    """The figures of the last run.
+
+    Metrics, threshold, time and memory per stage, versions, what the gate decided."""
     from panda_ad.run import summary
 
     print(summary())
@@ -41,7 +48,9 @@ def score(
     false_alarm_rate: Annotated[float | None, typer.Option(help="Another false-alarm budget than the model's, in (0, 1).")] = None,
     log: Annotated[bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")] = False,
 ) -> None:
-    """Verdicts for images: score, p-value, good or defect, and where."""
+    """Verdicts for images or folders.
+
+    Per image a row: score, p-value, good or defect, threshold, and the box of the region that decided (with --heatmaps)."""
     from panda_ad.monitor.log import LOG
     from panda_ad.score import score_paths
 
@@ -53,7 +62,9 @@ def monitor(
     category: Categories = None,
     alias: Annotated[str, typer.Option(help="The registered version whose verdicts are looked at.")] = "staging",
 ) -> None:
-    """Test the newest logged images for drift; writes monitoring/reports.
+    """Test the newest logged images for drift.
+
+    Writes a report per category into monitoring/reports.
 
     Exit code 0: no drift. 5: drift. 2: no drift found, but a category could not be checked."""
     from panda_ad.monitor.check import DRIFT_FOUND, monitor
@@ -61,12 +72,12 @@ def monitor(
     checks, problems = monitor(category or [], alias)
     for check in checks:
         print(check)
+    for problem in problems:
+        print(f"panda-ad: {problem}", file=sys.stderr)
     if any(check.drift.drifted for check in checks):
-        for problem in problems:
-            print(f"panda-ad: {problem}", file=sys.stderr)
         raise typer.Exit(DRIFT_FOUND)
     if problems:
-        raise UserError("; ".join(problems))
+        raise typer.Exit(UserError.exit_code)
 
 
 @app.command()
@@ -79,7 +90,9 @@ def ingest(
     masks: Annotated[Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")] = None,
     check: Annotated[bool, typer.Option(help="Have the present model look at images labelled good.")] = True,
 ) -> None:
-    """Add images to the data set and record its new version with DVC; what cannot be used goes to quarantine/."""
+    """Add images to the data set.
+
+    Records its new version with DVC; what cannot be used goes to quarantine/, with the reason."""
     from panda_ad.ingest import ingest
 
     ingest(paths, category, label, kind, split, masks, check)
@@ -90,7 +103,9 @@ def promote(
     category: Categories = None,
     to: Annotated[str, typer.Option(help="staging, or champion.")] = "staging",
 ) -> None:
-    """Move an alias to the challenger if the gate lets it through; exit code 3 and the failed rules if not."""
+    """Move @staging to the challenger, if the gate agrees.
+
+    Where it refuses: exit code 3, the failed rules, and by how much."""
     from panda_ad.params import load_params
     from panda_ad.registry.promote import promote
 
@@ -100,10 +115,10 @@ def promote(
 
 @app.command()
 def rollback(
-    category: Annotated[str, typer.Argument()],
+    category: Annotated[str, typer.Argument(help="A category of params.yaml.")],
     to_version: Annotated[int | None, typer.Option(help="This version; default: the one @staging held before.")] = None,
 ) -> None:
-    """Put @staging back to the version it held before, or to a given one."""
+    """Put @staging back to an earlier version."""
     from panda_ad.registry.promote import rollback
 
     print(rollback(category, to_version))
@@ -114,7 +129,9 @@ def explain_version(
     name: Annotated[str, typer.Argument(help="A registered model, e.g. panda-sample-fabric.")],
     version: Annotated[str, typer.Argument(help="Its number, or an alias such as @staging.")] = "@staging",
 ) -> None:
-    """Where a version comes from: data, commit, parameters, run, figures, and the commands that reproduce it."""
+    """Where a version comes from, as JSON.
+
+    Data, commit, parameters, run, figures, decisions, and the commands that reproduce it."""
     import json
 
     from panda_ad.registry.lineage import explain_version
@@ -128,7 +145,9 @@ def reproduce(
     version: Annotated[str, typer.Argument(help="Its number, or an alias such as @staging.")] = "@staging",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the temporary clone, to look into it.")] = False,
 ) -> None:
-    """Make a version again in a temporary clone and compare its figures digit by digit; exit code 2 where one differs."""
+    """Make a version again and compare its figures.
+
+    Digit by digit, in a temporary clone; exit code 2 where one differs."""
     from panda_ad.registry.reproduce import reproduce
 
     reproduce(name, version, keep)
@@ -139,9 +158,13 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
 ) -> None:
-    """Start the MLflow and Prefect servers on loopback with the retrain deployment and a worker, until Ctrl-C."""
+    """MLflow and Prefect servers, until Ctrl-C.
+
+    On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them."""
+    from panda_ad.params import load_params
     from panda_ad.servers import serve_ui
 
+    load_params()  # a wrong folder, or a mistake in params.yaml, is better said now than by a flow
     serve_ui(mlflow_port=mlflow_port, prefect_port=prefect_port)
 
 
@@ -161,7 +184,9 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="Folder of results; what it holds is not computed again.")] = Path("build/benchmark"),
     mlflow: Annotated[bool, typer.Option(help="Log the tables to MLflow.")] = True,
 ) -> None:
-    """The paper's benchmark on the data sets below PANDA_BENCH_DATA: resumes, and writes a table per data set."""
+    """The paper's benchmark, on PANDA_BENCH_DATA.
+
+    Resumes where it stopped, and writes a table per data set."""
     from panda_ad.benchmark import METHODS
     from panda_ad.benchmark import benchmark as run_benchmark
     from panda_ad.params import load_params, parse_params
@@ -193,6 +218,12 @@ def main() -> None:
     except UserError as e:
         print(f"panda-ad: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
+    except OSError as e:
+        if e.strerror is None:  # not from the operating system: a defect, and its trace is wanted
+            raise
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"panda-ad: {where}{e.strerror}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         print("panda-ad: stopped", file=sys.stderr)
         sys.exit(130)

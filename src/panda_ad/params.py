@@ -199,7 +199,11 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as e:
-        raise UserError(f"{source}: " + "; ".join(sorted({_problem(err, raw) for err in e.errors()}))) from None
+        problems = {_problem(err, raw): err["type"] for err in e.errors()}
+        # 'one number or a list': a number out of range is not told to be a list as well
+        others = {text.partition(":")[0] for text, kind in problems.items() if kind != "list_type"}
+        told = [text for text, kind in problems.items() if kind != "list_type" or text.partition(":")[0] not in others]
+        raise UserError(f"{source}: " + "; ".join(sorted(told))) from None
 
 
 def _problem(error, raw: dict) -> str:

@@ -114,7 +114,7 @@ def score_paths(
         print(f"panda-ad: {limit.message}", file=sys.stderr)
     done = score_files(files, loaded, out, heatmaps, log)
     known = f", {done.known} known to the log" if done.known else ""
-    print(f"{done.images} images scored, {done.alarms} called defect{known}", file=sys.stderr)
+    print(f"{done.images} image{'s' if done.images != 1 else ''} scored, {done.alarms} called defect{known}", file=sys.stderr)
     if done.problems:
         more = f" and {len(done.problems) - 3} more" if len(done.problems) > 3 else ""
         raise UserError(f"{len(done.problems)} of {len(files)} files could not be read: {'; '.join(done.problems[:3])}{more}")
@@ -133,6 +133,8 @@ def score_files(files: list[Path], model: Model, out: Path | None, heatmaps: Pat
     limit = detector.threshold()
     if heatmaps is not None and detector.localizer is None:
         raise UserError("--heatmaps: this model was built with localize.method: none and has no heat maps")
+    if heatmaps is not None and heatmaps.exists() and not heatmaps.is_dir():
+        raise UserError(f"--heatmaps {heatmaps}: is a file; give a folder")
     recorder = None
     fresh = files
     if log is not None:

@@ -82,9 +82,12 @@ def connect() -> MlflowClient:
     Raises
     ------
     UserError
-        The server does not answer within seconds, or the local store cannot be opened.
+        The server does not answer within seconds, the local store cannot be opened, or this is no repository and a store of
+        its own would be created for nothing.
     """
     uri = tracking_uri()
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root() / "mlflow.db").exists() and not (root() / "params.yaml").exists():
+        raise UserError(f"{root()}: neither mlflow.db nor params.yaml is here; run from the repository's folder, or set MLFLOW_TRACKING_URI")
     _preflight(uri)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -11,22 +11,22 @@ from panda_ad.registry.connection import connect, find_version, mlflow_errors, t
 from panda_ad.registry.versions import registered
 
 
-def explain_version(name: str, version: int | str) -> dict[str, Any]:
+def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]:
     """Data version, commit, parameters, run, metrics, decisions and moves of a version, and the commands that reproduce it.
 
     Parameters
     ----------
-    version : a number, or an alias as '@staging'.
+    version : a number, or an alias as '@staging' or 'staging'.
 
     Raises
     ------
     UserError
         There is no such version, or MLflow does not answer.
     """
-    number = str(version)
+    number = str(version).removeprefix("@")
     with mlflow_errors():
         client = connect()
-        found = find_version(client, f"{name}{number}" if number.startswith("@") else f"{name}/{number}")
+        found = find_version(client, f"{name}/{number}" if number.isdigit() else f"{name}@{number}")
         run = client.get_run(found.run_id)
         tags, run_tags = found.tags, run.data.tags
         category = tags["panda.category"]

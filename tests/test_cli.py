@@ -1,0 +1,52 @@
+"""What a user sees of a mistake: one line, an exit code, nothing left behind."""
+
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from panda_ad import cli
+
+
+def said(monkeypatch, capsys, *arguments):
+    """Exit code and standard error of `panda-ad ARGUMENTS`."""
+    monkeypatch.setattr("sys.argv", ["panda-ad", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr().err
+
+
+def test_every_command_is_named_with_a_whole_sentence():
+    """A first sentence that does not fit 80 columns is cut off with dots."""
+    text = CliRunner().invoke(cli.app, ["--help"]).stdout
+    commands = dict(re.findall(r"^  ([a-z-]+)  +(\S.*)$", text.partition("Commands:")[2], re.M))
+    assert len(commands) == len(cli.app.registered_commands)
+    assert [line for line in commands.values() if line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", [["run"], ["summary"], ["ui"], ["monitor"], ["promote"], ["rollback", "fabric"], ["explain-version", "x"], ["score", "."]])
+def test_a_wrong_folder_is_one_line_and_stays_empty(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    code, line = said(monkeypatch, capsys, *command)
+    assert code == 2 and line.startswith("panda-ad: ") and line.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_operating_system_refuses_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+
+    def write(*_arguments):
+        (tmp_path / "file" / "overlays").mkdir()
+
+    monkeypatch.setattr("panda_ad.score.score_paths", write)
+    assert said(monkeypatch, capsys, "score", tmp_path) == (2, f"panda-ad: {tmp_path}/file/overlays: Not a directory\n")
+
+
+def test_an_error_of_our_own_keeps_its_trace(monkeypatch):
+    def fail(*_arguments):
+        raise OSError("no error of the operating system")
+
+    monkeypatch.setattr("panda_ad.score.score_paths", fail)
+    monkeypatch.setattr("sys.argv", ["panda-ad", "score", "x"])
+    with pytest.raises(OSError, match="no error of"):
+        cli.main()
