@@ -19,6 +19,16 @@ from panda_ad.processes import Group, child_environment
 SAVED = Path(".cache/before-run")
 """Where params.yaml and dvc.lock stand while a run with changed parameters is under way."""
 
+HINTS = {
+    "",
+    "To track the changes with git, run:",
+    "git add dvc.lock",
+    "To enable auto staging, run:",
+    "dvc config core.autostage true",
+    "Use `dvc push` to send your updates to remote storage.",
+}
+"""Lines that DVC ends each stage with, left out of a run's log."""
+
 PATIENCE = 20.0
 """Seconds that a run waits for another DVC process in this repository."""
 
@@ -110,15 +120,19 @@ def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
 def run_logged(
     command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Run a command, its output going to `logger` line by line; return exit status and last line.
+    """Run a command, its output going to `logger` line by line; return exit status and the line that says most about a failure.
 
+    That is panda-ad's own last line ('panda-ad: ...'), which DVC follows with one that names only the stage; else the last line.
     Whatever ends the caller (an exception, a signal, SIGKILL) ends the command and its descendants.
     """
-    last = ""
+    last = said = ""
     with Group(command, env=child_environment(extra)) as group:
-        for last in group.lines():
-            logger.info("%s", last)
-        return group.wait(), last
+        for line in group.lines():
+            if line.strip() not in HINTS:
+                last = line
+                said = line if line.startswith("panda-ad: ") else said
+                logger.info("%s", line)
+        return group.wait(), said or last
 
 
 @contextlib.contextmanager

@@ -55,12 +55,13 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     lines += [""] + [f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
-        create_link_artifact(link, link_text=f"MLflow: registered version of {category}", key=f"mlflow-{artifact_key(category)}")
+        text = f"MLflow: registered version of {category}"
+        create_link_artifact(link, link_text=text, key=f"mlflow-{artifact_key(category)}", description="Card, figures and report.")
     for gate in gates:
         if gate.decision in ("promoted", "refused"):
             rules = _read(Path("build/decisions") / f"{gate.category}.json").get("rules", [])
             table = [
-                {"rule": r["name"], "passed": r["passed"], "value": r["value"], "limit": r["limit"], "figure": r["text"]}
+                {"rule": r["name"], "passed": "yes" if r["passed"] else "NO", "figures": r["text"], **_rounded(r)}
                 for r in rules
             ]
             create_table_artifact(table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}")
@@ -78,6 +79,11 @@ def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
         "gate": gate.decision,
         "why": gate.reason,
     }
+
+
+def _rounded(rule: Mapping[str, Any]) -> dict[str, Any]:
+    """Value and limit of a rule to four digits; build/decisions and MLflow have them all."""
+    return {k: float(f"{rule[k]:.4g}") if isinstance(rule[k], float) else rule[k] for k in ("value", "limit")}
 
 
 def _read(path: Path) -> dict[str, Any]:

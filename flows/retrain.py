@@ -79,7 +79,8 @@ def retrain(
 
     Args:
         categories: What to retrain, e.g. fabric. No items: all categories of params.yaml.
-        method: How features are adapted in this run.
+        method: How features are adapted in this run: none (DN2, the fastest), compactness, ses (sample-wise early stopping), ewc (elastic
+            regularisation), oe (outlier exposure, needs a folder: adapt.outliers).
         set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5. A run with changes is recorded as a DVC
             experiment of the run's name; params.yaml stays as it is.
         promote: Let the gate decide about promotion to staging. Off: only the challenger is registered.

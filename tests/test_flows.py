@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 import subprocess
@@ -157,6 +158,20 @@ def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
 
 def test_children_get_this_pythons_commands(project):
     assert child_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_a_stages_own_last_line_is_the_message_and_dvcs_hints_are_not_logged():
+    lines = ["work", "panda-ad: adapt: no images", "", "Use `dvc push` to send your updates to remote storage.", "ERROR: failed to reproduce 'adapt'"]
+    logged: list[str] = []
+    logger = logging.getLogger("test_flows")
+    logger.setLevel(logging.INFO)
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    code = f"import sys; print({chr(10).join(lines)!r}); sys.exit(2)"
+    assert flows.common.run_logged([sys.executable, "-c", code], logger, {}) == (2, "panda-ad: adapt: no images")
+    assert logged == [lines[0], lines[1], lines[4]]
+    assert flows.common.run_logged([sys.executable, "-c", "print('done')"], logger, {}) == (0, "done")
 
 
 def test_figures_in_the_artifacts():
