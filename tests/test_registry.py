@@ -72,6 +72,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     client, run = connect(), the_run()
     assert (out["run_id"], out["model_name"], out["version"]) == (run.info.run_id, NAME, 1)
     assert run.info.status == "FINISHED" and run.info.end_time
+    assert run.info.run_name.startswith("ses, embedded, ")
     assert run.data.params["adapt.method"] == "ses" and run.data.params["categories"] == '["fabric"]'
     assert run.data.metrics["fabric/image_auroc"] == out["metrics"]["image_auroc"]
     assert run.data.metrics["fabric/seconds/adapt"] == 1.5 and run.data.metrics["peak_mb/extract"] == 300
@@ -89,7 +90,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     version = client.get_model_version(NAME, "1")
     assert aliases() == {"challenger": 1}
     assert version.tags["panda.bundle"] == out["bundle"] and version.tags["panda.image_auroc"] == "1"
-    for words in ("# panda-sample-fabric", "image AUROC | 1 | 0.9800 to 1.0000", "8 train, 6 calibration, 10 test good", "Score > 0.6"):
+    for words in ("# panda-sample-fabric", "image AUROC **1.0000** (95 % interval 0.9800 to 1.0000)", "8 good images, 6 more held out", "Test: 10 good, ", "Score > 0.6"):
         assert words in version.description
 
 

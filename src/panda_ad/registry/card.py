@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from panda_ad.registry.change import plain
+
 
 def model_card(
     *,
@@ -36,30 +38,32 @@ def model_card(
         "",
         "## Figures on the test set",
         "",
-        f"| figure | value | {confidence:.0%} interval |",
-        "| --- | --- | --- |",
     ]
     for key, title in _FIGURES.items():
         if key in metrics:
             low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-            interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-            lines.append(f"| {title} | {metrics[key]:.4g} | {interval} |")
+            interval = "" if low is None or high is None else f" ({_percent(confidence)} interval {low:.4f} to {high:.4f})"
+            lines.append(f"- {title} **{metrics[key]:.4f}**{interval}")
     lines += [
+        "",
+        f"Curves, pictures with heat maps and what each threshold costs: `{plain(str(bundle.get('category', '')))}/report.html` of the run.",
         "",
         "## Data",
         "",
-        ", ".join(f"{n} {kind}" for kind, n in counts.items()) + f". Data hash `{tags.get('panda.data', '')[:16]}`.",
+        f"Training: {counts.get('train', 0)} good images, {calibration} more held out for the threshold. Test: "
+        + ", ".join(f"{n} {kind.removeprefix('test ')}" for kind, n in counts.items() if kind.startswith("test "))
+        + f". Data hash `{tags.get('panda.data', '')[:16]}`.",
         "",
         "## Model",
         "",
         f"Backbone {facts.get('backbone', bundle.get('architecture', ''))} (weights {facts.get('weights', '?')}), adaptation "
-        f"`{bundle.get('method', '?')}`, {len(bundle.get('steps', []))} snapshot(s), k = {bundle.get('k', '?')}, input {size} pixels, "
+        f"`{bundle.get('method', '?')}`, snapshots: {len(bundle.get('steps', []))}, k = {bundle.get('k', '?')}, input {size} pixels, "
         f"{size_mb:.1f} MB.",
         "",
         "## Threshold",
         "",
         f"Score > {metrics.get('threshold', float('nan')):.6g} counts as a defect: chosen on {calibration} good images held out of "
-        f"training so that at most {rate:.1%} of good parts raise an alarm. Test images played no part in it.",
+        f"training so that at most {_percent(rate)} of good parts raise an alarm. Test images played no part in it.",
         "",
         "## Limits",
         "",
@@ -80,6 +84,8 @@ def model_card(
         f"    git checkout {tags.get('mlflow.source.git.commit', 'COMMIT')}",
         "    dvc pull data.dvc",
         f"    dvc repro evaluate@{bundle.get('category', '')}",
+        "",
+        f"or, with every figure compared, `panda-ad reproduce {name} VERSION`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -96,12 +102,16 @@ _FIGURES = {
 }
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
 def _limits(metrics: Mapping[str, float], calibration: int, rate: float, facts: Mapping[str, Any]) -> list[str]:
     limits = ["- Knows only what the good training images show: a new light, lens or material looks like a defect to it."]
     if rate and calibration + 1 < 1 / rate:
-        limits.append(f"- {calibration} calibration images are too few to hold {rate:.1%} false alarms; it takes {round(1 / rate) - 1}.")
+        limits.append(f"- {calibration} calibration images are too few to hold {_percent(rate)} false alarms; it takes {round(1 / rate) - 1}.")
     if "recall" in metrics and metrics["recall"] < 1:
-        limits.append(f"- At its threshold it misses {1 - metrics['recall']:.0%} of the test set's defects.")
+        limits.append(f"- At its threshold it misses {_percent(1 - metrics['recall'])} of the test set's defects.")
     if "pixel_auroc" not in metrics:
         limits.append("- Its heat maps were not measured: no masks in the test set, or no localiser.")
     if facts.get("collapsed_at") is not None:
