@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from panda_ad.activations import Activations, Item
-from panda_ad.adapt import adapt, pack_snapshots
+from panda_ad.adapt import Adapted, adapt, pack_snapshots
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.backbones import Backbone
 from panda_ad.data.images import read_image
@@ -51,8 +51,18 @@ def main(category: str) -> None:
         pd.DataFrame(adapted.history).to_csv(folder / "history.csv", index=False)
         facts = {"method": params.adapt.method, "steps": adapted.steps or [0], "collapsed_at": adapted.collapsed_at}
         write_json(folder / "adapt.json", {**facts, "provenance": adapted.provenance})
+    print(f"{category}: {summary(params.adapt.method, adapted)}")
     if adapted.collapsed_at is not None:
         print(f"{category}: features collapsed at step {adapted.collapsed_at} (adapt.on_collapse: {params.adapt.on_collapse})")
+
+
+def summary(method: str, adapted: Adapted) -> str:
+    """One line: method, steps, and what adaptation did to the training images' features ('ses, 9 steps: ...')."""
+    if len(adapted.history) < 2:
+        return f"{method}, features as pretrained"
+    first, last = adapted.history[0], adapted.history[-1]
+    moved = (f"{key.replace('_', ' ')} {first[key]:.4g} to {last[key]:.4g}" for key in ("centre_distance", "effective_rank"))
+    return f"{method}, {last['step']:.0f} steps: {', '.join(moved)}"
 
 
 def given_fisher(params: Params, backbone: Backbone, activations: Activations) -> dict[str, Tensor] | None:
