@@ -193,6 +193,7 @@ def test_table_by_hand():
 
 def test_table_is_a_run_in_mlflow(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the store and the artifacts lie beside params.yaml, here nowhere near the repository's
+    (tmp_path / "params.yaml").touch()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (row,) = run(["shapes"], ["none"], mlflow=True)["shapes"]
     client = connect()
