@@ -246,6 +246,23 @@ def test_click_in_histogram_and_roc_moves_the_threshold(open_page, page_file):
     assert count(page, "misses") == 0 and count(page, "false-alarms") > 0
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "label"), [(0.5, 8, "score"), (0.1, 900, "score (logarithmic)"), (-3, 20, "score"), (-3, 60, "score (logarithmic away from 0)")]
+)
+def test_the_score_axis_is_monotone_and_can_be_turned_round(open_page, page_file, low, high, label):
+    page = open_page(page_file)
+    values = np.linspace(low, high, 50).tolist()
+    found = page.evaluate(
+        """([values, normal]) => { const s = scoreAxis(values, 56, normal), bins = values.map(s.toBin);
+             return { label: s.label, bins, back: bins.map(s.toScore), ticks: s.ticks, signs: s.ticks.map(t => Object.is(t, -0)) }; }""",
+        [values, [-1.5, -1, 0.5, 1.0, 2.0]],
+    )
+    assert found["label"] == label
+    assert all(np.diff(found["bins"]) > 0) and 0 < found["bins"][0] and found["bins"][-1] < 56
+    np.testing.assert_allclose(found["back"], values, rtol=1e-9, atol=1e-9)
+    assert 3 <= len(found["ticks"]) <= 13 and all(np.diff(found["ticks"]) > 0) and not any(found["signs"])
+
+
 def test_controls_have_names_tables_have_headers_and_narrow_pages_do_not_scroll_sideways(open_page, page_file):
     page = open_page(page_file, viewport={"width": 360, "height": 740}, reduced_motion="reduce")
     unnamed = page.evaluate(

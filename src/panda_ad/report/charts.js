@@ -42,32 +42,41 @@ const axis = extra => ({
   grid: { stroke: () => css("--rule"), width: 1 }, ticks: { show: false }, ...extra,
 });
 
-// One axis for all rows, in bins: logarithmic where the scores span more than a factor of 30.
-function scoreAxis(values, bins) {
+// One axis for all rows, in bins: logarithmic where the scores span more than a factor of 30; where some are negative, linear
+// around zero and logarithmic beyond (asinh of v / unit) from 30 units on, the unit being what normal scores are like.
+function scoreAxis(values, bins, normal = []) {
   let low = Infinity, high = -Infinity;
   for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
+  const unit = [...normal].map(Math.abs).sort((v, w) => v - w)[normal.length >> 1] || 0;
   const log = low > 0 && high / low > 30;
-  const f = log ? Math.log10 : v => v;
+  const both = low <= 0 && unit > 0 && high - low > 30 * unit;
+  const f = log ? Math.log10 : both ? v => Math.asinh(v / unit) : v => v;
   let a = f(low), b = f(high);
   const pad = b > a ? (b - a) * 0.02 : Math.abs(a) * 0.01 + 0.5;
   a -= pad; b += pad;
   const toBin = v => (log && v <= 0 ? 0 : Math.min(bins, Math.max(0, ((f(v) - a) / (b - a)) * bins)));
-  const toScore = x => { const s = a + (x / bins) * (b - a); return log ? 10 ** s : s; };
+  const toScore = x => { const s = a + (x / bins) * (b - a); return log ? 10 ** s : both ? unit * Math.sinh(s) : s; };
   const ticks = [];
   if (log) {
     const steps = b - a > 3 ? [1] : [1, 2, 5];
     for (let e = Math.floor(a); e <= b; e++) for (const s of steps) ticks.push(s * 10 ** e);
+  } else if (both) {
+    const first = Math.ceil(Math.log10(unit)), last = Math.log10(Math.max(high, -low));
+    const steps = last - first > 2 ? [1] : [1, 2, 5];
+    ticks.push(0);
+    for (let e = first; e <= last; e++) for (const s of steps) ticks.push(s * 10 ** e, -s * 10 ** e);
+    ticks.sort((v, w) => v - w);
   } else {
     const raw = (b - a) / 6, unit = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].map(s => s * unit).find(s => s >= raw);
-    for (let i = Math.ceil(a / step); i * step <= b; i++) ticks.push(i * step);
+    for (let i = Math.ceil(a / step); i * step <= b; i++) ticks.push(i * step + 0); // + 0: never -0
   }
-  return { log, toBin, toScore, ticks: ticks.filter(t => f(t) >= a && f(t) <= b) };
+  return { label: log ? "score (logarithmic)" : both ? "score (logarithmic away from 0)" : "score", toBin, toScore, ticks: ticks.filter(t => f(t) >= a && f(t) <= b) };
 }
 
 function histogram(element, model) {
   const bins = 56;
-  const scale = scoreAxis([...model.sorted, ...model.calibration], bins);
+  const scale = scoreAxis([...model.sorted, ...model.calibration], bins, model.calibration);
   const groups = [...model.groups];
   if (model.calibration.length) groups.unshift({ name: "calibration", color: "--calibration", scores: model.calibration, label: 0 });
   const shade = u => {
@@ -101,7 +110,7 @@ function histogram(element, model) {
       cursor: { y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
       scales: { x: { time: false, range: [0, bins] }, y: { range: (_, low, high) => [0, Math.max(1, high)] } },
       axes: [
-        axis({ show: last, size: 22, label: scale.log ? "score (logarithmic)" : "score", splits: () => scale.ticks.map(scale.toBin),
+        axis({ show: last, size: 22, label: scale.label, splits: () => scale.ticks.map(scale.toBin),
           values: () => scale.ticks.map(number), grid: { show: false } }),
         { show: false },
       ],

@@ -7,7 +7,7 @@ function featureMap(element, model, openImage) {
   const points = features.gallery.map(([x, y], i) => ({ x, y, row: -1, group: 0, name: features.names[i] ?? `normal image ${i + 1}` }));
   features.test.forEach(([x, y], row) => points.push({ x, y, row, group: 1 + model.groupOf[row], name: model.paths[row] }));
   points.sort((p, q) => p.x - q.x);
-  const groups = [{ name: "normal, of training", color: "--calibration" }, ...model.groups];
+  const groups = [{ name: "normal (training)", color: "--calibration" }, ...model.groups];
   const columns = groups.map((_, g) => points.map(p => (p.group === g ? p.y : null)));
   const span = (_, low, high) => { const pad = (high - low) * 0.05 || 1; return [low - pad, high + pad]; };
   const u = plot(element, {
@@ -35,7 +35,7 @@ function featureMap(element, model, openImage) {
     const [x, y] = position(p);
     ring.style.left = `${x}px`;
     ring.style.top = `${y}px`;
-    nameOf.textContent = p.row < 0 ? `${p.name} · normal, of training` : `${p.name} · ${model.kinds[model.kind[p.row]]} · score ${number(model.scores[p.row])}`;
+    nameOf.textContent = p.row < 0 ? `${p.name} · normal (training)` : `${p.name} · ${model.kinds[model.kind[p.row]]} · score ${number(model.scores[p.row])}`;
   };
   u.over.addEventListener("pointermove", event => {
     const box = u.over.getBoundingClientRect();

@@ -6,7 +6,7 @@ const still = { drag: { x: false, y: false, setScale: false }, points: { show: f
 
 function bars(element) {
   const bins = 40, all = [...data.calibration, ...data.scores];
-  const scale = scoreAxis(all, bins);
+  const scale = scoreAxis(all, bins, data.calibration);
   const share = values => {
     const counts = new Array(bins).fill(0);
     for (const v of values) counts[Math.min(bins - 1, Math.floor(scale.toBin(v)))] += 1 / values.length;
@@ -16,7 +16,7 @@ function bars(element) {
     height: 240, padding: [8, 10, 0, 0], cursor: still,
     scales: { x: { time: false, range: [0, bins] }, y: { range: (_, low, high) => [0, high * 1.05] } },
     axes: [
-      axis({ size: 34, label: scale.log ? "score (logarithmic)" : "score", splits: () => scale.ticks.map(scale.toBin), values: (_, at) => at.map(x => number(scale.toScore(x))) }),
+      axis({ size: 34, label: scale.label, splits: () => scale.ticks.map(scale.toBin), values: (_, at) => at.map(x => number(scale.toScore(x))) }),
       axis({ size: 44, values: (_, at) => at.map(percent) }),
     ],
     series: [
@@ -49,7 +49,7 @@ function alarms(element) {
 function dots(name, figure) {
   const element = document.getElementById(name), readout = document.getElementById(`${name}-readout`);
   const rest = readout.textContent;
-  const scale = scoreAxis([...figure.values, ...figure.band], 1); // logarithmic where scores span orders of magnitude
+  const scale = scoreAxis([...figure.values, ...figure.band], 1, name === "score" ? data.calibration : []); // logarithmic where scores span orders of magnitude
   const band = u => {
     const at = v => u.valToPos(scale.toBin(v), "y", true), { left, width } = u.bbox, [low, middle, high] = figure.band;
     u.ctx.save();

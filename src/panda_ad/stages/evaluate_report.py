@@ -21,13 +21,8 @@ from panda_ad.params import Params
 from panda_ad.report.build import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
 from panda_ad.stages.common import BUILD
 
-METHODS = {
-    "none": "DN2, features not adapted",
-    "compactness": "PANDA, adapted by compactness",
-    "ses": "PANDA, sample-wise early stopping (ses)",
-    "ewc": "PANDA, elastic regularisation (ewc)",
-    "oe": "PANDA, outlier exposure (oe)",
-}
+METHODS = {"none": "DN2", "compactness": "PANDA (compactness)", "ses": "PANDA-SES", "ewc": "PANDA-EWC", "oe": "PANDA-OE"}
+"""Methods as docs/results.md names them."""
 HEADLINE = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
     "average_precision": ("Average precision", "over all thresholds"),
@@ -82,7 +77,7 @@ def evaluation_report(
         Report(
             dataset=params.dataset,
             category=category,
-            title=f"{METHODS[detector.config['method']]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} pixels",
+            title=f"{METHODS[detector.config['method']]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
             created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             headline=headline,
             threshold=detector.threshold(),
