@@ -167,7 +167,7 @@ def changed_params(changes: Sequence[str]) -> Iterator[None]:
             apply_overrides("params.yaml", list(changes))
         except DvcException as e:
             raise UserError(
-                f"set_params: {e.__cause__ or e}".splitlines()[0] + "; write KEY=VALUE with a key of params.yaml"
+                f"set_params: {e.__cause__ or e}".splitlines()[0].rstrip(".") + "; write KEY=VALUE with a key of params.yaml"
             ) from None
         load_params()
         yield

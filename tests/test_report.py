@@ -258,7 +258,7 @@ def test_the_score_axis_is_monotone_and_can_be_turned_round(open_page, page_file
         [values, [-1.5, -1, 0.5, 1.0, 2.0]],
     )
     assert found["label"] == label
-    assert all(np.diff(found["bins"]) > 0) and 0 < found["bins"][0] and found["bins"][-1] < 56
+    assert all(np.diff(found["bins"]) > 0) and found["bins"][0] > 0 and found["bins"][-1] < 56
     np.testing.assert_allclose(found["back"], values, rtol=1e-9, atol=1e-9)
     assert 3 <= len(found["ticks"]) <= 13 and all(np.diff(found["ticks"]) > 0) and not any(found["signs"])
 

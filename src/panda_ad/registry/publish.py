@@ -39,8 +39,9 @@ def main(category: str) -> None:
     metrics = _metrics(category)
     with mlflow_errors():
         client = connect()
-        label = f"{params.adapt.method}, {params.backbone.name}, {' x '.join(map(str, params.backbone.size))}"
-        run = runs.run_of(client, runs.experiment_id(client, params.dataset), change, label)
+        # the list of runs cuts names off at the right: what tells them apart comes first
+        name = f"{params.adapt.method} {change.key[:8]}, {params.backbone.name}, {' x '.join(map(str, params.backbone.size))}"
+        run = runs.run_of(client, runs.experiment_id(client, params.dataset), change, name)
         runs.log_dataset(client, run, params.dataset, change.data_hash, Counter(row["split"] for row in _rows()))
         log(client, run, params, category, metrics)
         version = publish_version(client, run, params, category, metrics)

@@ -44,12 +44,12 @@ def experiment_id(client: MlflowClient, dataset: str) -> str:
     return found.experiment_id
 
 
-def run_of(client: MlflowClient, experiment: str, change: Change, label: str) -> Run:
-    """The change's run, created where there is none (its name begins with `label`), and open for writing."""
+def run_of(client: MlflowClient, experiment: str, change: Change, name: str) -> Run:
+    """The change's run, created where there is none under this name, and open for writing."""
     found = _find(client, experiment, change.key)
     if found is None:
         tags = {**provenance(), "panda.change": change.key, "panda.data": change.data_hash}
-        made = client.create_run(experiment, tags=tags, run_name=f"{label}, {change.key[:8]}")
+        made = client.create_run(experiment, tags=tags, run_name=name)
         found = _find(client, experiment, change.key) or made
         if found.info.run_id != made.info.run_id:  # two machines at once: all keep to the older run
             client.delete_run(made.info.run_id)
