@@ -28,6 +28,7 @@ ADVICE = {
     **dict.fromkeys(("paler colours", "stronger colours"), "lamp’s age, white balance, material"),
     "content has changed while light, focus and colour have not": "another product, position or background",
     "more images score as defects": "the parts, then the other findings",
+    **dict.fromkeys(("scores are higher", "scores are lower"), "the other findings; alone, a slow change of the product"),
 }
 """Where to look first, by finding, as in docs/operation.md."""
 BAND = (0.05, 0.5, 0.95)

@@ -61,10 +61,10 @@ function scoreAxis(values, bins, normal = []) {
     const steps = b - a > 3 ? [1] : [1, 2, 5];
     for (let e = Math.floor(a); e <= b; e++) for (const s of steps) ticks.push(s * 10 ** e);
   } else if (both) {
-    const first = Math.ceil(Math.log10(unit)), last = Math.log10(Math.max(high, -low));
+    const first = Math.floor(Math.log10(unit)), last = Math.log10(Math.max(high, -low));
     const steps = last - first > 2 ? [1] : [1, 2, 5];
     ticks.push(0);
-    for (let e = first; e <= last; e++) for (const s of steps) ticks.push(s * 10 ** e, -s * 10 ** e);
+    for (let e = first; e <= last; e++) for (const s of steps) if (s * 10 ** e >= 0.8 * unit) ticks.push(s * 10 ** e, -s * 10 ** e);
     ticks.sort((v, w) => v - w);
   } else {
     const raw = (b - a) / 6, unit = 10 ** Math.floor(Math.log10(raw));
