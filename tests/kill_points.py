@@ -15,7 +15,6 @@ from pathlib import Path
 import faiss  # noqa: F401  imported once here instead of in every child
 import pandas  # noqa: F401
 import torch
-import torchvision  # noqa: F401
 
 STAGES = ("validate", "extract", "adapt", "index", "evaluate")
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}

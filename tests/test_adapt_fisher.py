@@ -10,8 +10,9 @@ from torch import nn
 
 from panda_ad.adapt import fisher as fisher_module
 from panda_ad.adapt.fisher import SOURCE_CLASSES, cached_fisher, estimate_fisher, load_fisher, save_fisher, source_labels
-from panda_ad.backbones import Backbone, load_backbone
+from panda_ad.backbones import Backbone, Head, load_backbone
 from panda_ad.errors import UserError
+from panda_ad.resnet import ResNet
 
 
 class TwoParameters(nn.Module):
@@ -154,10 +155,9 @@ def test_resnet152_parameter_names():
 
     with torch.device("meta"):
         net = resnets.resnet152()
+        ours = Head(ResNet("resnet152", 1000))
     shapes = {k: v.shape for k, v in net.named_parameters() if k.startswith(("layer3", "layer4"))}
-    from panda_ad.backbones import Head
-
-    assert {k: v.shape for k, v in Head(net).named_parameters()} == shapes
+    assert {k: v.shape for k, v in ours.named_parameters()} == shapes
 
 
 def test_unusable_files(backbone, whole, tmp_path):

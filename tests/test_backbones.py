@@ -1,5 +1,8 @@
 """Backbones: weights from every source, one clear line where they cannot be had, and the same numbers in any company."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from panda_ad.backbones import EMBEDDED, Backbone, in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.backbones import EMBEDDED, Backbone, fingerprint, in_micro_batches, load_backbone, preprocess, trunk_activations
 from panda_ad.errors import UserError
+from panda_ad.resnet import NAMES, ResNet
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def test_agrees_with_torchvisions_own_forward_pass(backbone):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
 def test_trunk_and_head_compute_what_torchvisions_layers_do(name):
     import torchvision
 
@@ -58,6 +62,30 @@ def test_trunk_and_head_compute_what_torchvisions_layers_do(name):
         assert torch.equal(layer1, first) and torch.equal(layer2, net.layer2(first))
         layer3, layer4 = ours.head.maps(layer2)
         assert torch.equal(layer3, net.layer3(layer2)) and torch.equal(layer4, net.layer4(layer3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_torchvisions_by_name_shape_and_order(name):
+    import torchvision
+
+    with torch.device("meta"):
+        ours, theirs = ResNet(name, 5).state_dict(), getattr(torchvision.models, name)(num_classes=5).state_dict()
+    assert [(k, v.shape) for k, v in ours.items()] == [(k, v.shape) for k, v in theirs.items()]
+
+
+def test_a_backbone_is_no_view_of_the_tensors_it_is_built_from():
+    state = plain_state()
+    net = Backbone("resnet18", state)
+    before = net.fingerprint
+    for tensor in state.values():
+        tensor.fill_(9)
+    assert fingerprint(net.tensors()) == before
+
+
+def test_torchvision_is_not_imported():
+    """It brings PyTorch's compiler along: as long again as PyTorch, at each start of a stage."""
+    code = "import sys; from panda_ad.backbones import load_backbone; load_backbone('embedded'); print({'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panda_ad.errors import UserError
-
-if TYPE_CHECKING:
-    from torchvision.models import ResNet
+from panda_ad.resnet import NAMES, ResNet
 
 EMBEDDED = Path(__file__).parent / "weights" / "resnet18-tiny-imagenet-64px-fp16.safetensors"
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 MICRO_BATCH = 8
 """Images per forward pass when scoring. Fixed, and padded up to, so that an image's score never depends on its company."""
 
@@ -79,28 +75,23 @@ class Backbone(nn.Module):
     def __init__(self, name: str, state: dict[str, Tensor]):
         """Build from torchvision's state dict (any float dtype). Raises ValueError where it does not fit `name`."""
         super().__init__()
-        import torchvision.models.resnet as resnets
-
         if name not in NAMES:
             raise ValueError(f"unknown architecture {name!r}")
-        state = {k: v.float() for k, v in state.items() if not k.endswith("num_batches_tracked")}
+        state = {k: v.to(torch.float32, copy=True) for k, v in state.items() if not k.endswith("num_batches_tracked")}
         classes = state["fc.weight"].shape[0] if "fc.weight" in state else 0
         with torch.device("meta"):
-            net = getattr(resnets, name)(num_classes=classes or 1)
-        expected = {k for k in net.state_dict() if not k.endswith("num_batches_tracked")}
+            net = ResNet(name, classes or 1)
+        counters = {k for k in net.state_dict() if k.endswith("num_batches_tracked")}
+        expected = net.state_dict().keys() - counters
         if not classes:
             expected -= {"fc.weight", "fc.bias"}
         if set(state) != expected:
             odd = sorted(expected - set(state)) or sorted(set(state) - expected)
             raise ValueError(f"not the weights of a {name}: {odd[0]} is {'missing' if expected - set(state) else 'unexpected'}")
-        net = net.to_empty(device="cpu")
         try:
-            net.load_state_dict(state, strict=False)
+            net.load_state_dict({**state, **{k: torch.tensor(0) for k in counters}}, strict=False, assign=True)
         except RuntimeError as e:
             raise ValueError(f"not the weights of a {name}: {str(e).splitlines()[1].strip()}") from None
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.num_batches_tracked is not None:
-                module.num_batches_tracked.zero_()
         self.name = name
         self.trunk, self.head = Trunk(net), Head(net)
         self.fc = net.fc if classes else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlflow.models import Model
 
 SERVING = (
-    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy", "torch", "torchvision", "tqdm",
+    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy", "torch", "tqdm",
 )  # fmt: skip
 """Distributions that a served model needs; pinned as installed where it was made."""
 
