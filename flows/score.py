@@ -15,11 +15,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.retrain import BACKOFF
+from panda_ad.data.images import image_files
 from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
 from panda_ad.monitor.log import LOG
 from panda_ad.params import load_params
-from panda_ad.score import Scored, image_files, score_files
+from panda_ad.score import Scored, score_files
 
 VERDICTS = Path("monitoring/verdicts")
 """A CSV per category and run with new images."""

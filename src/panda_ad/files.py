@@ -17,6 +17,13 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
+    with renamed_file(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def renamed_file(path: Path) -> Iterator[Path]:
+    """`atomic_file` for one of many files in an existing folder: what killed writers left there is not looked for."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from panda_ad.data.ingest import Intake, Label, Split, take_in
 from panda_ad.errors import UserError
 from panda_ad.lock import repository_lock
 from panda_ad.params import load_params
-from panda_ad.run import dvc
+from panda_ad.run import dvc, dvc_meanwhile
 
 _SHOWN = 20
 _SUSPECTS = 5
@@ -43,7 +44,10 @@ def ingest(
         _complete(root, tracked)
         before = _version(tracked)
         intake = take_in(params, category, paths, label, kind, split, masks)
-        unversioned = _record(root, tracked)
+        unversioned = _unversioned(root)
+        with nullcontext() if unversioned else dvc_meanwhile("add", "--quiet", str(tracked.with_suffix(""))):
+            asked = check and label == "good" and intake.added
+            opinion, doubtful = _opinion(root, category, [path for _, path in intake.added]) if asked else ("", False)
     print(_told(intake, category, root))
     after = _version(tracked)
     if unversioned:
@@ -52,8 +56,8 @@ def ingest(
         print(f"data: {after} as before ({tracked})")
     else:
         print(f"data: {before or 'none'} -> {after} ({tracked})")
-    if check and label == "good" and intake.added:
-        _suspects(root, category, [path for _, path in intake.added])
+    if opinion:
+        print(f"panda-ad: warning: {opinion}" if doubtful else opinion, file=sys.stderr if doubtful else sys.stdout)
     if intake.added:
         keep = "" if unversioned else f"   (git commit {tracked} keeps this version; dvc push sends its images to the remote)"
         print(f"next: dvc repro{keep}")
@@ -93,15 +97,14 @@ def _complete(root: Path, tracked: Path) -> None:
         )
 
 
-def _record(root: Path, tracked: Path) -> str:
-    """`dvc add`; '' or why that cannot be."""
+def _unversioned(root: Path) -> str:
+    """'' or why DVC cannot record the set."""
     if not Path(".dvc").is_dir():
         return "data: not versioned, this folder is no DVC repository (dvc init)"
     if not root.resolve().is_relative_to(Path.cwd().resolve()):
         return f"data: not versioned, {root} lies outside this repository"
     if not root.is_dir():
         return f"data: no folder {root}"
-    dvc("add", "--quiet", str(tracked.with_suffix("")))
     return ""
 
 
@@ -120,12 +123,11 @@ def _near(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _suspects(root: Path, category: str, added: list[str]) -> None:
-    """Warn of new 'good' images that the present model calls defect."""
+def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
+    """What the present model says to new 'good' images, in a line, and whether that is a warning; it names those that it calls defect."""
     bundle = Path("build/bundle") / category
     if not (bundle / "bundle.json").is_file():
-        print(f"no model in {bundle} yet: that the new images are good is taken on trust")
-        return
+        return f"no model in {bundle} yet: that the new images are good is taken on trust", False
     from panda_ad.bundle import load_bundle
     from panda_ad.score import verdicts
 
@@ -133,16 +135,14 @@ def _suspects(root: Path, category: str, added: list[str]) -> None:
         detector = load_bundle(bundle)
         found = [(f, v) for f, _, v in verdicts(detector, [root / path for path in added]) if not isinstance(v, str) and v.anomalous]
     except UserError as e:
-        print(f"panda-ad: warning: the new images could not be compared with the present model: {e}", file=sys.stderr)
-        return
+        return f"the new images could not be compared with the present model: {e}", True
     rate = detector.config["false_alarm_rate"]
     if not found:
-        print(f"{bundle} calls all new images good")
-        return
+        return f"{bundle} calls all new images good", False
     found.sort(key=lambda pair: -pair[1].score)
     names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + (f" and {len(found) - _SUSPECTS} more" if len(found) > _SUSPECTS else "")
-    print(
-        f"panda-ad: warning: of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {rate * len(added):.0f} are to be "
+    return (
+        f"of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {rate * len(added):.0f} are to be "
         f"expected by its false-alarm rate): {names}. Look at them before you train",
-        file=sys.stderr,
+        True,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from panda_ad.errors import GateRefused, UserError
@@ -35,6 +36,16 @@ def run() -> None:
         raise refused
 
 
+@contextmanager
+def dvc_meanwhile(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, str] | None = None) -> Iterator[None]:
+    """`dvc` as a child beside what the block does; the block's end waits for it, an exception in the block ends it."""
+    with Group([sys.executable, "-m", "dvc", *arguments], cwd=folder, env=child_environment(extra)) as child:
+        yield
+        for line in child.lines():
+            print(line, flush=True)
+        _check(arguments, child.wait())
+
+
 def dvc(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, str] | None = None) -> None:
     """Run DVC as a child that ends with this process; UserError where it fails (its own output has said why).
 
@@ -42,15 +53,15 @@ def dvc(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, s
     ----------
     folder : where it runs; None: here.  extra : environment variables beside this process's.
     """
-    env = child_environment(extra)
-    command = [sys.executable, "-m", "dvc", *arguments]
     if sys.stdout.isatty():  # progress bars draw on the terminal itself
-        status = subprocess.run(command, cwd=folder, env=env, check=False).returncode
+        command = [sys.executable, "-m", "dvc", *arguments]
+        _check(arguments, subprocess.run(command, cwd=folder, env=child_environment(extra), check=False).returncode)
     else:
-        with Group(command, cwd=folder, env=env) as child:
-            for line in child.lines():
-                print(line, flush=True)
-            status = child.wait()
+        with dvc_meanwhile(*arguments, folder=folder, extra=extra):
+            pass
+
+
+def _check(arguments: Sequence[str], status: int) -> None:
     if status != 0:
         raise UserError(f"`dvc {' '.join(arguments)}` failed; what it printed above says why, and running again resumes there")
 

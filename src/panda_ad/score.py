@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from panda_ad.bundle import load_bundle
-from panda_ad.data.images import SUFFIXES, read_image
+from panda_ad.data.images import image_files, read_image
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
@@ -58,22 +58,6 @@ def load_model(model: str | None, bundle: Path | None, false_alarm_rate: float |
         return Model(load_bundle(folder, false_alarm_rate), name, version)
     assert bundle is not None
     return Model(load_bundle(bundle, false_alarm_rate))
-
-
-def image_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, and the images in folders (recursive, sorted, hidden ones left out). UserError where there are none."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {' '.join(sorted(SUFFIXES))}")
-    return files
 
 
 def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> Iterator[tuple[Path, np.ndarray | None, Verdict | str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.data.images import MODES
-from panda_ad.data.manifest import COLUMNS, mixed, split_calibration
+from panda_ad.data.manifest import COLUMNS, split_calibration
 from panda_ad.params import Params
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check(rows: pd.DataFrame, params: Params) -> Checked:
     for category in params.categories:
         blocking += _too_few(good[good["category"] == category], category, params)
         part = good[good["category"] == category]
-        if modes := mixed(part["mode"]):
+        if modes := _mixed(part["mode"]):
             warnings.append(f"{category}: images of different pixel modes: {modes}")
         if part["width"].nunique() > 1 or part["height"].nunique() > 1:
             spans = (f"{part['width'].min()} to {part['width'].max()} wide", f"{part['height'].min()} to {part['height'].max()} high")
@@ -126,3 +127,9 @@ def _too_few(rows: pd.DataFrame, category: str, params: Params) -> list[tuple[st
         if not (test["label"] == label).any():
             found.append((test_folder, f"no usable {what} test images of {category}: without both kinds nothing can be evaluated"))
     return found
+
+
+def _mixed(values: Iterable[str]) -> str:
+    """'L (3), RGB (12)' for values that differ, '' where all are equal."""
+    counts = Counter(values)
+    return ", ".join(f"{value} ({n})" for value, n in sorted(counts.items())) if len(counts) > 1 else ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,19 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
 def read_mask(path: Path | str) -> np.ndarray:
     """Read a mask file: bool (H, W), true where marked. Raises UserError as `decode` does."""
     return decode_mask(read_bytes(path), str(path))
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Files as given, and the images in folders (recursive, sorted, hidden ones left out). UserError where there are none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {' '.join(sorted(SUFFIXES))}")
+    return files

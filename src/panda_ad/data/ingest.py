@@ -14,9 +14,9 @@ from typing import Literal
 from panda_ad.data import images, torchvision_sets
 from panda_ad.data.checks import MIN_SIDE
 from panda_ad.data.layouts import Entry, printable, visible
-from panda_ad.data.manifest import Record, image_record, known_images, mask_record
+from panda_ad.data.manifest import Record, image_record, known_images, mask_record, remember
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_file, atomic_folder
+from panda_ad.files import atomic_folder, renamed_file
 from panda_ad.params import Params
 
 Label = Literal["good", "defect"]
@@ -87,6 +87,7 @@ def take_in(
     for folder in (place.images, place.masks):
         for stale in (root / folder).glob(".*.tmp"):  # of a run that was killed; the repository's lock admits one writer
             stale.unlink()
+    read: list[tuple[str, str, Record]] = []
     for file in files:
         try:
             data = images.read_bytes(file)
@@ -104,18 +105,22 @@ def take_in(
             else:
                 intake.known.append((file, path))
             continue
-        mask: bytes | None = None
+        name = _name(file, record["sha256"])
+        path = f"{place.images}/{name}"
         if masks is not None:
-            mask, problem = _mask(given.get(file), record)
+            mask, held, problem = _mask(given.get(file), record)
             if problem:
                 intake.refused.append((file, problem))
                 continue
-        name = _name(file, record["sha256"])
-        if mask is not None:  # before its image: a kill between the two leaves an image that is still to be added
-            _write(root / place.masks / f"{Path(name).stem}_mask{_suffix(given[file])}", mask)
-        _write(root / place.images / name, data)
-        intake.added.append((file, f"{place.images}/{name}"))
-        twins.add(f"{place.images}/{name}", place.label, record)
+            mask_path = f"{place.masks}/{Path(name).stem}_mask{_suffix(given[file])}"
+            _write(root / mask_path, mask)  # before its image: a kill between the two leaves an image that is still to be added
+            read.append(("mask", mask_path, held))
+        _write(root / path, data)
+        read.append(("image", path, record))
+        intake.added.append((file, path))
+        twins.add(path, place.label, record)
+    if read:
+        remember(root, read)
     if masks is not None:
         spare = set(_mask_files(masks)) - set(given.values())
         intake.refused += [(path, "is a mask without an image") for path in sorted(spare)]
@@ -206,22 +211,22 @@ def _masks_of(files: list[Path], folder: Path) -> dict[Path, Path]:
     return {stems[stem]: mask for stem, mask in pairs.items() if mask is not None}
 
 
-def _mask(path: Path | None, image: Record) -> tuple[bytes | None, str]:
-    """A mask's bytes and '', or None and what is wrong with it."""
+def _mask(path: Path | None, image: Record) -> tuple[bytes, Record, str]:
+    """A mask's bytes, what they hold, and '' or what is wrong with it."""
     if path is None:
-        return None, "has no mask"
+        return b"", {}, "has no mask"
     try:
         data = images.read_bytes(path)
     except UserError as e:
-        return None, f"its mask {e}"
+        return b"", {}, f"its mask {e}"
     record = mask_record(data, str(path))
     if record["problem"]:
-        return None, record["problem"]
+        return data, record, record["problem"]
     if (record["width"], record["height"]) != (image["width"], image["height"]):
-        return None, f"its mask {path} is {record['width']} x {record['height']} pixels, the image {image['width']} x {image['height']}"
+        return data, record, f"its mask {path} is {record['width']} x {record['height']} pixels, the image {image['width']} x {image['height']}"
     if not record["marked"]:
-        return None, f"its mask {path} is empty: its largest value is {record['largest']}, marked is 128 and above"
-    return data, ""
+        return data, record, f"its mask {path} is empty: its largest value is {record['largest']}, marked is 128 and above"
+    return data, record, ""
 
 
 def _unusable(record: Record) -> str:
@@ -265,7 +270,8 @@ def _suffix(file: Path) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with atomic_file(path) as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with renamed_file(path) as temporary:
         temporary.write_bytes(data)
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,6 +84,13 @@ def known_images(params: Params, category: str) -> list[tuple[Entry, Record]]:
         entries = list_entries(params.model_copy(update={"categories": [category]}), root)
         read = _read_all(root, {e.path for e in entries if not e.problem}, "image", inspect_image, cache)
     return [(e, read.get(e.path, {})) for e in entries]
+
+
+def remember(root: Path, found: Iterable[tuple[str, str, Record]]) -> None:
+    """Keep what reading files under `root` found, each (kind: 'image' or 'mask', path, record), so that no run reads them again."""
+    with _Cache(root, keep=True) as cache:
+        for kind, path, record in found:
+            cache.put(kind, path, record)
 
 
 def inspect_image(root: Path, path: str) -> Record:
@@ -222,12 +229,6 @@ def data_hash(rows: pd.DataFrame) -> str:
     return hashlib.sha256(json.dumps(sorted(f for f in files if f[0])).encode()).hexdigest()
 
 
-def mixed(values: Iterable[str]) -> str:
-    """'L (3), RGB (12)' for values that differ, '' where all are equal."""
-    counts = Counter(values)
-    return ", ".join(f"{value} ({n})" for value, n in sorted(counts.items())) if len(counts) > 1 else ""
-
-
 class _Cache:
     """Records of files read before, by (kind, path, size, mtime); safe to delete.
 
@@ -266,11 +267,16 @@ class _Cache:
 
     def read(self, kind: str, path: str, read: Callable[[Path, str], Record]) -> Record:
         """Read a file and remember what was found."""
-        key = self._key(kind, path)
+        key = self._key(kind, path)  # before: a file that changes meanwhile is read again
         record = read(self.root, path)
         if key is not None:
             self.used[key] = record
         return record
+
+    def put(self, kind: str, path: str, record: Record) -> None:
+        """Remember what is known of a file already."""
+        if (key := self._key(kind, path)) is not None:
+            self.used[key] = record
 
     def _key(self, kind: str, path: str) -> str | None:
         try:

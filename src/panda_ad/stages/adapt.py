@@ -14,12 +14,11 @@ from panda_ad.activations import Activations, Item
 from panda_ad.adapt import Adapted, adapt, pack_snapshots
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.backbones import Backbone
-from panda_ad.data.images import read_image
+from panda_ad.data.images import image_files, read_image
 from panda_ad.data.outliers import coarseness, is_grey, outlier_item
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder, write_json
 from panda_ad.params import Params, load_params
-from panda_ad.score import image_files
 from panda_ad.stages.common import BUILD, CACHE, activations_for, backbone_for, category_rows, items_of, run_stage, threads
 
 
