@@ -30,6 +30,14 @@ def checked(make_params, categories=("nut",), **data):
     return check(collect(params), params)
 
 
+def test_a_module_loaded_when_used_is_loaded_when_used():
+    code = (
+        "import sys; from panda_ad.data.validation import _load_when_used; _load_when_used('scipy.stats'); from scipy import stats\n"
+        "print('scipy.stats._stats_py' in sys.modules, stats.norm.cdf(0), 'scipy.stats._stats_py' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False 0.5 True\n"
+
+
 def edit(path: str, pixels: np.ndarray) -> None:
     save(pixels, Path("data/nut") / path)
 

@@ -6,9 +6,11 @@ rows. The two must agree: a failed expectation that no reason explains is an err
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -39,6 +41,7 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     """Run the suite on `checked.rows` and write Data Docs to the folder `docs` (index.html and what it links to)."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "true")
+    _load_when_used("scipy.stats")  # a quarter of the import's time, for tests of distributions, which the suite has none of
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
@@ -62,6 +65,19 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     found = [_outcome(r) for r in results]
     _make_offline(docs, checked, params, found)
     return found
+
+
+def _load_when_used(name: str) -> None:
+    """Put off the import of a module until an attribute of it is asked for: importlib's recipe 'Implementing lazy imports'."""
+    spec = None if name in sys.modules else importlib.util.find_spec(name)
+    if spec is None or spec.loader is None:
+        return
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    parent, _, child = name.rpartition(".")
+    setattr(sys.modules[parent], child, module)
 
 
 def _gx_rows(rows: pd.DataFrame) -> pd.DataFrame:
