@@ -61,3 +61,17 @@ def make_params() -> Callable[..., Params]:
         return parse_params(raw)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    """An empty MLflow database; creating one takes seconds, copying it nothing."""
+    folder = tmp_path_factory.mktemp("store")
+    from panda_ad.registry.connection import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)
+        connect()
+    assert [p.name for p in folder.iterdir()] == ["mlflow.db"]
+    return folder / "mlflow.db"

@@ -6,15 +6,22 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 from PIL import Image
 
+from panda_ad.registry import audit
 from panda_ad.registry.change import digest_file
+from panda_ad.registry.connection import connect
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFECTS = ("hole", "stain")
+NAME = "panda-sample-fabric"
 
 
 def make_project(folder: Path, categories: tuple[str, ...] = ("fabric",)) -> Path:
@@ -134,3 +141,26 @@ def write(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """A JSON file, its folder made."""
     write(path, json.dumps(value))
+
+
+def retrained(folder: Path, quality: float = 1.0, weights: bytes = b"weights 2") -> None:
+    """Another change: other code, another model, other scores."""
+    write(folder / "requirements.lock", f"# {weights!r}\n")
+    write_bundle(folder, "fabric", weights)
+    write_scores(folder, "fabric", quality)
+
+
+def aliases() -> dict[str, int]:
+    """Of the registered model, with their versions."""
+    return {k: int(v) for k, v in connect().get_registered_model(NAME).aliases.items()}
+
+
+def moves() -> list[tuple[str, str, str | None, str]]:
+    """The audit records: action, alias, from, to."""
+    return [(m["action"], m["alias"], m["from"], m["to"]) for m in audit.history(connect(), NAME)]
+
+
+def the_run() -> Run:
+    """The store's only run."""
+    (run,) = connect().search_runs(["1"])
+    return run

@@ -1,6 +1,5 @@
 """Publishing, promotion, rollback and lineage against a real SQLite store."""
 
-import functools
 import json
 import os
 import shutil
@@ -10,7 +9,19 @@ import sys
 import time
 
 import pytest
-from registry_project import make_project, read_rows, set_gate, write, write_bundle, write_rows, write_scores
+from registry_project import (
+    NAME,
+    aliases,
+    make_project,
+    moves,
+    read_rows,
+    retrained,
+    set_gate,
+    the_run,
+    write,
+    write_bundle,
+    write_rows,
+)  # fmt: skip
 
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
@@ -18,20 +29,6 @@ from panda_ad.registry.connection import connect, download_version, without_cred
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
-
-NAME = "panda-sample-fabric"
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory):
-    """An empty MLflow database; creating one takes seconds, copying it nothing."""
-    folder = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        patch.chdir(folder)
-        connect()
-    assert [p.name for p in folder.iterdir()] == ["mlflow.db"]
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -42,26 +39,6 @@ def project(tmp_path, monkeypatch, empty_store):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(folder)
     return folder
-
-
-def retrained(folder, quality=1.0, weights=b"weights 2"):
-    """Another change: other code, another model, other scores."""
-    write(folder / "requirements.lock", f"# {weights!r}\n")
-    write_bundle(folder, "fabric", weights)
-    write_scores(folder, "fabric", quality)
-
-
-def aliases():
-    return {k: int(v) for k, v in connect().get_registered_model(NAME).aliases.items()}
-
-
-def moves():
-    return [(m["action"], m["alias"], m["from"], m["to"]) for m in audit.history(connect(), NAME)]
-
-
-def the_run():
-    (run,) = connect().search_runs(["1"])
-    return run
 
 
 def test_publish_puts_everything_on_record(project, monkeypatch):
@@ -139,117 +116,6 @@ def test_a_new_change_is_a_new_run_and_only_a_new_bundle_a_new_version(project):
     write_bundle(project, "fabric", b"other weights")
     publish("fabric")
     assert aliases() == {"challenger": 2}
-
-
-class Killed(BaseException):
-    """Stands in for SIGKILL: nothing catches it."""
-
-
-WRITES = (
-    "create_experiment", "create_run", "update_run", "log_inputs", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
-    "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version",
-    "set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
-    "set_registered_model_tag", "set_terminated", "transition_model_version_stage",
-)  # fmt: skip
-
-
-def killed_after(monkeypatch, number):
-    """Let `number` writes to MLflow happen, then die; returns the list that counts them."""
-    from mlflow import MlflowClient
-
-    done: list[str] = []
-
-    def wrap(name, real):
-        @functools.wraps(real)
-        def write_then_die(self, *args, **kwargs):
-            result = real(self, *args, **kwargs)
-            done.append(name)
-            if len(done) == number:
-                raise Killed
-            return result
-
-        return write_then_die
-
-    for name in WRITES:
-        monkeypatch.setattr(MlflowClient, name, wrap(name, getattr(MlflowClient, name)))
-    return done
-
-
-def snapshot():
-    """All that a publish leaves, without ids and times."""
-    client, run = connect(), the_run()
-    history = {k: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)] for k in run.data.metrics}
-    version = client.get_model_version(NAME, "1")
-    ids = ("panda.run", "panda.change")
-    models = client.search_logged_models(["1"])
-    return (
-        run.info.status, run.data.params, history, sorted(run.data.tags), version.description, version.aliases, version.current_stage,
-        {k: v for k, v in version.tags.items() if k not in ids and not k.startswith("gate.")}, [str(m.status) for m in models],
-        len(client.search_model_versions(f"name = '{NAME}'")), len(run.outputs.model_outputs), aliases(), moves(),
-        [(i.dataset.name, i.dataset.digest, i.dataset.profile) for i in run.inputs.dataset_inputs],
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_killed_after_any_kind_of_write_publish_and_promote_end_as_if_undisturbed(project, monkeypatch):
-    def fresh():
-        shutil.rmtree(project / "mlartifacts", ignore_errors=True)
-        from mlflow.store.db.utils import create_sqlalchemy_engine
-
-        with create_sqlalchemy_engine(f"sqlite:///{project / 'mlflow.db'}").begin() as db:  # the open store keeps the file
-            for table in ("registered_model_aliases", "registered_model_tags", "model_version_tags", "model_versions", "registered_models",
-                          "logged_model_metrics", "logged_model_tags", "logged_model_params", "logged_models", "inputs", "input_tags",
-                          "latest_metrics", "metrics", "params", "tags", "runs", "datasets"):  # fmt: skip
-                db.exec_driver_sql(f"DELETE FROM {table}")
-            db.exec_driver_sql("DELETE FROM experiments WHERE name <> 'Default'")
-
-    def both():
-        publish("fabric")
-        promote("fabric")
-
-    with monkeypatch.context() as patch:
-        writes = killed_after(patch, -1)
-        both()
-    undisturbed = snapshot()
-    assert {"create_model_version", "set_registered_model_alias", "finalize_logged_model"} <= set(writes)
-    first, last = ({name: n for n, name in order} for order in (reversed([*enumerate(writes, 1)]), enumerate(writes, 1)))
-    for number in sorted({*first.values(), *last.values()}):
-        fresh()
-        with monkeypatch.context() as patch:
-            killed_after(patch, number)
-            with pytest.raises(Killed):
-                both()
-        found = aliases() if number > writes.index("create_registered_model") + 1 else {}
-        assert found.get("staging") in (None, 1)
-        both()
-        end = snapshot()
-        assert end == undisturbed, f"killed after write {number}, {writes[number - 1]}"
-
-
-@pytest.mark.slow
-def test_a_rollback_killed_after_any_write_is_finished_by_the_next_command(project, monkeypatch):
-    for weights in (b"1", b"2", b"3"):
-        retrained(project, weights=weights)
-        publish("fabric")
-        promote()
-    with monkeypatch.context() as patch:
-        writes = killed_after(patch, -1)
-        rollback("fabric")
-    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
-    for number in range(1, len(writes) + 1):
-        if aliases()["staging"] != 3:
-            rollback("fabric", 3)
-        with monkeypatch.context() as patch:
-            killed_after(patch, number)
-            with pytest.raises(Killed):
-                rollback("fabric")
-        if aliases()["staging"] == 3:  # held back, not moved: asking again does it
-            rollback("fabric")
-        (decision,) = promote()
-        assert decision.outcome == "held back"
-        assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}, writes[number - 1]
-        assert moves()[-1] == ("rollback", "staging", "3", "2") and moves()[-2][2:] != ("3", "2")
-        assert connect().get_model_version(NAME, "2").current_stage == "Staging"
 
 
 def test_first_promotion_looks_at_floors_only_and_again_does_nothing(project):

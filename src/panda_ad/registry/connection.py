@@ -88,7 +88,7 @@ def connect() -> MlflowClient:
     uri = tracking_uri()
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root() / "mlflow.db").exists() and not (root() / "params.yaml").exists():
         raise UserError(f"{root()}: neither mlflow.db nor params.yaml is here; run from the repository's folder, or set MLFLOW_TRACKING_URI")
-    _preflight(uri)
+    require_server()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     with mlflow_errors():
@@ -97,6 +97,7 @@ def connect() -> MlflowClient:
 
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # retries too: the error at their end says it all
             logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a stack trace of the error that it raises as well
         if uri.startswith("sqlite:///"):
             _create_store(Path(uri.removeprefix("sqlite:///")))
         before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
@@ -106,6 +107,11 @@ def connect() -> MlflowClient:
             if was is None:  # MLflow also sets the variable, and a child in another repository would write here
                 os.environ.pop(name, None)
         return MlflowClient(uri, uri)
+
+
+def require_server() -> None:
+    """Unavailable where the tracking server does not answer within seconds."""
+    _preflight(tracking_uri())
 
 
 def local_store() -> bool:

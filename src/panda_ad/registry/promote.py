@@ -1,13 +1,13 @@
 """Promotion through the gate, and rollback.
 
-Order of writes, so that a crash at any point leaves each alias on one whole, judged version:
+Order of writes, so that a crash or a lost server at any point leaves the alias where it was or where it goes, on a whole, judged version:
 
 1. the decision with every figure (artifact of the candidate's run, tags of the version);
-2. @previous to the version in place;
-3. the alias itself, in one request: this is the move;
-4. MLflow's stage field for old dashboards, last the audit record.
+2. the alias itself, in one request: this is the move;
+3. @previous to the version that the alias left, MLflow's stage field for old dashboards, last the audit record.
 
-After a crash before 3 the next `promote` decides and moves again; after 3 it finds a move without its record and does the rest.
+After a crash before 2 the next `promote` decides and moves again. After 2 the next `promote` or `rollback`, whatever else it does, finds
+a move without its record and first does the rest (`_catch_up`).
 """
 
 from __future__ import annotations
@@ -99,19 +99,16 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
 def _promote(client: MlflowClient, params: Params, category: str, to: str) -> Decision:
     name = model_name(params.dataset, category)
     model = registered(client, name)
-    aliases = {alias: str(version) for alias, version in model.aliases.items()}
-    version, current = aliases.get(SOURCE[to]), aliases.get(to)
+    if _catch_up(client, model, to):
+        model = registered(client, name)
+    version, current = _at(model, SOURCE[to]), _at(model, to)
     if version is None:
         todo = "run `dvc repro` to publish one" if to == "staging" else "promote one to staging first"
         raise UserError(f"{name}: no version @{SOURCE[to]}; {todo}")
     if version == current:
-        if _unrecorded(model, to, current):
-            _finish(client, model, "promote", to, _last(model, to), current, _LATER)
         return Decision(category, name, to, version, current, "unchanged", f"it is @{to} already")
     candidate = client.get_model_version(name, version)
     if when := candidate.tags.get(f"{_ROLLED_BACK}{to}"):
-        if current is not None and _unrecorded(model, to, current):
-            _finish(client, model, "rollback", to, _last(model, to), current, _LATER)
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
     incumbent = None if current is None else client.get_model_version(name, current)
@@ -122,8 +119,6 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
     decision = Decision(category, name, to, version, current, "refused" if failed else "promoted", reason, rules=rules)
     _record(client, decision, candidate)
     if not failed:
-        if current is not None:
-            client.set_registered_model_alias(name, PREVIOUS[to], current)
         client.set_registered_model_alias(name, to, version)
         _finish(client, model, "promote", to, current, version, reason)
     return decision
@@ -145,23 +140,50 @@ def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -
 
 def _finish(client: MlflowClient, model: RegisteredModel, action: str, alias: str, before: str | None, after: str, why: str) -> None:
     """What follows a move of `alias`; the audit record comes last and says that all of it is done."""
-    if action == "rollback":
-        earlier = audit.predecessor(audit.records(model), alias, after)
-        if earlier is not None:
-            client.set_registered_model_alias(model.name, PREVIOUS[alias], earlier)
-        elif PREVIOUS[alias] in model.aliases:
-            client.delete_registered_model_alias(model.name, PREVIOUS[alias])
+    earlier = before if action == "promote" else audit.predecessor(audit.records(model), alias, after)
+    if earlier is not None and _version(client, model.name, earlier) is not None:
+        client.set_registered_model_alias(model.name, PREVIOUS[alias], earlier)
+    elif action == "rollback" and PREVIOUS[alias] in model.aliases:
+        client.delete_registered_model_alias(model.name, PREVIOUS[alias])
     _set_stage(client, model.name, alias, after)
     audit.record(client, model.name, action=action, alias=alias, before=before, after=after, why=why)
 
 
-def _last(model: RegisteredModel, alias: str) -> str | None:
-    """The version that the last recorded move of `alias` went to."""
-    return next((m["to"] for m in reversed(audit.records(model)) if m["alias"] == alias), None)
+def _at(model: RegisteredModel, alias: str) -> str | None:
+    """The version that an alias points at; None where it is not set."""
+    version = model.aliases.get(alias)
+    return None if version is None else str(version)
 
 
-def _unrecorded(model: RegisteredModel, alias: str, current: str) -> bool:
-    return _last(model, alias) != current
+def _version(client: MlflowClient, name: str, number: str) -> ModelVersion | None:
+    """A version; None where it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(name, number)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _catch_up(client: MlflowClient, model: RegisteredModel, alias: str) -> str | None:
+    """Finish the move of `alias` that has no record, if there is one; its action, 'promote' or 'rollback', or None.
+
+    Before it moves the alias, a rollback tags the version it leaves, and a promotion the version that it goes to. A move made by hand
+    in MLflow counts as a promotion.
+    """
+    current = _at(model, alias)
+    last = next((m for m in reversed(audit.records(model)) if m["alias"] == alias), {"to": None, "when": ""})
+    if current is None or current == last["to"]:
+        return None
+    action = "promote"
+    left = None if last["to"] is None else _version(client, model.name, last["to"])
+    if left is not None and f"{_ROLLED_BACK}{alias}" in left.tags:
+        outcome, _, when = client.get_model_version(model.name, current).tags.get(f"gate.{alias}", "").partition(" ")
+        action = "promote" if outcome == "promoted" and when > last["when"] else "rollback"
+    _finish(client, model, action, alias, last["to"], current, _LATER)
+    return action
 
 
 def rollback(category: str, to_version: int | str | None = None, alias: str = "staging") -> Decision:
@@ -182,9 +204,12 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
     with repository_lock(f"rollback {category}"), mlflow_errors():
         client = connect()
         model = registered(client, name)
-        aliases = {a: str(v) for a, v in model.aliases.items()}
-        current = aliases.get(alias)
-        target = str(to_version) if to_version is not None else aliases.get(PREVIOUS[alias])
+        if caught_up := _catch_up(client, model, alias):
+            model = registered(client, name)
+        current, target = _at(model, alias), _at(model, PREVIOUS[alias]) if to_version is None else str(to_version)
+        if current is not None and caught_up == "rollback" and (to_version is None or target == current):
+            left = audit.records(model)[-1]["from"]
+            return Decision(category, name, alias, current, left, "rolled back", f"from version {left}, {_LATER}")
         if target is None or (to_version is None and target == current):
             raise UserError(f"{name}: @{alias} has held no version before version {current}; name one with --to-version")
         if target == current:
@@ -217,12 +242,15 @@ def _set_stage(client: MlflowClient, name: str, alias: str, version: str) -> Non
     """MLflow's own, deprecated, stage field for dashboards that read it; servers without it are left alone."""
     from mlflow.exceptions import MlflowException
 
-    with contextlib.suppress(MlflowException, AttributeError), warnings.catch_warnings():
+    if alias == "staging" and _at(registered(client, name), "champion") == version:
+        return  # one stage per version, and Production says more
+    with contextlib.suppress(AttributeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        aliases = client.get_registered_model(name).aliases
-        if alias == "staging" and str(aliases.get("champion")) == version:
-            return  # one stage per version, and Production says more
-        client.transition_model_version_stage(name, version, _STAGE[alias], archive_existing_versions=True)
+        try:
+            client.transition_model_version_stage(name, version, _STAGE[alias], archive_existing_versions=True)
+        except MlflowException as e:
+            if e.get_http_status_code() >= 500:  # a lost server is none without the field: the move stays unfinished
+                raise
 
 
 def _tag(name: str) -> str:
