@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 from registry_project import make_project, write, write_bundle, write_scores
 
-from panda_ad.errors import UserError
+from panda_ad.errors import Unavailable, UserError
 from panda_ad.processes import Group
 from panda_ad.registry import audit
 from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_version, server_command
@@ -84,9 +84,26 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
         assert [m["action"] for m in audit.history(connect(), NAME)] == ["promote", "promote", "rollback"]
 
 
-def test_a_server_lost_between_the_writes_of_a_publish_is_one_line_and_the_next_publish_goes_on(tmp_path, monkeypatch):
-    """Team mode: a server that keeps the artifacts itself."""
+def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_the_next_one_goes_on(tmp_path, monkeypatch):
+    """Team mode: a server that keeps the artifacts itself. It is killed in the middle of a publish, before a promotion moves, and after."""
     from mlflow import MlflowClient
+
+    def lost_during(command, method, before):
+        """The server is killed right before or after what `method` does; the command fails with one line, as something to try again."""
+
+        def lost(*args, **kwargs):
+            result = None if before else real(*args, **kwargs)
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait(10)
+            return real(*args, **kwargs) if before else result
+
+        real = getattr(MlflowClient, method)
+        start = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, method, lost)
+            with pytest.raises(Unavailable, match=f"^MLflow at http://127.0.0.1:{port}") as error:
+                command()
+        assert time.monotonic() - start < 60 and "\n" not in str(error.value)
 
     folder, port = make_project(tmp_path / "team"), free_port()
     server_folder = tmp_path / "server"
@@ -95,26 +112,23 @@ def test_a_server_lost_between_the_writes_of_a_publish_is_one_line_and_the_next_
     command += ["--artifacts-destination", "kept"]
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    with serving(server_folder, port, command) as server, monkeypatch.context() as patch:
-
-        def lost(*_args, **_kwargs):
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait(10)
-            return real(*_args, **_kwargs)
-
-        real = MlflowClient.finalize_logged_model
-        patch.setattr(MlflowClient, "finalize_logged_model", lost)
-        start = time.monotonic()
-        with pytest.raises(UserError, match=f"^MLflow at http://127.0.0.1:{port}: ") as error:
-            publish("fabric")
-        assert time.monotonic() - start < 60 and "\n" not in str(error.value)
+    with serving(server_folder, port, command) as server:
+        lost_during(lambda: publish("fabric"), "finalize_logged_model", before=True)
         assert not (folder / "build/publish").exists()
-    with serving(server_folder, port, command):
+    with serving(server_folder, port, command) as server:
         publish("fabric")
         (run,) = connect().search_runs(["1"])
         assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
         assert len(connect().search_model_versions(f"name = '{NAME}'")) == 1
-        assert promote()[0].outcome == "promoted"
+        lost_during(promote, "download_artifacts", before=True)
+    with serving(server_folder, port, command) as server:
+        assert aliases(NAME, 1) == ["challenger"] and audit.history(connect(), NAME) == []
+        lost_during(promote, "set_registered_model_alias", before=False)
+    with serving(server_folder, port, command):
+        assert aliases(NAME, 1) == ["challenger", "staging"] and audit.history(connect(), NAME) == []
+        assert promote()[0].outcome == "unchanged"
+        assert [(m["action"], m["from"], m["to"]) for m in audit.history(connect(), NAME)] == [("promote", None, "1")]
+        assert connect().get_model_version(NAME, "1").current_stage == "Staging"
         bundle = download_version(f"models:/{NAME}@staging")[2]
         assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
         assert download_version(f"models:/{NAME}/1")[2] == bundle
