@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,12 @@ def adapt(
     provenance: dict[str, Any] = {"method": method, "steps": steps, "epochs": epochs, "learning_rate": learning_rate, "images": n, "seed": seed}
     provenance |= {"precision": str(precision).removeprefix("torch.")}
 
+    def products(of: torch.dtype) -> AbstractContextManager[Any]:
+        return small_convolutions(of) if device.type == "cpu" else nullcontext()
+
     # The unadapted features: their mean is the centre, a choice of them the collapse watch's reference.
-    everything = features_of(head, layer2)
+    with products(torch.float32):
+        everything = features_of(head, layer2)
     centre = everything.double().mean(dim=0).float()
     sample = chosen_rows(n, SAMPLE, seed)
     start = feature_statistics(everything[sample], centre)
@@ -133,14 +137,12 @@ def adapt(
         penalty = ElasticPenalty(head, fisher, params.ewc_lambda)
         provenance["fisher_sha256"] = fingerprint(dict(fisher))
 
-    fast = precision == torch.bfloat16
-
     def loss() -> Tensor:
         rows = next(normal)
         x = rows_of(layer2, rows, device)
         if linear is not None:
             x = torch.cat([x, rows_of(outliers, next(exposed), device)]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast), small_convolutions() if fast and device.type == "cpu" else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16), products(precision):
             features = head(x)
         features = features.float()
         return compactness_loss(features, on_device) if linear is None else outlier_loss(linear(features)[:, 0], len(rows))
@@ -153,7 +155,8 @@ def adapt(
 
     def watch(step: int, since: Since) -> bool:
         nonlocal collapsed_at, last_good
-        features = features_of(head, layer2, sample)
+        with products(torch.float32):
+            features = features_of(head, layer2, sample)
         if not torch.isfinite(features).all():
             raise UserError(f"adapt: the features are not finite after step {step} of {steps}; lower adapt.learning_rate")
         now = feature_statistics(features, centre)

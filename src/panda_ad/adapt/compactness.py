@@ -88,7 +88,7 @@ def descend(
     UserError
         Loss or gradient is no longer finite.
     """
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
     waiting, sums, last = set(watch_at), np.zeros(3), 0
     for step in range(1, steps + 1):
         optimizer.zero_grad()

@@ -1,69 +1,186 @@
-"""Convolutions over small maps as one matrix product, for training in bfloat16.
+"""Convolutions over small maps as few matrix products, for training the head on a CPU.
 
-At 64 px layer3 and layer4 see maps of 4 x 4 and 2 x 2. There the library's weight gradient takes three to six times as long as the
-product of patches and gradients that it equals (Chellapilla et al., High Performance Convolutional Neural Networks for Document
-Processing, IWFHR 2006: 'unrolling'), and a training step is mostly weight gradients.
+At 64 px layer3 and layer4 see maps of 4 x 4 and 2 x 2, at 128 px 8 x 8 and 4 x 4. There the library multiplies with the zeros of the
+padding too, and its weight gradient takes up to four times as long as the forward pass. Two ways to do with less:
+
+- 3 x 3, stride 1: minimal filtering (Winograd, Arithmetic Complexity of Computations, SIAM 1980; Lavin and Gray, Fast Algorithms for
+  Convolutional Neural Networks, CVPR 2016, section 4.1): Y = A [(G w G') . (B x B')] A'. Two outputs of a row of three taps take 4
+  multiplications instead of 6, so a 2 x 2 tile takes 16 instead of 36; four outputs take 6 instead of 12. A row of only two positions,
+  its surroundings known to be zero, takes 3 (a 2 x 2 Toeplitz matrix), so a 2 x 2 map takes 9. The gradients are the same products
+  with the matrices transposed.
+- otherwise: one product of patches and weights (Chellapilla et al., High Performance Convolutional Neural Networks for Document
+  Processing, IWFHR 2006: 'unrolling').
+
+Maps lie in memory as (H, W, B, C) and weights as (k, k, C, C'), so that the products need no copies.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-POSITIONS = 16
-"""Largest map, in output positions, that is taken; over larger ones the library is the faster."""
+POSITIONS = {torch.float32: 64, torch.bfloat16: 16}
+"""Largest map, in output positions, that is taken; over larger ones the library is as fast."""
+
+# Lavin and Gray's F(2, 3) and F(4, 3), A and B transposed: outputs x products, products x taps, products x inputs
+_F2 = (
+    [[1, 1, 1, 0], [0, 1, -1, -1]],
+    [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
+    [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
+)
+_F4 = (
+    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
+    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
+    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+)
+# rows of one and of two positions between zeros
+_ALONE = ([[1]], [[0, 1, 0]], [[0, 1, 0]])
+_PAIR = ([[1, 1, 0], [1, 0, 1]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]])
 
 
 class small_convolutions(TorchFunctionMode):
-    """Within it, `conv2d` over small maps, square kernels, without bias, groups or dilation, is `UnrolledConvolution` in bfloat16."""
+    """Within it, `conv2d` over small maps on the CPU, square kernels, without bias, groups or dilation, is done as above, and batch norm
+    with fixed statistics is one multiplication and addition.
+
+    A weight's first use lays its values out anew (`.data`); its shape and values stay.
+
+    Parameters
+    ----------
+    precision : of the matrix products, float32 or bfloat16; results are float32.
+    """
+
+    def __init__(self, precision: torch.dtype = torch.float32):
+        super().__init__()
+        self.precision = precision
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.conv2d and len(args) == 7 and not kwargs:
             x, weight, bias, stride, padding, dilation, groups = args
             k, s, p = weight.shape[2], stride[0], padding[0]
             square = weight.shape[3] == k and tuple(stride) == (s, s) and tuple(padding) == (p, p)
-            if square and bias is None and groups == 1 and tuple(dilation) == (1, 1):
+            if square and bias is None and groups == 1 and tuple(dilation) == (1, 1) and x.device.type == "cpu":
                 h, w = out_shape(x.shape[2], x.shape[3], k, s, p)
-                if h * w <= POSITIONS:
-                    return UnrolledConvolution.apply(x, weight, s, p)
-        return func(*args, **(kwargs or {}))
+                if h * w <= POSITIONS[self.precision]:
+                    if weight.is_leaf and not torch.is_inference_mode_enabled():
+                        weight.data = taps_first(weight.data).permute(3, 2, 0, 1)
+                    if (k, s, p) == (3, 1, 1):
+                        return FilteredConvolution.apply(x, weight, self.precision)
+                    return UnrolledConvolution.apply(x, weight, s, p, self.precision)
+        if func is F.batch_norm and kwargs.get("training") is False and len(args) == 3 and args[0].dim() == 4 and kwargs["weight"] is not None:
+            return fixed_batch_norm(*args, kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        return func(*args, **kwargs)
 
 
-class UnrolledConvolution(torch.autograd.Function):
-    """conv2d(x, weight, stride, padding) in bfloat16: (B, C, H, W), (C', C, k, k) -> bfloat16 (B, C', h, w), channels last."""
+def fixed_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Batch norm of (B, C, h, w) with fixed statistics (C,), in the order in memory of x; the library's copies what is not channels last."""
+    scale = weight * (variance + eps).rsqrt()
+    return torch.addcmul((bias - mean * scale).view(1, -1, 1, 1), x, scale.view(1, -1, 1, 1))
+
+
+@functools.cache
+def filtering(n: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, m, T), G (m, 3), B (m, T, n): sum_it A (G w)_i (B x)_it is the convolution of n values, zeros around them, with three taps.
+
+    T tiles of `outputs` each (2 or 4), m products a tile.
+    """
+    if n <= 2:
+        outputs = n
+    of_tile: Any = {1: _ALONE, 2: _PAIR if n == 2 else _F2, 4: _F4}[outputs]
+    a_tile, g, b_tile = (torch.tensor(matrix, dtype=torch.float32) for matrix in of_tile)
+    tiles, m = -(-n // outputs), len(g)
+    a, b = torch.zeros(tiles * outputs, m, tiles), torch.zeros(m, tiles, tiles * outputs + 2)
+    for t in range(tiles):
+        here = t * outputs
+        a[here : here + outputs, :, t] = a_tile
+        b[:, t, here : here + outputs + 2] = b_tile
+    return a[:n], g, b[:, :, 1 : n + 1]
+
+
+@functools.cache
+def filtering_2d(h: int, w: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`filtering` along both axes at once: A (h w, m m T T), G (m m, 9), B (m m T T, h w); T may differ between the axes, and so may m."""
+    (ay, gy, by), (ax, gx, bx) = filtering(h, outputs), filtering(w, outputs)
+    a = torch.einsum("pit,qjs->pqijts", ay, ax).reshape(h * w, -1)
+    b = torch.einsum("itp,jsq->ijtspq", by, bx).reshape(-1, h * w)
+    return a, torch.kron(gy, gx), b
+
+
+def tile(h: int, w: int, precision: torch.dtype) -> int:
+    """Outputs of a tile along an axis. Over 4 x 4 the transforms of the weights for 4 outputs cost what their products save; bfloat16
+    has too few bits for their coefficients."""
+    return 4 if precision == torch.float32 and max(h, w) > 4 else 2
+
+
+class FilteredConvolution(torch.autograd.Function):
+    """conv2d(x, weight, padding=1): (B, C, h, w), (C', C, 3, 3) -> float32 (B, C', h, w)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-        k = weight.shape[2]
-        h, w = out_shape(x.shape[2], x.shape[3], k, stride, padding)
-        unrolled = patches(x.bfloat16().permute(0, 2, 3, 1), k, stride, padding)
-        matrix = weight.permute(0, 2, 3, 1).bfloat16().reshape(weight.shape[0], -1)  # (C', k k C)
-        ctx.save_for_backward(unrolled, matrix)
-        ctx.geometry = (x.shape, k, stride, padding)
-        return (unrolled @ matrix.t()).view(len(x), h, w, -1).permute(0, 3, 1, 2)
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: torch.dtype) -> Tensor:
+        b, c, h, w = x.shape
+        ctx.shape, ctx.precision, ctx.matrices = x.shape, precision, filtering_2d(h, w, tile(h, w, precision))
+        to_outputs, to_weights, to_inputs = ctx.matrices
+        m = len(to_weights)
+        inputs = (to_inputs @ positions_first(x).view(h * w, -1)).view(m, -1, c).to(precision)  # (m m, T T B, C)
+        weights = (to_weights @ taps_first(weight).view(9, -1)).view(m, c, -1).to(precision)  # (m m, C, C')
+        ctx.save_for_backward(inputs, weights)
+        products = torch.bmm(inputs, weights).float()  # (m m, T T B, C')
+        return (to_outputs @ products.view(to_outputs.shape[1], -1)).view(h, w, b, -1).permute(2, 3, 0, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        unrolled, matrix = ctx.saved_tensors
-        shape, k, stride, padding = ctx.geometry
-        b, c, height, width = shape
-        h, w = out_shape(height, width, k, stride, padding)
-        g = gradient.bfloat16().permute(0, 2, 3, 1).reshape(b * h * w, -1)
-        for_weight = (g.t() @ unrolled).view(-1, k, k, c).permute(0, 3, 1, 2)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        inputs, weights = ctx.saved_tensors
+        b, c, h, w = ctx.shape
+        to_outputs, to_weights, to_inputs = ctx.matrices
+        m = len(to_weights)
+        products = (to_outputs.t() @ positions_first(gradient).view(h * w, -1)).view(m, -1, weights.shape[2]).to(ctx.precision)
+        for_weights = torch.bmm(inputs.transpose(1, 2), products).float()  # (m m, C, C')
+        for_weight = (to_weights.t() @ for_weights.view(m, -1)).view(3, 3, c, -1).permute(3, 2, 0, 1)
         if not ctx.needs_input_grad[0]:
-            return None, for_weight, None, None
-        parts = (g @ matrix).view(b, h, w, k, k, c)
-        padded = parts.new_zeros(b, height + 2 * padding, width + 2 * padding, c)
+            return None, for_weight, None
+        for_inputs = torch.bmm(products, weights.transpose(1, 2)).float()  # (m m, T T B, C)
+        return (to_inputs.t() @ for_inputs.view(len(to_inputs), -1)).view(h, w, b, c).permute(2, 3, 0, 1), for_weight, None
+
+
+class UnrolledConvolution(torch.autograd.Function):
+    """conv2d(x, weight, stride, padding): (B, C, H, W), (C', C, k, k) -> float32 (B, C', h, w)."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, precision: torch.dtype) -> Tensor:
+        k = weight.shape[2]
+        h, w = out_shape(x.shape[2], x.shape[3], k, stride, padding)
+        unrolled = patches(positions_first(x).to(precision), k, stride, padding)  # (h w B, k k C)
+        matrix = taps_first(weight).to(precision).view(-1, weight.shape[0])  # (k k C, C')
+        ctx.save_for_backward(unrolled, matrix)
+        ctx.geometry = (x.shape, k, stride, padding)
+        return (unrolled @ matrix).float().view(h, w, len(x), -1).permute(2, 3, 0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        unrolled, matrix = ctx.saved_tensors
+        (b, c, height, width), k, stride, padding = ctx.geometry
+        h, w = out_shape(height, width, k, stride, padding)
+        g = positions_first(gradient).view(h * w * b, -1).to(matrix.dtype)
+        for_weight = (unrolled.t() @ g).float().view(k, k, c, -1).permute(3, 2, 0, 1)
+        if not ctx.needs_input_grad[0]:
+            return None, for_weight, None, None, None
+        parts = (g @ matrix.t()).float().view(h, w, b, k, k, c)
+        padded = parts.new_zeros(height + 2 * padding, width + 2 * padding, b, c)
         for i in range(k):
             for j in range(k):
-                padded[:, i : i + stride * h : stride, j : j + stride * w : stride] += parts[:, :, :, i, j]
-        return padded[:, padding : padding + height, padding : padding + width].permute(0, 3, 1, 2), for_weight, None, None
+                padded[i : i + stride * h : stride, j : j + stride * w : stride] += parts[:, :, :, i, j]
+        return padded[padding : padding + height, padding : padding + width].permute(2, 3, 0, 1), for_weight, None, None, None
 
 
 def out_shape(height: int, width: int, k: int, stride: int, padding: int) -> tuple[int, int]:
@@ -71,9 +188,19 @@ def out_shape(height: int, width: int, k: int, stride: int, padding: int) -> tup
     return (height + 2 * padding - k) // stride + 1, (width + 2 * padding - k) // stride + 1
 
 
+def positions_first(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> contiguous (H, W, B, C)."""
+    return x.permute(2, 3, 0, 1).contiguous()
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """(C', C, k, k) -> contiguous (k, k, C, C')."""
+    return weight.permute(2, 3, 1, 0).contiguous()
+
+
 def patches(x: Tensor, k: int, stride: int, padding: int) -> Tensor:
-    """What each output position sees: (B, H, W, C) -> (B h w, k k C), rows and columns of the kernel before channels."""
-    h, w = out_shape(x.shape[1], x.shape[2], k, stride, padding)
-    x = F.pad(x, (0, 0, padding, padding, padding, padding)) if padding else x
-    taps = [x[:, i : i + stride * h : stride, j : j + stride * w : stride] for i in range(k) for j in range(k)]
-    return torch.cat(taps, dim=3).reshape(-1, k * k * x.shape[3])
+    """What each output position sees: (H, W, B, C) -> (h w B, k k C), rows and columns of the kernel before channels."""
+    h, w = out_shape(x.shape[0], x.shape[1], k, stride, padding)
+    x = F.pad(x, (0, 0, 0, 0, padding, padding, padding, padding)) if padding else x
+    taps = [x[i : i + stride * h : stride, j : j + stride * w : stride] for i in range(k) for j in range(k)]
+    return torch.cat(taps, dim=3).view(-1, k * k * x.shape[3])

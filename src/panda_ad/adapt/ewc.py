@@ -34,7 +34,7 @@ class ElasticPenalty:
         self.strength = strength
         self.parameters = list(named.values())
         self.anchors = [p.detach().clone() for p in self.parameters]
-        self.weights = [fisher[name].to(p).contiguous(memory_format=_format(p)) * strength for name, p in named.items()]
+        self.weights = [torch.empty_like(p).copy_(fisher[name]) * strength for name, p in named.items()]  # in the order in memory of p
 
     @torch.no_grad()
     def value(self) -> float:
@@ -47,11 +47,6 @@ class ElasticPenalty:
         for p, anchor, weight in zip(self.parameters, self.anchors, self.weights, strict=True):
             assert p.grad is not None
             p.grad.addcmul_(p - anchor, weight)
-
-
-def _format(parameter: Tensor) -> torch.memory_format:
-    channels_last = parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def check_fisher(fisher: Mapping[str, Tensor], head: nn.Module, source: str) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from panda_ad.activations import Activations, Item
 from panda_ad.adapt import Adapted, adapt
+from panda_ad.adapt.convolution import small_convolutions
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.ses import ses_scores
 from panda_ad.backbones import Head, load_backbone, resolve_precision
@@ -142,10 +143,11 @@ class Bench:
         return paths
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def head_features(head: Head, layer2: np.ndarray) -> np.ndarray:
     """(N, C2, h, w) float16 -> (N, D) float32, in float32 and large batches."""
-    parts = [head(torch.from_numpy(layer2[i : i + _BATCH]).float()) for i in range(0, len(layer2), _BATCH)]
+    with small_convolutions():
+        parts = [head(torch.from_numpy(layer2[i : i + _BATCH]).float()) for i in range(0, len(layer2), _BATCH)]
     return torch.cat(parts).numpy()
 
 
