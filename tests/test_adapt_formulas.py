@@ -141,6 +141,35 @@ def test_a_small_gradient_is_not_clipped():
     assert seen[0].clipped == 0
 
 
+def test_descent_does_not_depend_on_the_order_in_memory():
+    """Gradients may lie otherwise than their parameter, which a loss may lay out anew before the first step."""
+    start = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sgd = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5}
+    ends = []
+    for order in (None, (2, 3, 1, 0), (0, 2, 3, 1)):
+        p = nn.Parameter(start.clone())
+
+        def loss(p=p, order=order):
+            if order is not None:
+                back = tuple(order.index(i) for i in range(4))
+                p.data = p.data.permute(order).contiguous().permute(back)
+            return (torch.arange(3).double() * p.square()).sum() / 2
+
+        def add(p=p):
+            p.grad = p.grad.contiguous() + 0.1
+
+        descend([p], loss, steps=3, watch_at=[], watch=lambda step, since: False, add_gradient=add, **sgd)
+        ends.append(p.detach().clone(memory_format=torch.contiguous_format))
+    plain = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01)
+    for _ in range(3):
+        plain.grad = torch.arange(3).double() * plain.detach() + 0.1
+        nn.utils.clip_grad_norm_([plain], 0.5)
+        optimizer.step()
+    for end in ends:
+        torch.testing.assert_close(end, plain.detach(), rtol=1e-9, atol=1e-12)
+
+
 def test_descent_stops_when_told_and_reports_means():
     steps: list[int] = []
     p = nn.Parameter(torch.ones(1))

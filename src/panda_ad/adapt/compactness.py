@@ -51,6 +51,17 @@ def minibatches(n: int, batch: int, generator: torch.Generator) -> Iterator[np.n
             yield order[i : i + batch]
 
 
+def in_memory(x: Tensor, like: Tensor) -> Tensor:
+    """The values of x, 1-D, in the order in which those of `like`, dense and of the same shape, lie in memory: a view where x lies so too.
+
+    The fused update takes several times as long on tensors that are not contiguous in this sense.
+    """
+    strides = zip(x.shape, x.stride(), like.stride(), strict=True)
+    if any(n > 1 and own != other for n, own, other in strides):
+        x = torch.empty_like(like).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
 @dataclass(frozen=True)
 class Since:
     """Means over the steps since the last call of `watch`: loss; gradient norm before clipping; share of steps clipped, 0 to 1."""
@@ -88,15 +99,22 @@ def descend(
     UserError
         Loss or gradient is no longer finite.
     """
-    optimizer = torch.optim.SGD(parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
     waiting, sums, last = set(watch_at), np.zeros(3), 0
+    flat: list[Tensor] = []
     for step in range(1, steps + 1):
-        optimizer.zero_grad()
+        for p in parameters:
+            p.grad = None
         value = loss()
         value.backward()
         if add_gradient is not None:
             add_gradient()
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm))
+        if step == 1:  # the first forward pass may have laid weights out anew
+            flat = [in_memory(p.detach(), p) for p in parameters]
+            optimizer = torch.optim.SGD(flat, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+        for p, values in zip(parameters, flat, strict=True):
+            assert p.grad is not None
+            values.grad = in_memory(p.grad, p)
+        norm = float(torch.nn.utils.clip_grad_norm_(flat, clip_norm))
         if not np.isfinite(norm):
             raise UserError(f"adapt: the gradient is not finite at step {step} of {steps}; lower adapt.learning_rate")
         optimizer.step()

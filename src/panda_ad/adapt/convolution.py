@@ -7,7 +7,8 @@ padding too, and its weight gradient takes up to four times as long as the forwa
   Convolutional Neural Networks, CVPR 2016, section 4.1): Y = A [(G w G') . (B x B')] A'. Two outputs of a row of three taps take 4
   multiplications instead of 6, so a 2 x 2 tile takes 16 instead of 36; four outputs take 6 instead of 12. A row of only two positions,
   its surroundings known to be zero, takes 3 (a 2 x 2 Toeplitz matrix), so a 2 x 2 map takes 9. The gradients are the same products
-  with the matrices transposed.
+  with the matrices transposed. In float32 only: in bfloat16 the transforms of the weights cost what their products save, and the
+  sums of rounded products lose bits.
 - otherwise: one product of patches and weights (Chellapilla et al., High Performance Convolutional Neural Networks for Document
   Processing, IWFHR 2006: 'unrolling').
 
@@ -29,20 +30,21 @@ from torch.overrides import TorchFunctionMode
 POSITIONS = {torch.float32: 64, torch.bfloat16: 16}
 """Largest map, in output positions, that is taken; over larger ones the library is as fast."""
 
+_Tile = tuple[list[list[float]], list[list[float]], list[list[float]]]
 # Lavin and Gray's F(2, 3) and F(4, 3), A and B transposed: outputs x products, products x taps, products x inputs
-_F2 = (
+_F2: _Tile = (
     [[1, 1, 1, 0], [0, 1, -1, -1]],
     [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]],
     [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]],
 )
-_F4 = (
+_F4: _Tile = (
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
     [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
     [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
 )
 # rows of one and of two positions between zeros
-_ALONE = ([[1]], [[0, 1, 0]], [[0, 1, 0]])
-_PAIR = ([[1, 1, 0], [1, 0, 1]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]])
+_ALONE: _Tile = ([[1]], [[0, 1, 0]], [[0, 1, 0]])
+_PAIR: _Tile = ([[1, 1, 0], [1, 0, 1]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]])
 
 
 class small_convolutions(TorchFunctionMode):
@@ -53,7 +55,7 @@ class small_convolutions(TorchFunctionMode):
 
     Parameters
     ----------
-    precision : of the matrix products, float32 or bfloat16; results are float32.
+    precision : of the matrix products, float32, or bfloat16 (unrolled only); results are float32.
     """
 
     def __init__(self, precision: torch.dtype = torch.float32):
@@ -66,13 +68,14 @@ class small_convolutions(TorchFunctionMode):
             x, weight, bias, stride, padding, dilation, groups = args
             k, s, p = weight.shape[2], stride[0], padding[0]
             square = weight.shape[3] == k and tuple(stride) == (s, s) and tuple(padding) == (p, p)
-            if square and bias is None and groups == 1 and tuple(dilation) == (1, 1) and x.device.type == "cpu":
+            plain = square and bias is None and groups == 1 and tuple(dilation) == (1, 1)
+            if plain and x.device.type == "cpu" and weight.dtype == torch.float32:
                 h, w = out_shape(x.shape[2], x.shape[3], k, s, p)
                 if h * w <= POSITIONS[self.precision]:
                     if weight.is_leaf and not torch.is_inference_mode_enabled():
                         weight.data = taps_first(weight.data).permute(3, 2, 0, 1)
-                    if (k, s, p) == (3, 1, 1):
-                        return FilteredConvolution.apply(x, weight, self.precision)
+                    if (k, s, p) == (3, 1, 1) and self.precision == torch.float32:
+                        return FilteredConvolution.apply(x, weight)
                     return UnrolledConvolution.apply(x, weight, s, p, self.precision)
         if func is F.batch_norm and kwargs.get("training") is False and len(args) == 3 and args[0].dim() == 4 and kwargs["weight"] is not None:
             return fixed_batch_norm(*args, kwargs["weight"], kwargs["bias"], kwargs["eps"])
@@ -92,9 +95,10 @@ def filtering(n: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     T tiles of `outputs` each (2 or 4), m products a tile.
     """
     if n <= 2:
-        outputs = n
-    of_tile: Any = {1: _ALONE, 2: _PAIR if n == 2 else _F2, 4: _F4}[outputs]
-    a_tile, g, b_tile = (torch.tensor(matrix, dtype=torch.float32) for matrix in of_tile)
+        matrices, outputs = (_ALONE, _PAIR)[n - 1], n
+    else:
+        matrices = {2: _F2, 4: _F4}[outputs]
+    a_tile, g, b_tile = (torch.tensor(matrix, dtype=torch.float32) for matrix in matrices)
     tiles, m = -(-n // outputs), len(g)
     a, b = torch.zeros(tiles * outputs, m, tiles), torch.zeros(m, tiles, tiles * outputs + 2)
     for t in range(tiles):
@@ -105,18 +109,13 @@ def filtering(n: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def filtering_2d(h: int, w: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`filtering` along both axes at once: A (h w, m m T T), G (m m, 9), B (m m T T, h w); T may differ between the axes, and so may m."""
-    (ay, gy, by), (ax, gx, bx) = filtering(h, outputs), filtering(w, outputs)
+def filtering_2d(h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`filtering` along both axes at once, by the tiles that were measured to be fastest: A (h w, m m T T), G (m m, 9), B (m m T T, h w); T may differ between the axes, and so may m."""
+    # over 4 x 4, tiles of 4 x 4 lose to the transforms of their weights what their products save over 4 x 2
+    (ay, gy, by), (ax, gx, bx) = filtering(h, 4), filtering(w, 4 if max(h, w) > 4 else 2)
     a = torch.einsum("pit,qjs->pqijts", ay, ax).reshape(h * w, -1)
     b = torch.einsum("itp,jsq->ijtspq", by, bx).reshape(-1, h * w)
     return a, torch.kron(gy, gx), b
-
-
-def tile(h: int, w: int, precision: torch.dtype) -> int:
-    """Outputs of a tile along an axis. Over 4 x 4 the transforms of the weights for 4 outputs cost what their products save; bfloat16
-    has too few bits for their coefficients."""
-    return 4 if precision == torch.float32 and max(h, w) > 4 else 2
 
 
 class FilteredConvolution(torch.autograd.Function):
@@ -124,31 +123,31 @@ class FilteredConvolution(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        ctx.shape, ctx.precision, ctx.matrices = x.shape, precision, filtering_2d(h, w, tile(h, w, precision))
+        ctx.shape, ctx.matrices = x.shape, filtering_2d(h, w)
         to_outputs, to_weights, to_inputs = ctx.matrices
         m = len(to_weights)
-        inputs = (to_inputs @ positions_first(x).view(h * w, -1)).view(m, -1, c).to(precision)  # (m m, T T B, C)
-        weights = (to_weights @ taps_first(weight).view(9, -1)).view(m, c, -1).to(precision)  # (m m, C, C')
+        inputs = (to_inputs @ positions_first(x).view(h * w, -1)).view(m, -1, c)  # (m m, T T B, C)
+        weights = (to_weights @ taps_first(weight).view(9, -1)).view(m, c, -1)  # (m m, C, C')
         ctx.save_for_backward(inputs, weights)
-        products = torch.bmm(inputs, weights).float()  # (m m, T T B, C')
+        products = torch.bmm(inputs, weights)  # (m m, T T B, C')
         return (to_outputs @ products.view(to_outputs.shape[1], -1)).view(h, w, b, -1).permute(2, 3, 0, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         inputs, weights = ctx.saved_tensors
         b, c, h, w = ctx.shape
         to_outputs, to_weights, to_inputs = ctx.matrices
         m = len(to_weights)
-        products = (to_outputs.t() @ positions_first(gradient).view(h * w, -1)).view(m, -1, weights.shape[2]).to(ctx.precision)
-        for_weights = torch.bmm(inputs.transpose(1, 2), products).float()  # (m m, C, C')
+        products = (to_outputs.t() @ positions_first(gradient).view(h * w, -1)).view(m, -1, weights.shape[2])
+        for_weights = torch.bmm(inputs.transpose(1, 2), products)  # (m m, C, C')
         for_weight = (to_weights.t() @ for_weights.view(m, -1)).view(3, 3, c, -1).permute(3, 2, 0, 1)
         if not ctx.needs_input_grad[0]:
-            return None, for_weight, None
-        for_inputs = torch.bmm(products, weights.transpose(1, 2)).float()  # (m m, T T B, C)
-        return (to_inputs.t() @ for_inputs.view(len(to_inputs), -1)).view(h, w, b, c).permute(2, 3, 0, 1), for_weight, None
+            return None, for_weight
+        for_inputs = torch.bmm(products, weights.transpose(1, 2))  # (m m, T T B, C)
+        return (to_inputs.t() @ for_inputs.view(len(to_inputs), -1)).view(h, w, b, c).permute(2, 3, 0, 1), for_weight
 
 
 class UnrolledConvolution(torch.autograd.Function):
