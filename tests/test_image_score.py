@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +114,22 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
     sharp = left._sharp(layers, 0, tuple(gallery["layer2"].shape[2:]))  # one value a position: nothing to interpolate
     np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.rows.values.float()), rtol=1e-5)
     assert np.array_equal(whole.without(999).rows.values, whole.rows.values)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles, monkeypatch):
+    """Although many are computed together, and only some images are chosen."""
+    from panda_ad.stages import index
+
+    size, gallery, pooled, _, _ = world
+    count = 12 // tiles**2
+    whole = build("patch_memory", (size, gallery, pooled[:count], None, None), memory_fraction=0.5, tiles=tiles if tiles > 1 else None)
+    monkeypatch.setattr(index, "_USUAL", count - 1)
+    detector = SimpleNamespace(localizer=whole, size=size)
+    found = index.left_out_maps(detector, lambda i: {k: v[i] for k, v in gallery.items()}, pooled[:count], 3)
+    each = [whole.without(i).heatmaps({k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}, pooled[i : i + 1], size)[0] for i in range(count)]
+    chosen = [next(i for i, own in enumerate(each) if np.array_equal(own, heatmap)) for heatmap in found]
+    assert len(found) == count - 1 and chosen == sorted(set(chosen))
 
 
 def make_plant(folder, monkeypatch, gallery=None, **verdict):

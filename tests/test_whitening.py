@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry_project import make_project
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import LedoitWolf, ledoit_wolf
 
 from panda_ad.bundle import load_bundle
 from panda_ad.gallery import Gallery
-from panda_ad.whitening import FLOOR, fit_whitening
+from panda_ad.whitening import FLOOR, fit_whitening, ledoit_wolf_shrinkage
 
 
 def correlated(m: int, d: int, seed: int = 0, centre: float = 3.0) -> np.ndarray:
@@ -42,6 +42,20 @@ def test_distances_are_mahalanobis_distances(m, d):
     naive = np.array([[(q - g) @ inverse @ (q - g) for g in x.astype(np.float64)] for q in queries.astype(np.float64)])
     distances, _ = Gallery(white(x)).search(white(queries), m)
     np.testing.assert_allclose(distances, np.sort(naive, axis=1), rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(2, 60), st.integers(1, 30), st.integers(0, 10**6))
+def test_shrinkage_is_that_of_ledoit_and_wolf(m, d, seed):
+    x = correlated(m, d, seed).astype(np.float64)
+    centred = x - x.mean(axis=0)
+    found = ledoit_wolf_shrinkage(centred, centred.T @ centred / m)
+    assert found == pytest.approx(ledoit_wolf(x)[1], abs=1e-9)
+    assert 0 <= found <= 1
+
+
+def test_equal_features_are_not_shrunk():
+    assert ledoit_wolf_shrinkage(np.zeros((4, 3)), np.zeros((3, 3))) == 0
 
 
 def test_an_image_is_whitened_alone_as_in_company():

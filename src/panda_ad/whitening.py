@@ -47,12 +47,31 @@ def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> White
     features : (M, D) float32, finite, M >= 1.
     shrinkage : s in [0, 1]; None: Ledoit and Wolf's estimate.
     """
-    from sklearn.covariance import LedoitWolf, ShrunkCovariance
-
     x = features.astype(np.float64)
-    fitted = (LedoitWolf() if shrinkage is None else ShrunkCovariance(shrinkage=shrinkage)).fit(x)
-    variances, axes = np.linalg.eigh(fitted.covariance_)
+    mean = x.mean(axis=0)
+    centred = x - mean
+    covariance = centred.T @ centred / len(x)
+    s = ledoit_wolf_shrinkage(centred, covariance) if shrinkage is None else shrinkage
+    diagonal = np.trace(covariance) / len(covariance)
+    covariance *= 1 - s
+    covariance.flat[:: len(covariance) + 1] += s * diagonal
+    variances, axes = np.linalg.eigh(covariance)
     resolved = float(np.abs(x).max() * np.finfo(np.float32).eps) ** 2
     floor = max(FLOOR * float(variances[-1]), resolved) or 1.0  # 1: all features are zero
     matrix = (axes / np.sqrt(np.maximum(variances, floor))) @ axes.T
-    return Whitening(fitted.location_.astype(np.float32), matrix.astype(np.float32))
+    return Whitening(mean.astype(np.float32), matrix.astype(np.float32))
+
+
+def ledoit_wolf_shrinkage(centred: np.ndarray, covariance: np.ndarray) -> float:
+    """Shrinkage in [0, 1] of least expected squared error (Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4, section 3.3).
+
+    Parameters
+    ----------
+    centred : float64 (M, D), rows of mean zero.  covariance : (D, D), centred' centred / M.
+    """
+    count, dimension = centred.shape
+    squares = float(np.square(covariance).sum())
+    mean_variance = float(np.trace(covariance)) / dimension
+    away = squares - dimension * mean_variance**2  # ||C - m I||^2, the paper's d^2 times D
+    noise = (float(np.square(np.square(centred).sum(axis=1)).sum()) / count - squares) / count  # the paper's b^2 times D
+    return min(max(noise, 0.0), away) / away if away > 0 else 0.0

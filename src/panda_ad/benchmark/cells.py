@@ -29,6 +29,7 @@ from panda_ad.data.outliers import is_grey, outlier_item
 from panda_ad.files import atomic_file, write_json
 from panda_ad.gallery import Gallery
 from panda_ad.metrics import auroc
+from panda_ad.processes import keep_freed_memory
 from panda_ad.whitening import fit_whitening
 
 _BATCH = 256  # images per forward pass: the kernels are more than twice as fast per image as at the detector's 8
@@ -44,6 +45,7 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, data: Path, out: Path, cache: Path):
+        keep_freed_memory()
         b = settings.backbone
         self.settings, self.data, self.out = settings, data, out
         self.backbone = load_backbone(b.name, b.weights)

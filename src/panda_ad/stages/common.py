@@ -18,6 +18,7 @@ import numpy as np
 from panda_ad.errors import UserError
 from panda_ad.files import write_json
 from panda_ad.lock import repository_lock
+from panda_ad.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,8 +131,10 @@ def score_items(
 
 
 def threads() -> None:
-    """Bit-equal results for equal inputs: a fixed number of threads per machine, deterministic kernels."""
+    """Bit-equal results for equal inputs: a fixed number of threads per machine, deterministic kernels. And see `keep_freed_memory`."""
     import torch
+
+    keep_freed_memory()
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     torch.set_deterministic_debug_mode("error")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
+from panda_ad.backbones import MICRO_BATCH, in_micro_batches
 from panda_ad.bundle import save_bundle
 from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
@@ -204,17 +205,21 @@ def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: in
     localizer = detector.localizer
     assert localizer is not None
     count, per_image = len(features), localizer.tiles**2
-    chosen = sorted(np.random.default_rng(seed).choice(count, min(count, _USUAL), replace=False).tolist())
-    layers = (maps(slice(i * per_image, (i + 1) * per_image)) for i in chosen)
-    found = [localizer.without(i).heatmaps(x, features[i : i + 1], detector.size)[0] for i, x in zip(chosen, layers, strict=True)]
+    chosen = np.sort(np.random.default_rng(seed).choice(count, min(count, _USUAL), replace=False))
+    at_a_time = max(1, MICRO_BATCH // per_image)
+    found = []
+    for start in range(0, len(chosen), at_a_time):
+        images = chosen[start : start + at_a_time]
+        layers = maps((images[:, None] * per_image + np.arange(per_image)).ravel())
+        for j, image in enumerate(images.tolist()):
+            own = {name: values[j * per_image : (j + 1) * per_image] for name, values in layers.items()}
+            found.append(localizer.without(image).heatmaps(own, features[image : image + 1], detector.size)[0])
     return np.stack(found)
 
 
 def gallery_maps(detector: Detector, views: dict, index):
     """Maps {layer: float16 (B, C, h, w)} of the training images at `index`, layer3 under the last head."""
     import torch
-
-    from panda_ad.backbones import in_micro_batches
 
     maps = {layer: torch.from_numpy(view[index]) for layer, view in views.items()}
     (layer3,) = in_micro_batches(lambda x: detector.heads[-1].maps(x.float())[0], maps["layer2"])
@@ -232,8 +237,8 @@ def gallery_tiles(detector: Detector, train: Sequence[Item], tiles: int) -> Maps
         return image_tiles(train[image].read(), detector.size, tiles)
 
     def maps(index):
-        chosen = range(len(train) * tiles**2)[index]
-        return detector.tile_layers(torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen]))
+        chosen = np.arange(len(train) * tiles**2)[index]
+        return detector.tile_layers(torch.stack([tiles_of(int(i) // tiles**2)[int(i) % tiles**2] for i in chosen]))
 
     return maps
 
