@@ -34,7 +34,10 @@ def renamed_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Give an empty temporary folder beside `path`; it takes the place of `path` when the block ends well."""
+    """Give an empty temporary folder beside `path`; it takes the place of `path` when the block ends well.
+
+    Its files may be read by whoever the process's umask allows: safetensors makes them their owner's alone, and a model is for others too.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
@@ -42,6 +45,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(temporary, path)
     finally:

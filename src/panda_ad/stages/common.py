@@ -135,6 +135,5 @@ def threads() -> None:
     import torch
 
     keep_freed_memory()
-
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     torch.set_deterministic_debug_mode("error")

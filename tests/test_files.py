@@ -1,0 +1,34 @@
+"""Files that are whole or not there, and for whom."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from panda_ad.files import atomic_folder
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_model_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "bundle") as folder:
+            (folder / "localizer").mkdir()
+            save_file({"x": torch.zeros(2)}, folder / "localizer" / "memory.safetensors")
+            (folder / "bundle.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [f for f in (tmp_path / "bundle").rglob("*") if f.is_file()]
+    assert len(files) == 2
+    assert {f.stat().st_mode & 0o777 for f in files} == {mode}
+
+
+def test_a_folder_whose_writer_fails_stays_as_it_was(tmp_path):
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "old").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "new").touch()
+        raise ZeroDivisionError
+    assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
+    assert [f.name for f in (tmp_path / "bundle").iterdir()] == ["old"]
