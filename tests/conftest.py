@@ -4,10 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
 
+from panda_ad.data.checks import check
+from panda_ad.data.manifest import collect
 from panda_ad.params import Params, parse_params
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,6 +50,12 @@ def make_mvtec(root: Path, category: str = "nut", train: int = 10, good: int = 3
                 mask[4:8, 4:8] = 255
                 save(mask, folder / "ground_truth" / defect / f"{i:03d}_mask.png")
     return folder
+
+
+def build_manifest(params: Params) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """The rows that can be used, and (path, reason) of everything that cannot."""
+    checked = check(collect(params), params)
+    return checked.usable, checked.problems + checked.blocking
 
 
 @pytest.fixture

@@ -27,8 +27,13 @@ def test_a_model_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
 def test_a_folder_whose_writer_fails_stays_as_it_was(tmp_path):
     with atomic_folder(tmp_path / "bundle") as folder:
         (folder / "old").touch()
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "bundle") as folder:
-        (folder / "new").touch()
-        raise ZeroDivisionError
+
+    def fail():
+        with atomic_folder(tmp_path / "bundle") as folder:
+            (folder / "new").touch()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
     assert [f.name for f in (tmp_path / "bundle").iterdir()] == ["old"]

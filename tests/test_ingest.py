@@ -13,13 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import REPO, make_mvtec, noise, save
+from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 from prefect_project import call
 
-from panda_ad.data import manifest
+from panda_ad.data import manifest, records
 from panda_ad.data.ingest import take_in
-from panda_ad.data.manifest import build_manifest
 from panda_ad.errors import Busy, UserError
 from panda_ad.ingest import ingest
 
@@ -76,7 +75,7 @@ def test_neither_known_images_nor_new_ones_are_read_again(project, drop, make_pa
     assert len(intake.added) == 3 and not read
     rows, _ = build_manifest(params)
     assert not read, "what is taken in has been read once"
-    monkeypatch.setattr(manifest, "CACHE", tmp_path / "no cache")
+    monkeypatch.setattr(records, "CACHE", tmp_path / "no cache")
     pd.testing.assert_frame_equal(build_manifest(params)[0], rows)
     assert set(read) > {path for _, path in intake.added}
 

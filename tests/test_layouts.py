@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.io
 import torchvision.datasets
-from conftest import make_mvtec, noise, save
+from conftest import build_manifest, make_mvtec, noise, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,7 +22,7 @@ from PIL import Image
 from panda_ad.data import manifest, torchvision_sets
 from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root, list_entries
-from panda_ad.data.manifest import COLUMNS, apportion, build_manifest, data_hash, load_manifest, split_calibration, write_manifest
+from panda_ad.data.manifest import COLUMNS, apportion, data_hash, load_manifest, split_calibration, write_manifest
 from panda_ad.errors import UserError
 
 

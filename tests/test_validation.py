@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import REPO, make_mvtec, noise, save
+from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 
 from panda_ad.data.checks import check
-from panda_ad.data.manifest import build_manifest, collect, load_manifest
+from panda_ad.data.manifest import collect, load_manifest
 from panda_ad.data.validation import offline, validate
 from panda_ad.errors import UserError
 from panda_ad.stages import validate as stage

@@ -14,7 +14,8 @@ from typing import Literal
 from panda_ad.data import images, torchvision_sets
 from panda_ad.data.checks import MIN_SIDE
 from panda_ad.data.layouts import Entry, printable, visible
-from panda_ad.data.manifest import Record, image_record, known_images, mask_record, remember
+from panda_ad.data.manifest import known_images
+from panda_ad.data.records import Record, image_record, mask_record, remember
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder, renamed_file
 from panda_ad.params import Params

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from panda_ad.report.build import ReportImage
+from panda_ad.report.content import ReportImage
 
 BUDGET = 8_500_000
 """Bytes of encoded pictures in one report; the rest of the page stays well under 1.5 MB for 500 images."""

@@ -18,7 +18,7 @@ from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root
 from panda_ad.detector import Detector, Scores
 from panda_ad.params import Params
-from panda_ad.report.build import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
+from panda_ad.report import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
 from panda_ad.stages.common import BUILD
 
 METHODS = {"none": "DN2", "compactness": "PANDA (compactness)", "ses": "PANDA-SES", "ewc": "PANDA-EWC", "oe": "PANDA-OE"}

@@ -1,0 +1,107 @@
+"""What a report shows, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from panda_ad.calibration import Threshold
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A headline figure with its interval; `low` and `high` are None where none was computed. `note` says how it was taken."""
+
+    name: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+class Neighbour(NamedTuple):
+    """A nearest normal image: uint8 (h, w, 3), squared feature distance, path."""
+
+    thumb: np.ndarray
+    distance: float
+    path: str
+
+
+@dataclass(frozen=True)
+class ReportImage:
+    """One test image with its evidence.
+
+    Attributes
+    ----------
+    path : its name in `Report.paths`.  label : 0 good, 1 defective.  defect : 'good' or the kind.
+    snapshot : the head that decided.
+    rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
+    heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localisation.
+    mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
+    neighbours : of the nearest normal images, nearest first; five are shown.
+    parts : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
+    """
+
+    path: str
+    label: int
+    defect: str
+    score: float
+    p_value: float
+    snapshot: int
+    rgb: np.ndarray
+    heatmap: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    neighbours: Sequence[Neighbour] = ()
+    parts: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class DefectRow:
+    """Figures of one kind of defect against all good test images: image AUROC with its interval, and pixel figures or None."""
+
+    defect: str
+    n: int
+    auroc: float
+    low: float
+    high: float
+    pixel_auroc: float | None = None
+    au_pro: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the report shows.
+
+    Attributes
+    ----------
+    headline : the figures at the top.  threshold : the model's own; anomalous means score > its value.
+    paths, defects : (N,) name and kind ('good' or the defect's name) of every test image.
+    labels : (N,) 0 good, 1 defective.  scores, p_values : (N,) float.  calibration_scores : (M,) float.
+    images : those shown as pictures, at most as many as evaluate.report_images; each one's path is in `paths`.
+    gallery_features_2d (G, 2), test_features_2d (N, 2) : from `project_2d`, or None: no map.  gallery_paths : (G,) their names.
+    provenance : section ('data', 'model', 'code') -> key -> value.
+    confidence : of every interval.
+    """
+
+    dataset: str
+    category: str
+    title: str
+    created: str
+    headline: Sequence[Metric]
+    threshold: Threshold
+    paths: Sequence[str]
+    defects: Sequence[str]
+    labels: np.ndarray
+    scores: np.ndarray
+    p_values: np.ndarray
+    calibration_scores: np.ndarray
+    images: Sequence[ReportImage]
+    per_defect: Sequence[DefectRow] = ()
+    gallery_features_2d: np.ndarray | None = None
+    test_features_2d: np.ndarray | None = None
+    gallery_paths: Sequence[str] = ()
+    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    confidence: float = 0.95
