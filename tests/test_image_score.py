@@ -119,7 +119,7 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles, monkeypatch):
     """Although many are computed together, and only some images are chosen."""
-    from panda_ad.stages import index
+    from panda_ad.stages import index_localizer as index
 
     size, gallery, pooled, _, _ = world
     count = 12 // tiles**2

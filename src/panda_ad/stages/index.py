@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,14 +13,12 @@ from safetensors.torch import load_file
 
 from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
-from panda_ad.backbones import MICRO_BATCH, in_micro_batches
 from panda_ad.bundle import save_bundle
 from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder
 from panda_ad.gallery import Gallery, check_finite, cluster_means, compress, score_left_out
-from panda_ad.image_score import FOLDS, fit_scale, fit_usual, left_out_peaks
 from panda_ad.monitor.statistics import Reference, image_statistics, statistics_matrix
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
@@ -36,14 +33,14 @@ from panda_ad.stages.common import (
     score_items,
     threads,
 )
+from panda_ad.stages.index_localizer import add_localizer
 from panda_ad.whitening import fit_whitening
 
 if TYPE_CHECKING:
-    from panda_ad.activations import Item
-    from panda_ad.localize.maps import Maps
+    from panda_ad.activations import Activations, Item
+    from panda_ad.params import Params
 
 _THUMBNAIL = 96  # pixels, longest side
-_USUAL = 64  # most training images whose heat maps tell what is usual
 
 
 def main(category: str) -> None:
@@ -51,15 +48,37 @@ def main(category: str) -> None:
     params = load_params()
     threads()
     rows = category_rows(category)
-    backbone = backbone_for(params)
-    activations = activations_for(params, backbone)
+    activations = activations_for(params, backbone_for(params))
     train, calibration = (items_of(rows[split], params) for split in ("train", "calibration"))
     layers = layers_needed(params)
     activations.warm([*train, *calibration], layers)
 
-    adapted_folder = BUILD / "adapt" / category
-    facts = json.loads((adapted_folder / "adapt.json").read_text())
-    tensors = load_file(adapted_folder / "snapshots.safetensors")
+    detector = adapted_detector(params, category, activations, {"train_images": len(train), "calibration_images": len(calibration)})
+    plain = training_features(detector, activations, train, raw_features(category)[rows["train"].index])
+    matrices = plain
+    if detector.config["whiten"]:
+        detector.whitenings = [fit_whitening(matrix) for matrix in plain]
+        matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, plain, strict=True)]
+    kept = add_galleries(detector, matrices, params)
+    chosen = rows["train"].iloc[kept]
+    detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
+    detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
+    if params.localize.method != "none":
+        add_localizer(detector, activations, train, plain, matrices, params)
+    calibrate(detector, activations, calibration, params)
+
+    limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
+    with atomic_folder(BUILD / "bundle" / category) as folder:
+        save_bundle(detector, folder)
+    heads = f"{len(detector.heads)} snapshot(s)"
+    print(f"{category}: {len(train)} normal images, {heads}, threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
+
+
+def adapted_detector(params: Params, category: str, activations: Activations, counts: dict[str, int]) -> Detector:
+    """What `adapt` has left, as a detector that has learnt nothing else yet. `counts` go to its provenance."""
+    folder, backbone = BUILD / "adapt" / category, activations.backbone
+    facts = json.loads((folder / "adapt.json").read_text())
+    tensors = load_file(folder / "snapshots.safetensors")
     classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")} or None
     states = iter(unpack_snapshots(backbone.head.state_dict(), tensors))
     steps = facts["steps"] or [0]
@@ -82,61 +101,53 @@ def main(category: str) -> None:
             "backbone": params.backbone.name,
             "weights": params.backbone.weights,
             "fingerprint": backbone.fingerprint,
-            "train_images": len(train),
-            "calibration_images": len(calibration),
+            **counts,
             "collapsed_at": facts["collapsed_at"],
             "adaptation": facts["provenance"],
         },
     }
     heads = [backbone.head if step == 0 else with_state(backbone.head, next(states)) for step in steps]
-    detector = Detector(config, backbone, heads, [], np.empty(0), classifier)
+    return Detector(config, backbone, heads, [], np.empty(0), classifier)
 
-    features: list[list[np.ndarray]] = [[] for _ in heads]
-    raw = raw_features(category)
+
+def training_features(detector: Detector, activations: Activations, train: Sequence[Item], raw: np.ndarray) -> list[np.ndarray]:
+    """Features under each head, S times (M, D) float32; `raw` (M, D) are those under the unadapted one. UserError where they are not finite."""
+    features: list[list[np.ndarray]] = [[] for _ in detector.heads]
     at = 0
     for batch in activations.batches(train, ("layer2",)):
-        known = raw[rows["train"].index[at : at + len(batch["layer2"])]]
+        known = raw[at : at + len(batch["layer2"])]
         for s, part in enumerate(detector.features(batch["layer2"], known)[0]):
             features[s].append(part)
         at += len(known)
-    matrices = [np.concatenate(parts) for parts in features]  # S times (M, D)
+    matrices = [np.concatenate(parts) for parts in features]
     for matrix in matrices:
         check_finite(matrix)
-    plain = matrices
-    if config["whiten"]:
-        detector.whitenings = [fit_whitening(matrix) for matrix in matrices]
-        matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, matrices, strict=True)]
-    # one choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images
+    return matrices
+
+
+def add_galleries(detector: Detector, matrices: Sequence[np.ndarray], params: Params) -> np.ndarray:
+    """A gallery for each head from S times (M, D); returns the images that they consist of, or that stand for their clusters.
+
+    One choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images.
+    """
+    count = len(matrices[-1])
     centres, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
     members = None
-    if params.gallery.compression == "kmeans" and len(kept) < len(train):
+    if params.gallery.compression == "kmeans" and len(kept) < count:
         filled, members = np.unique(Gallery(centres).search(matrices[-1], 1)[1][:, 0], return_inverse=True)
         kept = kept[filled]
     for matrix in matrices:
         gallery, mean = fit_gallery(matrix, kept, members, params.gallery.k)
         detector.galleries.append(gallery)
         detector.train_means = np.append(detector.train_means, mean)
-    chosen = rows["train"].iloc[kept]
-    detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
-    detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
+    return kept
 
-    if params.localize.method != "none":
-        from panda_ad.localize import build_localizer
 
-        views = {layer: activations.view(train, layer) for layer in layers}
-        tiled = gallery_tiles(detector, train, params.localize.tiles) if params.localize.tiles else None
-        maps = tiled or (lambda index: gallery_maps(detector, views, index))
-        detector.localizer = build_localizer(params.localize, maps, matrices[-1], params.seed)
-        if params.verdict.score != "features":
-            normal = left_out_maps(detector, maps, matrices[-1], params.seed)
-            detector.usual = fit_usual(normal)
-        if params.verdict.score == "both":
-            whole = detector.combined(left_out_scores(plain, config["whiten"], params.gallery.k, params.seed), matrices[-1])[0]
-            detector.scales = (fit_scale(whole), fit_scale(left_out_peaks(normal)))
-
+def calibrate(detector: Detector, activations: Activations, calibration: Sequence[Item], params: Params) -> None:
+    """The calibration images' scores, what monitoring compares with, and the range of the overlays' colours."""
     every = params.localize.tiles or 1
     held_out, usual, peaks = [], [], []
-    for scores in score_items(detector, activations, calibration, layers):
+    for scores in score_items(detector, activations, calibration, layers_needed(params)):
         held_out.append(replace(scores, heatmaps=None))
         if scores.heatmaps is not None:  # joined maps are large: of each, as many pixels as of an untiled one
             usual.append(scores.heatmaps[:, ::every, ::every].copy())
@@ -145,11 +156,7 @@ def main(category: str) -> None:
     statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
     detector.reference = Reference(statistics.astype(np.float32), np.concatenate([part.features for part in held_out]).astype(np.float16))
     if detector.localizer is not None:
-        config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
-    limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
-    with atomic_folder(BUILD / "bundle" / category) as folder:
-        save_bundle(detector, folder)
-    print(f"{category}: {len(train)} normal images, {len(heads)} snapshot(s), threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
+        detector.config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
 
 
 def fit_gallery(features: np.ndarray, kept: np.ndarray, members: np.ndarray | None, k: int) -> tuple[Gallery, float]:
@@ -172,75 +179,6 @@ def fit_gallery(features: np.ndarray, kept: np.ndarray, members: np.ndarray | No
     if not np.isfinite(scores).any():
         raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it")
     return gallery, float(scores[np.isfinite(scores)].mean())
-
-
-def left_out_scores(matrices: Sequence[np.ndarray], whiten: bool, k: int, seed: int) -> np.ndarray:
-    """kNN scores (S, M) of training images, by whitening and gallery of the other folds' images alone.
-
-    An image left out of the gallery only would still have shaped the whitening, which brings it
-    far nearer than a new image (their spread was 0.02 to 0.5 of that of new ones on six sets).
-
-    Parameters
-    ----------
-    matrices : S times (M, D) float32, features under each head, not whitened.
-    """
-    count = len(matrices[0])
-    order = np.random.default_rng(seed).permutation(count)
-    scores = np.empty((len(matrices), count))
-    for fold in np.array_split(order, min(FOLDS, count)):
-        rest = np.setdiff1d(order, fold)
-        for s, matrix in enumerate(matrices):
-            transform = fit_whitening(matrix[rest]) if whiten else (lambda x: x)
-            scores[s, fold] = Gallery(transform(matrix[rest])).score(transform(matrix[fold]), min(k, len(rest)))
-    return scores
-
-
-def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: int) -> np.ndarray:
-    """Heat maps (N, H, W) float32 of at most `_USUAL` training images, each as if the localiser had not seen it.
-
-    Parameters
-    ----------
-    maps : as for `build_localizer`.  features : float32 (M, D), of the same images.
-    """
-    localizer = detector.localizer
-    assert localizer is not None
-    count, per_image = len(features), localizer.tiles**2
-    chosen = np.sort(np.random.default_rng(seed).choice(count, min(count, _USUAL), replace=False))
-    at_a_time = max(1, MICRO_BATCH // per_image)
-    found = []
-    for start in range(0, len(chosen), at_a_time):
-        images = chosen[start : start + at_a_time]
-        layers = maps((images[:, None] * per_image + np.arange(per_image)).ravel())
-        for j, image in enumerate(images.tolist()):
-            own = {name: values[j * per_image : (j + 1) * per_image] for name, values in layers.items()}
-            found.append(localizer.without(image).heatmaps(own, features[image : image + 1], detector.size)[0])
-    return np.stack(found)
-
-
-def gallery_maps(detector: Detector, views: dict, index):
-    """Maps {layer: float16 (B, C, h, w)} of the training images at `index`, layer3 under the last head."""
-    import torch
-
-    maps = {layer: torch.from_numpy(view[index]) for layer, view in views.items()}
-    (layer3,) = in_micro_batches(lambda x: detector.heads[-1].maps(x.float())[0], maps["layer2"])
-    return {**maps, "layer3": layer3.half()}
-
-
-def gallery_tiles(detector: Detector, train: Sequence[Item], tiles: int) -> Maps:
-    """As `gallery_maps`, of the images' tiles, `tiles`^2 for each, computed from the pixels."""
-    import torch
-
-    from panda_ad.localize.tiling import image_tiles
-
-    @lru_cache(maxsize=1)
-    def tiles_of(image: int):
-        return image_tiles(train[image].read(), detector.size, tiles)
-
-    def maps(index):
-        chosen = np.arange(len(train) * tiles**2)[index]
-        return detector.tile_layers(torch.stack([tiles_of(int(i) // tiles**2)[int(i) % tiles**2] for i in chosen]))
-
-    return maps
 
 
 def heatmap_range(maps: np.ndarray, peaks: np.ndarray) -> list[float]:
