@@ -1,6 +1,7 @@
 """Convolutions over small maps against the library's, in float64 and as training uses them."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panda_ad.adapt import adapt
+from panda_ad.adapt import adapt, convolution
 from panda_ad.adapt.convolution import (
     POSITIONS,
     FilteredConvolution,
@@ -123,15 +124,11 @@ def test_the_heads_features_and_gradient_are_the_librarys(side, precision, toler
 
 def test_training_goes_where_the_librarys_convolutions_go(monkeypatch, repo_root):
     """Twenty steps whose length hardly depends on rounding, each being clipped: the same weights to a few parts in a thousand of the way."""
-    from contextlib import nullcontext
-
-    import panda_ad.adapt
-
     backbone = load_backbone("embedded")
     layer2 = torch.rand(40, 128, 8, 8, generator=torch.Generator().manual_seed(1)).half().numpy()
     params = load_params(repo_root / "params.yaml").adapt.model_copy(update={"method": "compactness", "epochs": 10, "learning_rate": 0.5})
     ours = adapt(backbone, layer2, params, seed=0).snapshots[-1]
-    monkeypatch.setattr(panda_ad.adapt, "small_convolutions", lambda precision: nullcontext())
+    monkeypatch.setattr(convolution, "small_convolutions", lambda precision: nullcontext())
     plain = adapt(backbone, layer2, params, seed=0).snapshots[-1]
     start = backbone.head.state_dict()
     moved = sum(float((plain[k] - start[k]).square().sum()) for k in plain) ** 0.5

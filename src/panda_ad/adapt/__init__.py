@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from panda_ad.adapt.collapse import SAMPLE, collapsed, feature_statistics
-from panda_ad.adapt.compactness import Since, compactness_loss, descend, features_of, minibatches, rows_of
-from panda_ad.adapt.convolution import small_convolutions
+from panda_ad.adapt.collapse import SAMPLE
+from panda_ad.adapt.compactness import compactness_loss, descend, features_of, minibatches, rows_of
+from panda_ad.adapt.convolution import products
 from panda_ad.adapt.ewc import ElasticPenalty
-from panda_ad.adapt.fisher import cached_fisher, chosen_rows, estimate_fisher
+from panda_ad.adapt.fisher import cached_fisher, chosen_rows
 from panda_ad.adapt.oe import linear_head, outlier_loss
 from panda_ad.adapt.ses import ses_scores, snapshot_steps
-from panda_ad.adapt.snapshots import head_state, pack_snapshots, unpack_snapshots
+from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
+from panda_ad.adapt.watch import Watch
 from panda_ad.backbones import Backbone, fingerprint
 from panda_ad.errors import UserError
 from panda_ad.params import AdaptParams
@@ -31,9 +31,6 @@ __all__ = ["Adapted", "adapt", "pack_snapshots", "ses_scores", "unpack_snapshots
 EPOCHS = {"compactness": 15, "ses": 15, "ewc": 50, "oe": 50}
 LEARNING_RATE = {"compactness": 1e-2, "ses": 1e-2, "ewc": 1e-2, "oe": 1e-1}
 """The paper's, where the parameters say null."""
-
-WATCHED = 10
-"""Most intervals of training at whose ends the collapse watch looks; at most one an epoch, so that looking stays cheaper than training."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +102,12 @@ def adapt(
     provenance: dict[str, Any] = {"method": method, "steps": steps, "epochs": epochs, "learning_rate": learning_rate, "images": n, "seed": seed}
     provenance |= {"precision": str(precision).removeprefix("torch.")}
 
-    def products(of: torch.dtype) -> AbstractContextManager[Any]:
-        return small_convolutions(of) if device.type == "cpu" else nullcontext()
-
     # The unadapted features: their mean is the centre, a choice of them the collapse watch's reference.
-    with products(torch.float32):
+    with products(torch.float32, device):
         everything = features_of(head, layer2)
     centre = everything.double().mean(dim=0).float()
-    sample = chosen_rows(n, SAMPLE, seed)
-    start = feature_statistics(everything[sample], centre)
-    dimension = everything.shape[1]
+    rows = chosen_rows(n, SAMPLE, seed)
+    reference, dimension = everything[rows], everything.shape[1]
     del everything
 
     on_device = centre.to(device)
@@ -129,11 +122,7 @@ def adapt(
     if method == "ewc":
         provenance |= {"ewc_lambda": params.ewc_lambda, "fisher": "given" if fisher is not None else "estimated from the training images"}
         if fisher is None:
-            samples = params.fisher_samples
-            if fisher_cache is None:
-                fisher = estimate_fisher(backbone, layer2, samples=samples, seed=seed)
-            else:
-                fisher = cached_fisher(fisher_cache, backbone, layer2, samples=samples, seed=seed)
+            fisher = cached_fisher(fisher_cache, backbone, layer2, samples=params.fisher_samples, seed=seed)
         penalty = ElasticPenalty(head, fisher, params.ewc_lambda)
         provenance["fisher_sha256"] = fingerprint(dict(fisher))
 
@@ -142,39 +131,24 @@ def adapt(
         x = rows_of(layer2, rows, device)
         if linear is not None:
             x = torch.cat([x, rows_of(outliers, next(exposed), device)]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16), products(precision):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16), products(precision, device):
             features = head(x)
         features = features.float()
         return compactness_loss(features, on_device) if linear is None else outlier_loss(linear(features)[:, 0], len(rows))
 
-    keep_at = snapshot_steps(steps, params.snapshots) if method == "ses" else [steps]
-    snapshots = {0: head_state(head)} if 0 in keep_at else {}
-    history: list[dict[str, float]] = [{"step": 0.0, "epoch": 0.0, **start}]
-    collapsed_at: int | None = None
-    last_good = (0, head_state(head))
-
-    def watch(step: int, since: Since) -> bool:
-        nonlocal collapsed_at, last_good
-        with products(torch.float32):
-            features = features_of(head, layer2, sample)
-        if not torch.isfinite(features).all():
-            raise UserError(f"adapt: the features are not finite after step {step} of {steps}; lower adapt.learning_rate")
-        now = feature_statistics(features, centre)
-        row = {"step": float(step), "epoch": step * epochs / steps, "loss": since.loss}
-        if penalty is not None:
-            row["penalty"] = penalty.value()
-        history.append({**row, "gradient_norm": since.gradient_norm, "clipped": since.clipped, **now})
-        if collapsed_at is None and linear is None and collapsed(now, start):
-            collapsed_at = step
-            if params.on_collapse == "fallback":
-                return True
-        if step in keep_at:
-            snapshots[step] = head_state(head)
-        if collapsed_at is None:
-            last_good = (step, head_state(head))
-        return False
-
-    watch_at = sorted({*keep_at, *snapshot_steps(steps, min(WATCHED, epochs) + 1)} - {0})
+    watch = Watch(
+        head,
+        layer2,
+        rows,
+        reference,
+        centre,
+        keep_at=snapshot_steps(steps, params.snapshots) if method == "ses" else [steps],
+        steps=steps,
+        epochs=epochs,
+        judge=linear is None,
+        fall_back=params.on_collapse == "fallback",
+        penalty=penalty,
+    )
     with tqdm(total=steps, desc=method, unit="step", disable=None if progress is None else True) as bar:
 
         def tick(step: int, total: int) -> None:
@@ -190,14 +164,13 @@ def adapt(
             momentum=params.momentum,
             weight_decay=params.weight_decay,
             clip_norm=params.clip_norm,
-            watch_at=watch_at,
+            watch_at=watch.at,
             watch=watch,
             add_gradient=penalty.add_gradient if penalty is not None else None,
             progress=tick,
         )
-    if collapsed_at is not None and params.on_collapse == "fallback":
-        snapshots[last_good[0]] = last_good[1]
-        provenance["fell_back_to"] = last_good[0]
-    kept = sorted(snapshots)
+    if (step := watch.fallen_back_to) is not None:
+        provenance["fell_back_to"] = step
+    kept = sorted(watch.snapshots)
     classifier = None if linear is None else {k: v.detach().cpu().clone() for k, v in linear.state_dict().items()}
-    return Adapted([snapshots[s] for s in kept], kept, history, collapsed_at, classifier, provenance)
+    return Adapted([watch.snapshots[s] for s in kept], kept, watch.history, watch.collapsed_at, classifier, provenance)

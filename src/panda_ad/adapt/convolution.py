@@ -18,6 +18,7 @@ Maps lie in memory as (H, W, B, C) and weights as (k, k, C, C'), so that the pro
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ class small_convolutions(TorchFunctionMode):
         if func is F.batch_norm and kwargs.get("training") is False and len(args) == 3 and args[0].dim() == 4 and kwargs["weight"] is not None:
             return fixed_batch_norm(*args, kwargs["weight"], kwargs["bias"], kwargs["eps"])
         return func(*args, **kwargs)
+
+
+def products(precision: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """`small_convolutions` on the CPU; elsewhere the library's."""
+    return small_convolutions(precision) if device.type == "cpu" else nullcontext()
 
 
 def fixed_batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -89,9 +89,11 @@ def estimate_fisher(
     return {name: (s / len(rows)).cpu().contiguous() for name, s in zip(names, sums, strict=True)}
 
 
-def cached_fisher(folder: Path, backbone: Backbone, layer2: Any, labels: np.ndarray | None = None, *, samples: int, seed: int) -> dict[str, Tensor]:
-    """`estimate_fisher`, kept in `folder` under a name made from everything it depends on: weights, activations, labels, seed."""
-    if backbone.fc is None:
+def cached_fisher(
+    folder: Path | None, backbone: Backbone, layer2: Any, labels: np.ndarray | None = None, *, samples: int, seed: int
+) -> dict[str, Tensor]:
+    """`estimate_fisher`, kept in `folder`, if any, under a name made from everything it depends on: weights, activations, labels, seed."""
+    if backbone.fc is None or folder is None:
         return estimate_fisher(backbone, layer2, labels, samples=samples, seed=seed)
     rows = chosen_rows(len(layer2), samples, seed)
     digest = hashlib.sha256(f"1 {backbone.fingerprint} {seed} {labels is None} {len(rows)}".encode())
