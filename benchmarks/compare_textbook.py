@@ -3,7 +3,7 @@
     PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane          # full: 5,000 train, 10,000 test, 15 epochs
 
 Both do the same protocol from image files on an empty cache: same backbone, class, input size, training and test images,
-epochs. The textbook evaluates after each epoch, `ses` keeps the number of snapshots that params.yaml says.
+epochs and learning rate. The textbook evaluates after each epoch, `ses` scores the snapshots it keeps (`--snapshots`).
 `--textbook-epochs 2` runs only so many of the textbook's epochs and multiplies; it says so in its output.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.textbook import textbook
+from benchmarks.textbook import LEARNING_RATE, textbook
 from panda_ad.backbones import resolve_precision
 from panda_ad.benchmark import make_settings, plan
 from panda_ad.benchmark.cells import Bench, read_cell
@@ -25,12 +25,12 @@ from panda_ad.benchmark.sources import data_folder
 from panda_ad.params import load_params, parse_params
 
 
-def ours(dataset: str, normal: str, size: int, epochs: int, train: int | None, test: int | None, bf16: bool) -> dict:
+def ours(dataset: str, normal: str, size: int, epochs: int, snapshots: int, train: int | None, test: int | None, bf16: bool) -> dict:
     """`ses` as the benchmark runs it, from image files, empty caches included: seconds, processor seconds and AUROC."""
     start, cpu = time.perf_counter(), time.process_time()
     values = load_params().model_dump()
     values["backbone"] |= {"name": "embedded", "weights": "DEFAULT", "input_size": size}
-    changes = [f"ses.epochs={epochs}"]
+    changes = [f"ses.epochs={epochs}", f"ses.learning_rate={LEARNING_RATE}", f"ses.snapshots={snapshots}"]
     params = parse_params(values)
     data = data_folder()
     settings = make_settings(params, ["ses"], train, test, changes, data, bf16)
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--class", dest="normal", default="airplane")
     parser.add_argument("--size", type=int, default=64, help="network input, pixels")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--snapshots", type=int, default=6, help="heads that `ses` keeps and scores with, the unadapted one included")
     parser.add_argument("--train", type=int, help="at most so many training images; default: all")
     parser.add_argument("--test-per-class", type=int, help="at most so many test images per class; default: all")
     parser.add_argument("--textbook-epochs", type=int, help="run so many of the textbook's epochs and extrapolate; default: all of them")
@@ -60,7 +61,7 @@ def main() -> None:
     bf16 = not a.fp32 and resolve_precision("auto") == torch.bfloat16
     classes = sum(p.is_dir() for p in (root / "test").iterdir())
     test = None if a.test_per_class is None else a.test_per_class * classes
-    fast = ours(a.dataset, a.normal, a.size, a.epochs, a.train, test, bf16)
+    fast = ours(a.dataset, a.normal, a.size, a.epochs, a.snapshots, a.train, test, bf16)
     run = a.textbook_epochs if a.textbook_epochs is not None else a.epochs
     slow = textbook(root, a.normal, a.size, run, a.train, a.test_per_class, "embedded", "DEFAULT")
     seconds, cpu = slow["seconds"], slow["cpu"]

@@ -29,6 +29,8 @@ from torchvision.models import get_model
 
 import panda_ad.backbones
 
+LEARNING_RATE = 1e-2  # the paper's
+
 
 class Images(Dataset):
     """Image files, decoded and transformed at each access."""
@@ -110,7 +112,7 @@ def textbook(root: Path, normal: str, size: int, epochs: int, train: int | None,
 
     center = torch.from_numpy(evaluate().mean(axis=0))
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, weight_decay=5e-5)
+    optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-5)
     for _ in range(epochs):
         began = time.perf_counter()
         for x in DataLoader(train_images, batch_size=32, shuffle=True):
