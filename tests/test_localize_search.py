@@ -13,9 +13,12 @@ def naive(queries, gallery):
     return (queries.float()[:, None] - gallery.float()[None]).square().sum(2).min(1).values.sqrt()
 
 
-def found(queries, gallery, energy=0.96, parts=1):
+PRECISIONS = [torch.float32, torch.bfloat16]
+
+
+def found(queries, gallery, energy=0.96, parts=1, precision=None):
     basis = search.fit_basis(gallery, energy)
-    packed = [search.pack(search.Rows(g, search.bounds(g, basis)), basis) for g in gallery.tensor_split(parts)]
+    packed = [search.pack(search.Rows(g, search.bounds(g, basis)), basis, precision) for g in gallery.tensor_split(parts)]
     return search.nearest(queries, packed, basis)
 
 
@@ -47,9 +50,26 @@ NAMES = ["plain", "low rank", "far from the origin", "copies", "constant", "few 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("energy", [0.3, 0.96, 1.0])
-def test_equal_to_broadcasting(name, energy):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_equal_to_broadcasting(name, energy, precision):
     queries, gallery = data(name)
-    torch.testing.assert_close(found(queries, gallery, energy), naive(queries, gallery), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found(queries, gallery, energy, precision=precision), naive(queries, gallery), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("energy", [0.3, 0.96])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_distance_lies_below_its_bound(name, energy, precision, monkeypatch):
+    """What the search leaves out it may leave out: bounds of whole blocks against their rows' true distances, in float64."""
+    seen = []
+    monkeypatch.setattr(search, "_search", lambda queries, low, blocks, best, basis: seen.append((low, best)))
+    queries, gallery = data(name)
+    found(queries, gallery, energy, precision=precision)
+    ((low, _),) = seen
+    true = torch.cdist(gallery.double(), queries.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    blocks = len(gallery) // search.BLOCK
+    nearest = true[: blocks * search.BLOCK].view(blocks, search.BLOCK, -1).amin(1)
+    assert bool((low.flatten(0, 1)[:blocks].double() <= nearest).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,11 +86,11 @@ def test_equal_where_every_query_is_hard(name, monkeypatch):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.integers(1, 5), st.integers(0, 5))
-def test_any_size_and_any_number_of_parts(queries, rows, channels, parts, seed):
+@given(st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.integers(1, 5), st.integers(0, 5), st.sampled_from(PRECISIONS))
+def test_any_size_and_any_number_of_parts(queries, rows, channels, parts, seed, precision):
     generator = torch.Generator().manual_seed(seed)
     q, g = torch.randn(queries, channels, generator=generator).half(), torch.randn(rows, channels, generator=generator).half()
-    torch.testing.assert_close(found(q, g, parts=min(parts, rows)), naive(q, g), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found(q, g, parts=min(parts, rows), precision=precision), naive(q, g), rtol=1e-6, atol=0)
 
 
 def test_blocks_of_queries_and_bounds_change_nothing(monkeypatch):
@@ -82,7 +102,8 @@ def test_blocks_of_queries_and_bounds_change_nothing(monkeypatch):
     assert torch.equal(found(queries, gallery, parts=3), whole)
 
 
-def test_bounds_leave_little_to_compute(monkeypatch):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bounds_leave_little_to_compute(precision, monkeypatch):
     """Where most variance lies in few directions, as in feature maps, nearly all blocks are ruled out."""
     computed = []
     compute = search._compute
@@ -91,5 +112,5 @@ def test_bounds_leave_little_to_compute(monkeypatch):
     scale = np.logspace(0, -1.5, 32)
     gallery = torch.from_numpy(rng.normal(size=(8000, 32)) * scale).half()
     queries = torch.from_numpy(rng.normal(size=(200, 32)) * scale).half()
-    found(queries, gallery)
+    found(queries, gallery, precision=precision)
     assert sum(computed) < 0.1 * 200 * 8000 / search.BLOCK

@@ -6,7 +6,8 @@ most of the gallery's variance, with a vector's other C - r coordinates known by
     |q - g|^2 = |q_r - g_r|^2 + |q' - g'|^2 >= |q_r - g_r|^2 + (|q'| - |g'|)^2
 
 (r leading coordinates, ' the rest; reversed triangle inequality). The right side is one inner product of r + 2 numbers, so
-a float32 matrix product of that width gives the bound for all pairs; its minimum is kept per block of `BLOCK` gallery rows. Only
+a matrix product of that width gives the bound for all pairs; its minimum is kept per block of `BLOCK` gallery rows. Where the
+processor has bfloat16 the product is in it, and what it may round off is taken off the bound. Only
 the blocks whose bound lies below the best distance found so far are computed in full, as sums of squared differences in
 float32. A query with too many such blocks is searched by the full-width product, and its best few blocks are
 computed in full. So the result is that of the plain search in float32, and no tensor of all pairs ever exists.
@@ -20,12 +21,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from panda_ad.backbones import resolve_precision
+
 BLOCK = 16
 """Gallery rows per lower bound kept."""
 GROUP = 64
 """Blocks per group: groups are looked at first."""
 QUERIES = 4096
 """Most queries searched at a time."""
+ROUNDING = 2.0**-8
+"""Most that bfloat16 rounds off, relative."""
 _PRODUCT = 2**21  # elements of one matrix product: small enough for its minimum to be taken from the processor's cache
 _BOUNDS = 2**22  # lower bounds held at a time (16 MB)
 _PAIRS = 2**20  # gathered numbers per pass of the full computation
@@ -79,7 +84,7 @@ def bounds(values: Tensor, basis: Basis) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows made ready for search: keys (N, r + 3) float32, blocks (N / BLOCK, BLOCK, C) float16, length of the longest centred row."""
+    """Rows made ready for search: keys (N, r + 2) float32 or (N, r + 5) bfloat16, blocks (N / BLOCK, BLOCK, C) float16, length of the longest centred row."""
 
     keys: Tensor
     blocks: Tensor
@@ -87,16 +92,42 @@ class Packed:
 
 
 @torch.inference_mode()
-def pack(rows: Rows, basis: Basis) -> Packed:
-    """Leading coordinates and lengths of the rows, in whole blocks; `keys @ (query's row of the same width)` is the bound."""
+def pack(rows: Rows, basis: Basis, precision: torch.dtype | None = None) -> Packed:
+    """Leading coordinates and lengths of the rows, in whole blocks: with `_narrow`'s row of a query, an inner product gives the bound.
+
+    `precision` of that product: float32 or bfloat16; None: the faster one on this processor.
+    """
+    precision = resolve_precision("auto") if precision is None else precision
     values, extra = _whole_blocks(rows.values), _whole_blocks(rows.bounds)
-    axes = basis.axes[:, : basis.rank]
+    rank, axes = basis.rank, basis.axes[:, : basis.rank]
     shift = basis.mean @ axes
-    keys = torch.ones(len(values), basis.rank + 3)
+    squared = extra[:, 1:]
+    if precision == torch.bfloat16:
+        high = squared.bfloat16()
+        middle = (squared - high).bfloat16()
+        lengths = [high, middle, (squared - high - middle).bfloat16(), squared.sqrt()]  # three parts hold what float32 holds
+    else:
+        lengths = [squared]
+    keys = torch.empty(len(values), rank + 1 + len(lengths), dtype=precision)
     for i in range(0, len(values), 4096):
-        torch.sub(values[i : i + 4096].float() @ axes, shift, out=keys[i : i + 4096, : basis.rank])
-    keys[:, basis.rank : basis.rank + 2] = extra
-    return Packed(keys, values.view(-1, BLOCK, values.shape[1]), extra[:, 1].max().sqrt())
+        keys[i : i + 4096, :rank] = values[i : i + 4096].float() @ axes - shift
+    keys[:, rank : rank + 1] = extra[:, :1]
+    for i, column in enumerate(lengths):
+        keys[:, rank + 1 + i : rank + 2 + i] = column
+    return Packed(keys, values.view(-1, BLOCK, values.shape[1]), squared.max().sqrt())
+
+
+def _narrow(rotated: Tensor, rank: int, precision: torch.dtype) -> Tensor:
+    """(P, C) in the basis -> the queries' side of the bound's product, without |q|^2: (P, r + 2) float32 or (P, r + 5) bfloat16.
+
+    In bfloat16 both sides are rounded, each number by up to `ROUNDING` of itself: by Cauchy and Schwarz their product loses at most
+    2 (2 + ROUNDING) ROUNDING |q| |g|, which a last column takes off.
+    """
+    rest, ones = rotated[:, rank:].norm(dim=1, keepdim=True), torch.ones(len(rotated), 1)
+    columns = [-2 * rotated[:, :rank], -2 * rest, ones]
+    if precision == torch.bfloat16:
+        columns += [ones, ones, -4.2 * ROUNDING * rotated.norm(dim=1, keepdim=True)]
+    return torch.cat(columns, dim=1).to(precision)
 
 
 @torch.inference_mode()
@@ -115,26 +146,22 @@ def nearest(queries: Tensor, gallery: Iterable[Packed], basis: Basis) -> Tensor:
     """
     queries = queries.float()
     best = torch.full((len(queries),), torch.inf)
-    rank = basis.rank
     rotated = (queries - basis.mean) @ basis.axes
     squared = rotated.square().sum(1)
-    rest = rotated[:, rank:].norm(dim=1)
-    narrow = torch.cat([-2 * rotated[:, :rank], -2 * rest[:, None], torch.ones(len(queries), 2)], dim=1)  # (P, r + 3)
+    narrow = {precision: _narrow(rotated, basis.rank, precision) for precision in (torch.float32, torch.bfloat16)}
     for part in gallery:
-        slack = queries.shape[1] * 1.2e-7 * (squared.sqrt() + part.longest).square()
-        narrow[:, -1] = squared - slack
+        constant = squared - queries.shape[1] * 1.2e-7 * (squared.sqrt() + part.longest).square()
         for i in range(0, len(queries), QUERIES):
             j = slice(i, i + QUERIES)
             step = max(1, _BOUNDS // len(queries[j]))  # blocks
             for k in range(0, len(part.blocks), step):
-                keys = part.keys[k * BLOCK : (k + step) * BLOCK]
-                _search(queries[j], narrow[j], keys, part.blocks[k : k + step], best[j], basis)
+                low = _block_minima(part.keys[k * BLOCK : (k + step) * BLOCK], narrow[part.keys.dtype][j], constant[j])
+                _search(queries[j], low, part.blocks[k : k + step], best[j], basis)
     return best.sqrt()
 
 
-def _search(queries: Tensor, narrow: Tensor, keys: Tensor, blocks: Tensor, best: Tensor, basis: Basis) -> None:
-    """Lower `best` (P,), squared distances, in place by what `blocks` (N / BLOCK, BLOCK, C) hold."""
-    low = _block_minima(keys, narrow)
+def _search(queries: Tensor, low: Tensor, blocks: Tensor, best: Tensor, basis: Basis) -> None:
+    """Lower `best` (P,), squared distances, in place by what `blocks` (N / BLOCK, BLOCK, C) hold; `low`: their bounds by `_block_minima`."""
     coarse = low.amin(1)
     value, block = _smallest(low, coarse)
     promising = torch.nonzero(value <= best)[:, 0]
@@ -158,7 +185,7 @@ def _search_full_width(queries: Tensor, blocks: Tensor, which: Tensor, best: Ten
     rows = blocks.flatten(0, 1).float() - basis.mean
     centred = queries[which] - basis.mean
     keys = torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
-    low = _block_minima(keys, torch.cat([-2 * centred, torch.ones(len(which), 1)], dim=1))
+    low = _block_minima(keys, torch.cat([-2 * centred, torch.ones(len(which), 1)], dim=1), torch.zeros(len(which)))
     columns = torch.arange(len(which))
     for _ in range(min(4, len(blocks))):
         _, at = _smallest(low, low.amin(1))
@@ -166,17 +193,24 @@ def _search_full_width(queries: Tensor, blocks: Tensor, which: Tensor, best: Ten
         low[at // GROUP, at % GROUP, columns] = torch.inf
 
 
-def _block_minima(keys: Tensor, queries: Tensor) -> Tensor:
-    """(N, r), (P, r) -> minimum of keys @ queries.T over each block of rows, (groups, GROUP, P), filled up with infinity."""
+def _block_minima(keys: Tensor, queries: Tensor, constant: Tensor) -> Tensor:
+    """(N, r), (P, r), (P,) -> minimum of keys @ queries.T + constant over each block of rows, float32 (groups, GROUP, P), filled up with infinity.
+
+    From bfloat16, whose products are rounded too, by up to `ROUNDING`, it is lowered by that.
+    """
     blocks = len(keys) // BLOCK
     out = torch.empty(-(-blocks // GROUP) * GROUP, len(queries))
     out[blocks:] = torch.inf
     step = max(BLOCK, _PRODUCT // len(queries) // BLOCK * BLOCK)
-    buffer = torch.empty(min(step, len(keys)), len(queries))
+    buffer = torch.empty(min(step, len(keys)), len(queries), dtype=keys.dtype)
     for i in range(0, len(keys), step):
         part = keys[i : i + step]
         product = torch.mm(part, queries.T, out=buffer[: len(part)])
-        torch.amin(product.view(-1, BLOCK, len(queries)), dim=1, out=out[i // BLOCK : (i + len(part)) // BLOCK])
+        low = out[i // BLOCK : (i + len(part)) // BLOCK]
+        low.copy_(product.view(-1, BLOCK, len(queries)).amin(1))
+        if keys.dtype == torch.bfloat16:
+            low.sub_(low.abs(), alpha=1.01 * ROUNDING)
+        low.add_(constant)
     return out.view(-1, GROUP, len(queries))
 
 
