@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from panda_ad.benchmark import METHODS, benchmark, make_settings, plan
-from panda_ad.benchmark.cells import Bench
+from panda_ad.benchmark.cells import Bench, read_cell
 from panda_ad.benchmark.protocols import choose_test, train_refs
 from panda_ad.benchmark.sources import Images, as_item, read_set
 from panda_ad.benchmark.tables import build_table
+from panda_ad.data.outliers import is_grey
 from panda_ad.errors import UserError
 from panda_ad.metrics import auroc
 from panda_ad.params import Params, load_params, parse_params
@@ -255,3 +256,28 @@ def test_dask_cluster_gives_the_same_cells(data, tmp_path, monkeypatch):
     assert set(dask) == set(plain) == {f"{c} {m}" for c in CLASSES for m in ("none", "ses")}
     for name, one in plain.items():
         np.testing.assert_allclose(dask[name]["scores"], one["scores"], rtol=1e-4, err_msg=name)
+
+
+def test_outliers_for_grey_images_are_grey_whoever_came_before(data, params, tmp_path):
+    bench = Bench(make_settings(params, ["oe"], None, None, [f"oe.outliers={data / 'outliers'}"], data, False), data, tmp_path / "out", tmp_path / "c")
+    files = sorted((data / "outliers" / "stripes").iterdir())
+    colour = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    grey = np.repeat(colour[..., :1], 3, axis=2)
+    assert not is_grey(bench.outliers(("outliers", "x"), files, colour)[0].read())
+    assert is_grey(bench.outliers(("outliers", "x"), files, grey)[0].read())
+
+
+def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params, tmp_path):
+    """So its classifier was trained, whatever the galleries compare."""
+    normalizing = parse_params(params.model_dump() | {"gallery": params.gallery.model_dump() | {"normalize": True}})
+    change = [f"oe.outliers={data / 'outliers' / 'stripes'}"]
+    (job,), scores = plan(["shapes"], data, ["oe"], "one-vs-rest", ["disc"], [0])[0], []
+    for n, given in enumerate((params, normalizing)):
+        bench = Bench(make_settings(given, ["oe"], None, None, change, data, False), data, tmp_path / f"out{n}", tmp_path / "cache")
+        scores.append(read_cell(bench.run(job)[0])["scores"])
+    assert scores[0] == scores[1]
+
+
+def test_what_collapse_leads_to_is_part_of_a_cell(params, data):
+    one, other = (make_settings(params, ["ses"], None, None, change, data, False) for change in ([], ["ses.on_collapse=fallback"]))
+    assert one.key("trajectory") != other.key("trajectory")

@@ -67,8 +67,9 @@ class Bench:
 
     def outliers(self, name: tuple, files: Sequence[Ref], like: np.ndarray) -> list[Item]:
         """Outlier images as items, at the resolution of the normal images, of which `like`, uint8 (H, W, 3), is one."""
+        size, grey = (like.shape[0], like.shape[1]), is_grey(like)
+        name = (*name, *size, grey)
         if name not in self._items:
-            size, grey = (like.shape[0], like.shape[1]), is_grey(like)
             self._items[name] = [outlier_item(path, size, grey) for path in files if isinstance(path, Path)]
             self.activations.warm(self._items[name], label=" ".join(map(str, name)))
         return self._items[name]
@@ -89,8 +90,7 @@ class Bench:
 
     def features(self, layer2: np.ndarray, state: Mapping[str, torch.Tensor] | None = None) -> np.ndarray:
         """Pooled features under a head, by default the pretrained one: (N, C2, h, w) -> float32 (N, D), normalised if the settings say so."""
-        self.head.load_state_dict(self._pretrained if state is None else state, strict=False)
-        return self._normalized(head_features(self.head, layer2))
+        return self._normalized(head_features(self.with_state(self._pretrained if state is None else state), layer2))
 
     def _normalized(self, features: np.ndarray) -> np.ndarray:
         if not self.settings.gallery.normalize:
@@ -102,12 +102,13 @@ class Bench:
         digest = hashlib.sha256("".join(item.key for item in items).encode()).hexdigest()[:24]
         path = self.out / "raw" / self.activations.folder.name / f"{digest}.npy"
         if not path.exists():
-            values = head_features(self._with(self._pretrained), self.layer2(items))
+            values = head_features(self.with_state(self._pretrained), self.layer2(items))
             with atomic_file(path) as temporary, open(temporary, "wb") as f:
                 np.save(f, values)
         return self._normalized(np.load(path))
 
-    def _with(self, state: Mapping[str, torch.Tensor]) -> Head:
+    def with_state(self, state: Mapping[str, torch.Tensor]) -> Head:
+        """The head with these weights."""
         self.head.load_state_dict(state, strict=False)
         return self.head
 
@@ -231,11 +232,11 @@ def _oe(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     files, _ = read_labelled(bench.settings.outliers)
     limit = None if bench.settings.train is None else OUTLIERS * bench.settings.train
     like = bench.train_items(job)[0].read()
-    name = ("outliers", bench.settings.outliers.name, *like.shape[:2])
-    outliers = bench.outliers(name, [files[i] for i in choose(len(files), limit, "outliers")], like)
+    outliers = bench.outliers(("outliers", str(bench.settings.outliers)), [files[i] for i in choose(len(files), limit, "outliers")], like)
     adapted = _adapted(bench, job, outliers=bench.layer2(outliers))
     assert adapted.classifier is not None
-    features = bench.features(bench.layer2(bench.test_items(job)[0]), adapted.snapshots[-1])
+    # as they come, never normalised: so the classifier was trained
+    features = head_features(bench.with_state(adapted.snapshots[-1]), bench.layer2(bench.test_items(job)[0]))
     weight, bias = adapted.classifier["weight"].numpy(), adapted.classifier["bias"].numpy()
     return {"oe": ((features @ weight.T + bias)[:, 0], {"steps": adapted.steps})}
 

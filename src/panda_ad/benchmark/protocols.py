@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from panda_ad.backbones import resolve_precision
 from panda_ad.benchmark.sources import FIRST_20, Images, Ref
 from panda_ad.errors import UserError
 from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
@@ -56,12 +57,13 @@ class Settings:
 
     def facts(self, family: str) -> dict[str, Any]:
         """The part that the cells of a family depend on, as JSON."""
-        backbone = self.backbone.model_dump(exclude={"cache_gb"})
+        precision = str(resolve_precision(self.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
+        backbone = self.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
         facts: dict[str, Any] = {"backbone": backbone, "train": self.train, "test": self.test, "normalize": self.gallery.normalize}
         if family in ("raw", "trajectory", "ewc"):
             facts["k"] = self.gallery.k
         if family in self.adapt:
-            unused = {"outliers", "fisher", "on_collapse"} | (set() if family == "ewc" else {"ewc_lambda", "fisher_samples"})
+            unused = {"outliers", "fisher"} | (set() if family == "ewc" else {"ewc_lambda", "fisher_samples"})
             facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})
             facts["bf16"] = self.bf16
         if family == "ewc":
