@@ -1,8 +1,10 @@
 """The activation cache gives what the trunk gives, survives kills and stays within its budget."""
 
+import gc
 import hashlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 
@@ -73,10 +75,11 @@ def test_over_budget_images_are_computed_at_use(backbone, tmp_path, capsys):
 def test_older_caches_make_room(backbone, tmp_path):
     old = make(backbone, tmp_path)
     old.warm(items(10))
-    size = old.stores["layer2"].path.stat().st_size
+    size, folder = old.stores["layer2"].path.stat().st_size, old.folder
+    del old
     new = make(backbone, tmp_path, gb=1.2 * size / 1e9, size=(16, 32))
     assert new.warm(items(10)) == 10
-    assert not old.folder.exists()
+    assert not folder.exists()
 
 
 def test_both_layers_together(backbone, tmp_path):
@@ -115,3 +118,25 @@ def test_pooled_features_beyond_the_budget_are_not_kept(backbone, tmp_path):
     parts = list(cache.pooled(some, batch=5))
     assert [len(part) for part in parts] == [5] * 4 and len(cache.features.row) == 8
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(list(make(backbone, tmp_path / "all").pooled(some))))
+
+
+def test_a_cache_that_is_open_is_not_deleted_for_room(backbone, tmp_path):
+    small = make(backbone, tmp_path, size=(32, 48))
+    small.warm(items(4))
+    used = small.stores["layer2"].record * 4
+    budget = (used + small.features.record) / 1e9
+    other = make(backbone, tmp_path, gb=budget)
+    assert other.warm(items(4)) < 4  # no room
+    assert small.stores["layer2"].path.exists()
+    folder = small.folder
+    del small
+    gc.collect()
+    assert other.warm(items(4)) > 0
+    assert not folder.exists()
+
+
+def test_another_way_of_decoding_is_another_cache(backbone, tmp_path, monkeypatch):
+    before = make(backbone, tmp_path)
+    before.warm(items(2))
+    monkeypatch.setattr(PIL, "__version__", "99.0")
+    assert make(backbone, tmp_path).warm(items(2)) == 2

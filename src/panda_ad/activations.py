@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from tqdm import tqdm
 
+from panda_ad import backbones
 from panda_ad.backbones import Backbone, in_micro_batches, preprocess, trunk_activations
+from panda_ad.data import images
 
 LAYERS = ("layer1", "layer2")
 _CHUNK = 64  # images decoded, computed and written at a time
+_IN_USE = "in-use"  # a file of each cache that its users lock
 _LINE = 65  # a sha256 in hex and a newline
 
 
@@ -94,10 +98,14 @@ class Activations:
     def __init__(self, backbone: Backbone, size: tuple[int, int], precision: torch.dtype, root: Path, cache_gb: float):
         self.backbone, self.size, self.precision, self.root = backbone, size, precision, root
         self.budget = int(cache_gb * 1e9)
-        key = f"{backbone.fingerprint}-{size}-{precision}-1"
+        # what decodes and resizes is part of the key: a model must not compare pixels of two makes
+        rules = b"".join(Path(module.__file__ or "").read_bytes() for module in (images, backbones)) + PIL.__version__.encode()
+        key = f"{backbone.fingerprint}-{size}-{precision}-{hashlib.sha256(rules).hexdigest()}"
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)
+        self._in_use = open(self.folder / _IN_USE, "a")  # noqa: SIM115, held, shared, as long as this object lives
+        fcntl.flock(self._in_use, fcntl.LOCK_SH)
         with torch.inference_mode():
             probe = self.backbone.trunk(torch.zeros(1, 3, *size))
             width = self.backbone.head(probe[1]).shape[1]
@@ -180,9 +188,21 @@ class Activations:
         folders = sorted((f for f in self.root.iterdir() if f.is_dir() and f != self.folder), key=lambda f: f.stat().st_mtime)
         sizes = {f: sum(p.stat().st_size for p in f.glob("*.f[13]?")) for f in [*folders, self.folder]}
         while folders and sum(sizes.values()) + wanted > self.budget:
-            shutil.rmtree(folders[0], ignore_errors=True)
-            del sizes[folders.pop(0)]
+            folder = folders.pop(0)
+            if _removed(folder):
+                del sizes[folder]
         return max(0, min(wanted, self.budget - sum(sizes.values())))
+
+
+def _removed(folder: Path) -> bool:
+    """Delete another cache, unless a process has it open; whether it is gone."""
+    try:
+        with open(folder / _IN_USE, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:
+        return not folder.exists()
+    return True
 
 
 class View:
