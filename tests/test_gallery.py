@@ -1,5 +1,8 @@
 """The gallery against brute force in float64."""
 
+import json
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pytest
@@ -7,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
+from panda_ad.files import write_json
 from panda_ad.gallery import Gallery, cluster_means, compress, score_left_out
-from panda_ad.stages.index import fit_gallery
+from panda_ad.params import GalleryParams
+from panda_ad.stages.index_gallery import build_galleries, left_out_scores, normal_mean
+from panda_ad.whitening import fit_whitening
 
 
 def brute(gallery: np.ndarray, queries: np.ndarray, k: int, leave_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -191,12 +197,29 @@ def test_clustered_images_score_as_if_they_had_not_been_clustered(k):
 def test_the_mean_normal_score_is_of_images_that_do_not_find_themselves(features):
     """Whatever the compression: too small a mean would inflate the scores of one snapshot against another's."""
     few = features[:12]
-    whole, expected = fit_gallery(few, np.arange(12), None, 2)
+    expected = normal_mean(Gallery(few), few, np.arange(12), None, 2)
     assert expected == pytest.approx(brute(few, few, 2, leave_out=True)[0].sum(axis=1).mean())
-    assert len(whole) == 12
     # nearly as many clusters as images: close to no compression
     _, members = np.unique(np.r_[np.arange(11), 10], return_inverse=True)
-    assert fit_gallery(few, np.arange(11), members, 2)[1] == pytest.approx(expected, rel=0.3)
+    assert normal_mean(cluster_means(few, members), few, np.arange(11), members, 2) == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
+def test_left_out_scores_are_those_of_new_images(compression):
+    """Whitened, an image that shaped the whitening scores half of what a new one does; SES and the score's scale need the latter."""
+    rng = np.random.default_rng(0)
+    spread = np.logspace(0, -1, 64)
+    train, new = ((rng.normal(size=(n, 64)) * spread).astype(np.float32) for n in (100, 400))
+    params = GalleryParams(k=2, normalize=False, whiten=True, compression=compression, size=20)
+    scores = left_out_scores([train, 2 * train], params, True, 0)
+    whiten = fit_whitening(train)
+    (gallery,), kept, members = build_galleries([whiten(train)], params, 0)
+    expected = gallery.score(whiten(new), 2).mean()
+    assert scores.shape == (2, 100)
+    assert scores[0].mean() == pytest.approx(expected, rel=0.15)
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3)  # whitening takes the scale out
+    if compression == "none":
+        assert normal_mean(gallery, whiten(train), kept, members, 2) < 0.9 * expected
 
 
 def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch):
@@ -225,6 +248,11 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     extract.main()
     for stage in (adapt, index):
         stage.main("fabric")
+    made = json.loads(Path("build/features/fabric/backbone.json").read_text())
+    write_json(Path("build/features/fabric/backbone.json"), made | {"fingerprint": "0" * 64})  # another file under the weights' name
+    for stage in (adapt, index):
+        with pytest.raises(UserError, match="--single-item extract"):
+            stage.main("fabric")
 
     detector = load_bundle("build/bundle/fabric")
     rows = pd.read_csv("build/features/fabric/rows.csv")

@@ -188,7 +188,6 @@ def test_the_bundle_says_what_it_needs_and_no_more(plants):
 def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_rest(plants, monkeypatch, tmp_path):
     from panda_ad.registry.model import PandaModel
     from panda_ad.score import Model, score_files
-    from panda_ad.stages.common import raw_features
     from panda_ad.stages.evaluate import score_rows
 
     plant = plants[1]
@@ -207,7 +206,7 @@ def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_r
         assert (alone.score, alone.p_value, alone.neighbours, alone.region) == tuple(
             getattr(together[i], name) for name in ("score", "p_value", "neighbours", "region")
         )
-    evaluated = score_rows(detector, load_params(), rows, raw_features("fabric"))
+    evaluated = score_rows(detector, load_params(), rows, "fabric")
     assert evaluated.heatmaps.shape == (len(rows), 160, 160)
     for verdict, heatmap in zip(together, evaluated.heatmaps, strict=True):
         np.testing.assert_array_equal(resize_map(heatmap, (150, 200)), verdict.heatmap)
@@ -248,14 +247,13 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
 
 def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
     from panda_ad.stages import evaluate
-    from panda_ad.stages.common import raw_features
 
     monkeypatch.chdir(plants[1])
     monkeypatch.setattr(evaluate, "PIXEL_SIDE", 96)
     table = pd.read_csv("build/features/fabric/rows.csv", keep_default_na=False)
     rows = table[table["split"] == "test"]
     detector = load_bundle("build/bundle/fabric")
-    maps = evaluate.score_rows(detector, load_params(), rows, raw_features("fabric")).heatmaps
+    maps = evaluate.score_rows(detector, load_params(), rows, "fabric").heatmaps
     assert maps.shape == (len(rows), 96, 96)
     masks = evaluate.load_masks(rows, load_params())
     assert {m.shape for m in masks} == {(72, 96)}

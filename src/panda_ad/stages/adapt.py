@@ -29,7 +29,7 @@ def main(category: str) -> None:
     params = load_params()
     threads()
     backbone = backbone_for(params)
-    activations = activations_for(params, backbone)
+    activations = activations_for(params, backbone, category)
     rows = category_rows(category)["train"]
     items = items_of(rows, params)
     activations.warm(items)
@@ -48,7 +48,7 @@ def main(category: str) -> None:
     with atomic_folder(BUILD / "adapt" / category) as folder:
         save_file(tensors, folder / "snapshots.safetensors")
         pd.DataFrame(adapted.history).to_csv(folder / "history.csv", index=False)
-        facts = {"method": params.adapt.method, "steps": adapted.steps or [0], "collapsed_at": adapted.collapsed_at}
+        facts = {"method": params.adapt.method, "steps": adapted.steps or [0], "collapsed_at": adapted.collapsed_at, "fingerprint": backbone.fingerprint}
         write_json(folder / "adapt.json", {**facts, "provenance": adapted.provenance})
     print(f"{category}: {summary(params.adapt.method, adapted)}")
     if adapted.collapsed_at is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import resource
 import sys
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 BUILD = Path("build")
 MANIFEST = BUILD / "validation" / "manifest.csv"
 FEATURES = BUILD / "features"
+BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the precision they were computed in
 CACHE = Path(".cache")
 
 
@@ -79,13 +81,27 @@ def backbone_for(params: Params) -> Backbone:
     return load_backbone(params.backbone.name, params.backbone.weights)
 
 
-def activations_for(params: Params, backbone: Backbone) -> Activations:
-    """The activation cache of the parameters' backbone, input size and precision."""
+def activations_for(params: Params, backbone: Backbone, category: str | None = None) -> Activations:
+    """The activation cache of a backbone at the parameters' input size, in their precision or, given a category, in that of its features.
+
+    `auto` may mean another precision where `extract` ran, and a model's parts must be of one. UserError where they are of other weights:
+    DVC sees a weights file's name, not what it holds.
+    """
     from panda_ad.activations import Activations
     from panda_ad.backbones import resolve_precision
 
-    precision = resolve_precision(params.backbone.precision)
-    return Activations(backbone, params.backbone.size, precision, CACHE / "activations", params.backbone.cache_gb)
+    precision = params.backbone.precision
+    if category is not None:
+        made = json.loads((FEATURES / category / BACKBONE).read_text())
+        check_weights(made["fingerprint"], backbone, f"{FEATURES / category}", "extract")
+        precision = made["precision"]
+    return Activations(backbone, params.backbone.size, resolve_precision(precision), CACHE / "activations", params.backbone.cache_gb)
+
+
+def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -> None:
+    """UserError unless `what` was made with the backbone's weights."""
+    if fingerprint != backbone.fingerprint:
+        raise UserError(f"{what} was made with other weights than backbone.weights holds now; run `dvc repro --force --single-item {stage}`, then `dvc repro`")
 
 
 def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch.nn.functional import adaptive_max_pool2d
 
 from panda_ad import metrics, pixel_metrics
 from panda_ad.bundle import load_bundle
@@ -38,7 +41,7 @@ def main(category: str) -> None:
     threads()
     rows = category_rows(category)["test"]
     detector = load_bundle(BUILD / "bundle" / category)
-    scores = score_rows(detector, params, rows, raw_features(category))
+    scores = score_rows(detector, params, rows, category)
     labels = rows["label"].to_numpy()
     limit = detector.threshold()
     values = image_metrics(labels, scores.score, params) | {
@@ -73,23 +76,28 @@ def main(category: str) -> None:
     )
 
 
-def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, raw: np.ndarray) -> Scores:
-    """Score manifest rows from cached activations; heat maps only where the model has a localiser.
+def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category: str) -> Scores:
+    """Score manifest rows of a category from cached activations; heat maps, on disk, only where the model has a localiser.
 
     Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
     """
-    activations = activations_for(params, detector.backbone)
+    activations, raw = activations_for(params, detector.backbone, category), raw_features(category)
     items = items_of(rows, params)
     layers = layers_needed(params)
     activations.warm(items, layers)
     most = max(PIXEL_SIDE, *detector.size)
-    parts, kept = [], []
+    parts: list[Scores] = []
+    maps: np.ndarray | None = None
     for part in score_items(detector, activations, items, layers, raw[rows.index]):
+        done = sum(len(p.score) for p in parts)
         parts.append(replace(part, heatmaps=None))
         if part.heatmaps is not None:
             scale = min(1.0, most / max(part.heatmaps.shape[1:]))
-            kept += [resize_map(m, (round(m.shape[0] * scale), round(m.shape[1] * scale))) for m in part.heatmaps]
-    maps = np.stack(kept) if kept else None
+            kept = [resize_map(m, (round(m.shape[0] * scale), round(m.shape[1] * scale))) for m in part.heatmaps]
+            if maps is None:  # thousands of test images have more of it than there is memory
+                with tempfile.TemporaryFile(dir=BUILD) as file:
+                    maps = np.memmap(file, np.float32, "w+", shape=(len(rows), *kept[0].shape))
+            maps[done : done + len(kept)] = kept
     columns = ("score", "snapshot", "neighbours", "distances", "features")
     score, snapshot, neighbours, distances, features = (np.concatenate([getattr(p, name) for p in parts]) for name in columns)
     peaks = [part.peaks for part in parts if part.peaks is not None]
@@ -120,7 +128,10 @@ def pixel_figures(masks: list[np.ndarray], maps: list[np.ndarray], params: Param
 
 
 def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
-    """Ground truth per test image, bool (H, W), empty for good images; None where the category has no masks."""
+    """Ground truth per test image, bool (H, W), empty for good images; None where the category has no masks.
+
+    A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
+    """
     if not (rows["mask"] != "").any():
         return None
     root: Path = image_root(params)
@@ -129,8 +140,13 @@ def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
         scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
         size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
         mask = read_mask(root / row.mask) if row.mask else np.zeros(size, bool)
-        masks.append(mask if mask.shape == size else resize_map(mask.astype(np.float32), size) >= 0.5)
+        masks.append(mask if mask.shape == size else reduced(mask, size))
     return masks
+
+
+def reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool (H, W) -> bool `size`, not larger: true where any of the pixels behind is."""
+    return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
 
 
 def histogram(labels: np.ndarray, scores: np.ndarray, bins: int = 30) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Stage `extract`: trunk activations of every image into the cache, and their unadapted pooled features into build/features.
 
-Each category has a folder there: rows.csv, its part of the manifest, and raw.npy, float32 (N, D), a row of features per row of it.
+Each category has a folder there: rows.csv, its part of the manifest, raw.npy, float32 (N, D), a row of features per row of it, and
+backbone.json, what they were computed with.
 One folder each, so that new images of one category leave the others' models alone.
 """
 
@@ -9,13 +10,24 @@ from __future__ import annotations
 import numpy as np
 
 from panda_ad.data.manifest import load_manifest, write_manifest
-from panda_ad.files import atomic_folder
+from panda_ad.files import atomic_folder, write_json
 from panda_ad.params import load_params
-from panda_ad.stages.common import FEATURES, MANIFEST, activations_for, backbone_for, items_of, layers_needed, run_stage, threads
+from panda_ad.stages.common import (
+    BACKBONE,
+    FEATURES,
+    MANIFEST,
+    activations_for,
+    backbone_for,
+    items_of,
+    layers_needed,
+    run_stage,
+    threads,
+)
 
 
 def main() -> None:
     """Compute what the cache does not hold yet, then the features."""
+    import torch
     from tqdm import tqdm
 
     params = load_params()
@@ -23,7 +35,8 @@ def main() -> None:
     rows = load_manifest(MANIFEST)
     distinct = rows.drop_duplicates("sha256").reset_index(drop=True)
     items = items_of(distinct, params)
-    activations = activations_for(params, backbone_for(params))
+    backbone = backbone_for(params)
+    activations = activations_for(params, backbone)
     computed = activations.warm(items, layers_needed(params), label="extract")
     with atomic_folder(FEATURES) as folder:
         (width,) = activations.features.shape
@@ -38,6 +51,8 @@ def main() -> None:
         for category, part in rows.groupby("category"):
             (folder / str(category)).mkdir()
             write_manifest(part, folder / str(category) / "rows.csv")
+            facts = {"fingerprint": backbone.fingerprint, "precision": "bf16" if activations.precision == torch.bfloat16 else "fp32"}
+            write_json(folder / str(category) / BACKBONE, facts)
             np.save(folder / str(category) / "raw.npy", every[[position[key] for key in part["sha256"]]])
         (folder / "every.npy").unlink()
     print(f"{len(items)} images, {computed} of them new to the activation cache")

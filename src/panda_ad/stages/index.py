@@ -16,9 +16,8 @@ from panda_ad.adapt.snapshots import unpack_snapshots
 from panda_ad.bundle import save_bundle
 from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
-from panda_ad.errors import UserError
 from panda_ad.files import atomic_folder
-from panda_ad.gallery import Gallery, check_finite, cluster_means, compress, score_left_out
+from panda_ad.gallery import check_finite
 from panda_ad.monitor.statistics import Reference, image_statistics, statistics_matrix
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
@@ -26,6 +25,7 @@ from panda_ad.stages.common import (
     activations_for,
     backbone_for,
     category_rows,
+    check_weights,
     items_of,
     layers_needed,
     raw_features,
@@ -33,14 +33,17 @@ from panda_ad.stages.common import (
     score_items,
     threads,
 )
+from panda_ad.stages.index_gallery import build_galleries, left_out_scores, normal_mean
 from panda_ad.stages.index_localizer import add_localizer
 from panda_ad.whitening import fit_whitening
 
 if TYPE_CHECKING:
     from panda_ad.activations import Activations, Item
+    from panda_ad.detector import Scores
     from panda_ad.params import Params
 
 _THUMBNAIL = 96  # pixels, longest side
+_COLOURED = 256  # most calibration images whose heat maps set the overlays' colours
 
 
 def main(category: str) -> None:
@@ -48,7 +51,7 @@ def main(category: str) -> None:
     params = load_params()
     threads()
     rows = category_rows(category)
-    activations = activations_for(params, backbone_for(params))
+    activations = activations_for(params, backbone_for(params), category)
     train, calibration = (items_of(rows[split], params) for split in ("train", "calibration"))
     layers = layers_needed(params)
     activations.warm([*train, *calibration], layers)
@@ -59,12 +62,17 @@ def main(category: str) -> None:
     if detector.config["whiten"]:
         detector.whitenings = [fit_whitening(matrix) for matrix in plain]
         matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, plain, strict=True)]
-    kept = add_galleries(detector, matrices, params)
+    detector.galleries, kept, members = build_galleries(matrices, params.gallery, params.seed)
+    left_out = left_out_scores(plain, params.gallery, detector.config["whiten"], params.seed)
+    if detector.config["whiten"]:  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
+        detector.train_means = left_out.mean(axis=1)
+    else:
+        detector.train_means = np.array([normal_mean(g, m, kept, members, params.gallery.k) for g, m in zip(detector.galleries, matrices, strict=True)])
     chosen = rows["train"].iloc[kept]
     detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
     if params.localize.method != "none":
-        add_localizer(detector, activations, train, plain, matrices, params)
+        add_localizer(detector, activations, train, matrices, left_out, params)
     calibrate(detector, activations, calibration, params)
 
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
@@ -78,6 +86,7 @@ def adapted_detector(params: Params, category: str, activations: Activations, co
     """What `adapt` has left, as a detector that has learnt nothing else yet. `counts` go to its provenance."""
     folder, backbone = BUILD / "adapt" / category, activations.backbone
     facts = json.loads((folder / "adapt.json").read_text())
+    check_weights(facts["fingerprint"], backbone, str(folder), f"adapt@{category}")
     tensors = load_file(folder / "snapshots.safetensors")
     classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")} or None
     states = iter(unpack_snapshots(backbone.head.state_dict(), tensors))
@@ -125,60 +134,23 @@ def training_features(detector: Detector, activations: Activations, train: Seque
     return matrices
 
 
-def add_galleries(detector: Detector, matrices: Sequence[np.ndarray], params: Params) -> np.ndarray:
-    """A gallery for each head from S times (M, D); returns the images that they consist of, or that stand for their clusters.
-
-    One choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images.
-    """
-    count = len(matrices[-1])
-    centres, kept = compress(matrices[-1], params.gallery.compression, params.gallery.size, params.seed)
-    members = None
-    if params.gallery.compression == "kmeans" and len(kept) < count:
-        filled, members = np.unique(Gallery(centres).search(matrices[-1], 1)[1][:, 0], return_inverse=True)
-        kept = kept[filled]
-    for matrix in matrices:
-        gallery, mean = fit_gallery(matrix, kept, members, params.gallery.k)
-        detector.galleries.append(gallery)
-        detector.train_means = np.append(detector.train_means, mean)
-    return kept
-
-
 def calibrate(detector: Detector, activations: Activations, calibration: Sequence[Item], params: Params) -> None:
     """The calibration images' scores, what monitoring compares with, and the range of the overlays' colours."""
     every = params.localize.tiles or 1
-    held_out, usual, peaks = [], [], []
+    held_out: list[Scores] = []
+    usual: list[np.ndarray] = []
+    peaks: list[np.ndarray] = []
     for scores in score_items(detector, activations, calibration, layers_needed(params)):
         held_out.append(replace(scores, heatmaps=None))
         if scores.heatmaps is not None:  # joined maps are large: of each, as many pixels as of an untiled one
-            usual.append(scores.heatmaps[:, ::every, ::every].copy())
+            room = max(0, _COLOURED - sum(len(maps) for maps in usual))
+            usual.append(scores.heatmaps[:room, ::every, ::every].copy())
             peaks.append(scores.heatmaps.max(axis=(1, 2)))
     detector.calibration = np.concatenate([part.score for part in held_out])
     statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
     detector.reference = Reference(statistics.astype(np.float32), np.concatenate([part.features for part in held_out]).astype(np.float16))
     if detector.localizer is not None:
         detector.config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
-
-
-def fit_gallery(features: np.ndarray, kept: np.ndarray, members: np.ndarray | None, k: int) -> tuple[Gallery, float]:
-    """Gallery of the training features (M, D), and the mean score of normal images that are not their own neighbours.
-
-    Parameters
-    ----------
-    kept : images that the gallery consists of, or that stand for its clusters.
-    members : (M,) cluster of each image, where the gallery consists of clusters' means.
-    """
-    if len(kept) == len(features):
-        gallery = Gallery(features[kept])
-        return gallery, float(gallery.leave_one_out(k).mean())
-    if members is None:
-        gallery = Gallery(features[kept])
-        rest = np.delete(np.arange(len(features)), kept)
-        return gallery, float(gallery.score(features[rest], k).mean())
-    gallery = cluster_means(features, members)
-    scores = score_left_out(gallery, features, members, k)
-    if not np.isfinite(scores).any():
-        raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it")
-    return gallery, float(scores[np.isfinite(scores)].mean())
 
 
 def heatmap_range(maps: np.ndarray, peaks: np.ndarray) -> list[float]:

@@ -10,10 +10,8 @@ import numpy as np
 
 from panda_ad.backbones import MICRO_BATCH, in_micro_batches
 from panda_ad.detector import Detector
-from panda_ad.gallery import Gallery
-from panda_ad.image_score import FOLDS, fit_scale, fit_usual, left_out_peaks
+from panda_ad.image_score import fit_scale, fit_usual, left_out_peaks
 from panda_ad.stages.common import layers_needed
-from panda_ad.whitening import fit_whitening
 
 if TYPE_CHECKING:
     from panda_ad.activations import Activations, Item
@@ -27,15 +25,16 @@ def add_localizer(
     detector: Detector,
     activations: Activations,
     train: Sequence[Item],
-    plain: Sequence[np.ndarray],
     matrices: Sequence[np.ndarray],
+    left_out: np.ndarray,
     params: Params,
 ) -> None:
     """The localiser, and what the image score needs of it.
 
     Parameters
     ----------
-    plain, matrices : features of the training images under each head, S times (M, D), before and after whitening.
+    matrices : features of the training images under each head, S times (M, D), whitened where the model whitens.
+    left_out : kNN scores (S, M) of `left_out_scores`.
     """
     from panda_ad.localize import build_localizer
 
@@ -48,30 +47,8 @@ def add_localizer(
     normal = left_out_maps(detector, maps, matrices[-1], params.seed)
     detector.usual = fit_usual(normal)
     if params.verdict.score == "both":
-        left_out = left_out_scores(plain, detector.config["whiten"], params.gallery.k, params.seed)
         whole = detector.combined(left_out, matrices[-1])[0]
         detector.scales = (fit_scale(whole), fit_scale(left_out_peaks(normal)))
-
-
-def left_out_scores(matrices: Sequence[np.ndarray], whiten: bool, k: int, seed: int) -> np.ndarray:
-    """kNN scores (S, M) of training images, by whitening and gallery of the other folds' images alone.
-
-    An image left out of the gallery only would still have shaped the whitening, which brings it
-    far nearer than a new image (their spread was 0.02 to 0.5 of that of new ones on six sets).
-
-    Parameters
-    ----------
-    matrices : S times (M, D) float32, features under each head, not whitened.
-    """
-    count = len(matrices[0])
-    order = np.random.default_rng(seed).permutation(count)
-    scores = np.empty((len(matrices), count))
-    for fold in np.array_split(order, min(FOLDS, count)):
-        rest = np.setdiff1d(order, fold)
-        for s, matrix in enumerate(matrices):
-            transform = fit_whitening(matrix[rest]) if whiten else (lambda x: x)
-            scores[s, fold] = Gallery(transform(matrix[rest])).score(transform(matrix[fold]), min(k, len(rest)))
-    return scores
 
 
 def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: int) -> np.ndarray:
