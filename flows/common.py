@@ -22,6 +22,7 @@ SAVED = Path(".cache/before-run")
 HINTS = {
     "",
     "To track the changes with git, run:",
+    "git add data.dvc",
     "git add dvc.lock",
     "To enable auto staging, run:",
     "dvc config core.autostage true",
@@ -40,7 +41,7 @@ class Stage:
     Attributes
     ----------
     name : str
-        As in `dvc repro NAME`, e.g. `adapt@fabric`.
+        As in `dvc repro NAME`, e.g. `adapt@fabric`; `data.dvc` for tracked data.
     parents : tuple of str
         The stages it directly depends on, in DVC's order.
     retries : int
@@ -60,8 +61,9 @@ class Stage:
 def read_pipeline() -> tuple[list[Stage], set[str]]:
     """DVC's graph of the repository in the working directory, parents before children, and which stages `dvc status` calls changed.
 
-    Tracked data (`*.dvc`) has nothing to run and is left out. Another DVC process here, such as one of a killed run that takes a
-    moment to die, is waited for, at most `PATIENCE` seconds.
+    Tracked data (`*.dvc`) is a stage, too: it has nothing to run, but `dvc repro` records what has been added by hand, and what a model
+    is trained on has to be recorded. Another DVC process here, such as one of a killed run that takes a moment to die, is waited
+    for, at most `PATIENCE` seconds.
 
     Raises
     ------
@@ -93,11 +95,10 @@ def _read_pipeline() -> tuple[list[Stage], set[str]]:
         stages = {
             node.addressing: Stage(
                 name=node.addressing,
-                parents=tuple(parent.addressing for parent in graph.successors(node) if parent.cmd),
+                parents=tuple(parent.addressing for parent in graph.successors(node)),
                 retries=int((getattr(node, "meta", None) or {}).get("retries", 0)),
             )
             for node in graph
-            if node.cmd
         }
         changed = set(repo.status())
     order = TopologicalSorter({stage.name: stage.parents for stage in stages.values()}).static_order()

@@ -27,7 +27,7 @@ Method = Literal["as in params.yaml", "none", "compactness", "ses", "ewc", "oe"]
 
 @task(cache_policy=NO_CACHE, retry_delay_seconds=BACKOFF)
 def run_stage(name: str, needed: bool) -> State:
-    """`dvc repro --single-item NAME`, its output in the task's log."""
+    """`dvc repro --single-item NAME`, its output in the task's log. Of tracked data that records what has changed, in the cache too."""
     if not needed:
         return Completed(name="Unchanged", message="neither the stage nor anything it depends on has changed")
     status, last = run_logged(

@@ -8,14 +8,17 @@ import threading
 from pathlib import Path
 
 import pytest
+from prefect.logging import disable_run_logger
 from prefect_project import ROOT, call, make_project, new_data
 
 from panda_ad.errors import Busy, UserError
 from panda_ad.processes import child_environment
+from panda_ad.registry.change import provenance
 
 sys.path.insert(0, str(ROOT))
 import flows.common
 from flows.common import SAVED, Stage, changed_params, read_pipeline, select
+from flows.retrain import run_stage
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +34,19 @@ def project(pristine, monkeypatch):
 
 
 def dvc_edges(folder):
-    """'adapt@grid -> validate' for each edge between stages, as `dvc dag` has it."""
+    """'adapt@grid -> validate' for each edge, as `dvc dag` has it."""
     text = call("dvc", "dag", "--mermaid", cwd=folder)
     names = dict(re.findall(r'(node\d+)\["?([^"\]]+)"?\]', text))
-    return {(names[b], names[a]) for a, b in re.findall(r"(node\d+)-->(node\d+)", text) if not names[a].endswith(".dvc")}
+    return {(names[b], names[a]) for a, b in re.findall(r"(node\d+)-->(node\d+)", text)}
 
 
 def test_the_graph_is_dvcs(project):
     stages, changed = read_pipeline()
     names = [s.name for s in stages]
-    assert set(names) == set(call("dvc", "stage", "list", "--name-only", cwd=project).split())
+    assert set(names) == {"data.dvc", *call("dvc", "stage", "list", "--name-only", cwd=project).split()}
     assert {(s.name, p) for s in stages for p in s.parents} == dvc_edges(project)
     assert all(names.index(p) < names.index(s.name) for s in stages for p in s.parents)
-    assert changed == set(names), "nothing has run"
+    assert changed == set(names) - {"data.dvc"}, "nothing has run"
     assert {s.name: s.retries for s in stages if s.retries} == {"publish@fabric": 1, "publish@grid": 1}
 
 
@@ -54,6 +57,28 @@ def test_changed_is_what_dvc_status_says(project):
         assert read_pipeline()[1] == {"adapt@fabric", "adapt@grid"}
     new_data(project, "two")
     assert read_pipeline()[1] == {"validate"}
+
+
+def test_data_added_by_hand_is_recorded_as_dvc_repro_does(project, tmp_path):
+    """Else a version would name, and `reproduce` would look for, data that it was not trained on."""
+    call("dvc", "repro", "-q", cwd=project)
+    Path("data/more").write_text("by hand\n")
+    before = Path("data.dvc").read_text()
+    stages, changed = read_pipeline()
+    assert stages[0].name == "data.dvc" and {"data.dvc", "validate"} <= changed
+    with disable_run_logger():
+        assert run_stage.fn("data.dvc", True).is_completed()
+    assert "data.dvc" not in read_pipeline()[1]
+    assert provenance()["panda.git_dirty"] == "true" and "nfiles: 2" in Path("data.dvc").read_text() != before
+
+    recorded = Path("data.dvc").read_bytes()
+    Path("data.dvc").write_text(before)
+    call("dvc", "repro", "-q", cwd=project)
+    assert Path("data.dvc").read_bytes() == recorded
+    Path("data/more").unlink()
+    call("dvc", "checkout", "-q", "data.dvc", cwd=project)
+    assert Path("data/more").read_text() == "by hand\n", "the cache has it"
+    Path("data/more").unlink()
 
 
 def test_a_broken_dvc_yaml_is_one_line(project):

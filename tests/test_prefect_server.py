@@ -94,15 +94,16 @@ def test_the_page_calls_the_server_it_came_from(prefect):
 
 
 def test_run_button_gives_dvcs_graph_results_and_logs(prefect):
-    new_data(prefect.project, "two")
+    (prefect.project / "data/images").write_text("two\n")
     run = prefect.press_run()
     ended = prefect.wait(run)
     assert ended["state_type"] == "COMPLETED", ended["state"]["message"]
     tasks = prefect.tasks(run)
-    assert set(tasks) == {"validate", "adapt@fabric", "adapt@grid", "publish@fabric", "publish@grid"}
+    assert set(tasks) == {"data.dvc", "validate", "adapt@fabric", "adapt@grid", "publish@fabric", "publish@grid"}
     names = {t["id"]: name for name, t in tasks.items()}
     edges = {(name, names[parent["id"]]) for name, t in tasks.items() for parent in t["task_inputs"].get("wait_for", [])}
     assert edges == {
+        ("validate", "data.dvc"),
         ("adapt@fabric", "validate"),
         ("adapt@grid", "validate"),
         ("publish@fabric", "adapt@fabric"),
@@ -116,14 +117,15 @@ def test_run_button_gives_dvcs_graph_results_and_logs(prefect):
     assert set(artifacts) == {"retrain-results", "retrain-summary"}
     assert [row["category"] for row in json.loads(artifacts["retrain-results"]["data"])] == ["fabric", "grid"]
     assert "| adapt@grid | Completed |" in artifacts["retrain-summary"]["data"]
+    assert call("dvc", "status", "data.dvc", cwd=prefect.project).strip() == "Data and pipelines are up to date."
     assert "up to date" in call("dvc", "repro", cwd=prefect.project)
 
 
 def test_run_again_does_nothing(prefect):
     run = prefect.press_run(categories=["grid"])
     assert prefect.wait(run)["state_type"] == "COMPLETED"
-    assert {name: t["state_name"] for name, t in prefect.tasks(run, count=3).items()} == dict.fromkeys(
-        ["validate", "adapt@grid", "publish@grid"], "Unchanged"
+    assert {name: t["state_name"] for name, t in prefect.tasks(run, count=4).items()} == dict.fromkeys(
+        ["data.dvc", "validate", "adapt@grid", "publish@grid"], "Unchanged"
     )
 
 
