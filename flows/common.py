@@ -1,23 +1,15 @@
-"""What the flows share: DVC's graph, stages as children, parameters changed for one run."""
+"""What the flows share: DVC's graph, and stages as children."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 from panda_ad.errors import Busy, UserError
-from panda_ad.params import load_params
 from panda_ad.processes import Group, child_environment
-
-SAVED = Path(".cache/before-run")
-"""Where params.yaml and dvc.lock stand while a run with changed parameters is under way."""
 
 HINTS = {
     "",
@@ -134,59 +126,3 @@ def run_logged(
                 said = line if line.startswith("panda-ad: ") else said
                 logger.info("%s", line)
         return group.wait(), said or last
-
-
-@contextlib.contextmanager
-def changed_params(changes: Sequence[str]) -> Iterator[None]:
-    """params.yaml with `changes` (`adapt.method=ewc`) for the duration; afterwards it and dvc.lock are as they were.
-
-    Changes are applied by DVC's own code of `dvc exp run -S`, so its grammar holds and comments stay. What a killed run
-    left changed is put back by the next one.
-
-    Raises
-    ------
-    UserError
-        A change names no key, or the parameters it makes are not valid; params.yaml is as it was.
-    """
-    _put_back()
-    if not changes:
-        yield
-        return
-    from dvc.exceptions import DvcException
-    from dvc.utils.hydra import apply_overrides
-
-    SAVED.parent.mkdir(parents=True, exist_ok=True)
-    making = SAVED.with_name(f".{SAVED.name}.tmp")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    for name in ("params.yaml", "dvc.lock"):
-        if Path(name).exists():
-            shutil.copy2(name, making / name)
-    making.rename(SAVED)
-    try:
-        try:
-            apply_overrides("params.yaml", list(changes))
-        except DvcException as e:
-            raise UserError(
-                f"set_params: {e.__cause__ or e}".splitlines()[0].rstrip(".") + "; write KEY=VALUE with a key of params.yaml"
-            ) from None
-        load_params()
-        yield
-    finally:
-        _put_back()
-
-
-def _put_back() -> None:
-    if not SAVED.is_dir():
-        return
-    for name in ("params.yaml", "dvc.lock"):
-        if (SAVED / name).exists():
-            temporary = Path(f".{name}.{os.getpid()}.tmp")
-            shutil.copy2(SAVED / name, temporary)
-            temporary.replace(name)
-        elif name == "dvc.lock":
-            Path(name).unlink(missing_ok=True)
-    done = SAVED.with_name(f".{SAVED.name}.done")
-    shutil.rmtree(done, ignore_errors=True)
-    SAVED.rename(done)  # at once, so that a kill from here on finds nothing half removed to put back
-    shutil.rmtree(done)

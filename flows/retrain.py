@@ -13,8 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed, State
 
-from flows.common import Stage, changed_params, read_pipeline, run_logged, select
+from flows.common import Stage, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
+from panda_ad.changed_params import changed_params
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.lock import repository_lock
 from panda_ad.params import load_params
@@ -81,8 +82,8 @@ def retrain(
         categories: What to retrain, e.g. fabric. No items: all categories of params.yaml.
         method: How features are adapted in this run: none (DN2, the fastest), compactness, ses (sample-wise early stopping), ewc (elastic
             regularisation), oe (outlier exposure, needs a folder: adapt.outliers).
-        set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5. A run with changes is recorded as a DVC
-            experiment of the run's name; params.yaml stays as it is.
+        set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5; not those of the gate, which judges the
+            run. A run with changes is recorded as a DVC experiment of the run's name; params.yaml stays as it is.
         promote: Let the gate decide about promotion to staging. Off: only the challenger is registered.
     """
     changes = set_params + ([] if method == "as in params.yaml" else [f"adapt.method={method}"])

@@ -11,13 +11,14 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect_project import ROOT, call, make_project, new_data
 
+from panda_ad.changed_params import changed_params
 from panda_ad.errors import Busy, UserError
 from panda_ad.processes import child_environment
 from panda_ad.registry.change import provenance
 
 sys.path.insert(0, str(ROOT))
 import flows.common
-from flows.common import SAVED, Stage, changed_params, read_pipeline, select
+from flows.common import Stage, read_pipeline, select
 from flows.retrain import run_stage
 
 
@@ -106,79 +107,6 @@ def test_a_category_brings_what_it_depends_on():
     stages = [Stage("validate", (), 0), Stage("a@x", ("validate",), 0), Stage("a@y", ("validate",), 0), Stage("b@y", ("a@y",), 0)]
     assert [s.name for s in select(stages, ["y"])] == ["validate", "a@y", "b@y"]
     assert select(stages, ["z"]) == []
-
-
-def snapshot():
-    return {name: Path(name).read_bytes() if Path(name).exists() else None for name in ("params.yaml", "dvc.lock")}
-
-
-def test_changed_params_last_for_the_run_only(project):
-    before = snapshot()
-    with changed_params(["adapt.method=ewc", "gallery.k=3", "categories=[grid]"]):
-        text = Path("params.yaml").read_text()
-        assert "method: ewc" in text and "k: 3" in text
-        assert "# nearest neighbours summed into the score" in text, "comments stay"
-        Path("dvc.lock").write_text("of the run")
-    assert snapshot() == before
-    assert not SAVED.exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("adapt.metod=ewc", "metod"),
-        ("adapt.method=magic", "adapt.method"),
-        ("gallery.k=-1", "gallery.k"),
-        ("nonsense", "nonsense"),
-        ("=", "set_params"),
-    ],
-)
-def test_a_wrong_change_is_one_line_and_changes_nothing(project, change, said):
-    before = snapshot()
-    with pytest.raises(UserError, match=said) as error, changed_params([change]):
-        pass
-    assert "\n" not in str(error.value)
-    assert snapshot() == before
-
-
-def test_a_killed_run_is_put_back_by_the_next(project):
-    before = snapshot()
-    kill = "import os\nfrom flows.common import changed_params\nwith changed_params(['gallery.k=3']):\n open('dvc.lock','w'); os.kill(os.getpid(), 9)"
-    call(sys.executable, "-c", kill, cwd=project, check=False)
-    assert snapshot() != before
-    with changed_params([]):
-        assert snapshot() == before
-
-
-def test_killed_at_any_moment_of_saving_and_putting_back(project, monkeypatch):
-    """Every step that touches a file may be the last one; the next run always finds the old parameters."""
-    before = snapshot()
-    steps = left = 0
-    armed = False
-
-    def tick(event, args):
-        nonlocal left
-        if armed and event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile", "os.mkdir"):
-            left -= 1
-            if left < 0:
-                os._exit(9)
-
-    for limit in range(60):
-        left = limit
-        pid = os.fork()
-        if pid == 0:
-            sys.addaudithook(tick)
-            armed = True
-            with changed_params(["gallery.k=3"]):
-                pass
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with changed_params([]):
-            assert snapshot() == before, f"killed at step {limit}"
-        steps = limit
-        if status == 0:
-            break
-    assert 10 < steps < 59, "the hook has to have cut in at every step, and the run to have got through in the end"
 
 
 def test_children_get_this_pythons_commands(project):

@@ -37,9 +37,9 @@ def ingest(
     Busy
         Another run is at work.
     """
-    params = load_params()
-    root = Path(params.data.root)
     with repository_lock("panda-ad ingest"):
+        params = load_params()  # under the lock, which puts back what a killed run has left changed
+        root = Path(params.data.root)
         tracked = _tracked(root)
         _complete(root, tracked)
         before = _version(tracked)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from panda_ad.changed_params import put_back
 from panda_ad.errors import Busy
 
 LOCK = Path(".cache/panda.lock")
@@ -19,11 +21,12 @@ HELD = "PANDA_LOCK_HELD"
 
 
 @contextmanager
-def repository_lock(command: str, root: Path | str = ".") -> Iterator[None]:
+def repository_lock(command: str, root: Path | str = ".") -> Iterator[bool]:
     """Hold the repository's lock; `command` is what the next one is told is running.
 
     The kernel drops the lock with its holder, however that dies. Processes the holder starts, and the holder itself
-    again, pass through.
+    again, pass through. Gives whether params.yaml had to be put back, since a run that had changed it was killed: what was read
+    before is not valid any more.
 
     Raises
     ------
@@ -38,14 +41,17 @@ def repository_lock(command: str, root: Path | str = ".") -> Iterator[None]:
         except BlockingIOError:
             holder = _read(file)
             if holder and str(holder["pid"]) == os.environ.get(HELD):
-                yield
+                yield False
                 return
             raise Busy(_busy(path, holder)) from None
         outer = os.environ.get(HELD)
         _write(file, {"pid": os.getpid(), "command": command, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         os.environ[HELD] = str(os.getpid())
         try:
-            yield
+            restored = put_back(Path(root))
+            if restored:
+                print("panda-ad: a run with changed parameters was killed; params.yaml is put back to what it was before", file=sys.stderr)
+            yield restored
         finally:
             if outer is None:
                 del os.environ[HELD]

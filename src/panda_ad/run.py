@@ -19,8 +19,8 @@ BUILD = Path("build")
 
 def run() -> None:
     """Run all; GateRefused at the end where a category was not promoted, UserError where a stage failed."""
-    params = load_params()
     with repository_lock("panda-ad run"):
+        params = load_params()  # under the lock, which puts back what a killed run has left changed
         if Path("data.dvc").exists() and params.data.root == "data" and not Path("data").exists():
             dvc("pull", "--quiet", "data.dvc")
         dvc("repro")
