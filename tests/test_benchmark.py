@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -81,6 +82,16 @@ def run(data, params, tmp_path, monkeypatch):
 def cells_of(folder: Path) -> dict[str, dict]:
     cells = [json.loads(p.read_text()) for p in sorted((folder / "cells").rglob("*.json"))]
     return {f"{c['target']} {c['method']}": c for c in cells}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_job_shows_its_progress_on_a_terminal_only(run, monkeypatch, terminal):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", written)
+    run(["shapes"], ["ewc"], classes=["disc"])
+    bars = [name for name in ("Fisher:", "ewc:", "features:") if name in written.getvalue()]
+    assert bars == (["Fisher:", "ewc:", "features:"] if terminal else [])
 
 
 def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from panda_ad.activations import Activations, Item
 from panda_ad.adapt import Adapted, adapt
@@ -149,8 +150,9 @@ class Bench:
 @torch.no_grad()
 def head_features(head: Head, layer2: np.ndarray) -> np.ndarray:
     """(N, C2, h, w) float16 -> (N, D) float32, in float32 and large batches."""
+    starts = tqdm(range(0, len(layer2), _BATCH), desc="features", unit="batch", disable=None)
     with small_convolutions():
-        parts = [head(torch.from_numpy(layer2[i : i + _BATCH]).float()) for i in range(0, len(layer2), _BATCH)]
+        parts = [head(torch.from_numpy(layer2[i : i + _BATCH]).float()) for i in starts]
     return torch.cat(parts).numpy()
 
 
@@ -181,7 +183,7 @@ def _whitened(train: np.ndarray, test: np.ndarray, k: int) -> np.ndarray:
 def _adapted(bench: Bench, job: Job, **more: Any) -> Adapted:
     layer2, precision = bench.layer2(bench.train_items(job)), torch.bfloat16 if bench.settings.bf16 else torch.float32
     params = bench.settings.adapt[job.family]
-    return adapt(bench.backbone, layer2, params, seed=job.seed, precision=precision, progress=lambda step, steps: None, **more)
+    return adapt(bench.backbone, layer2, params, seed=job.seed, precision=precision, **more)
 
 
 def _knn(bench: Bench, job: Job, adapted: Adapted) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

@@ -141,11 +141,15 @@ def score_items(
 
     `raw`: their features as in `Detector.features`. Tiles are computed from the pixels; a batch holds as many tiles as it would images.
     """
+    from tqdm import tqdm
+
     batch = 64 if detector.localizer is None else max(1, 64 // detector.localizer.tiles**2)
-    for i, part in enumerate(activations.batches(items, layers, batch)):
-        at = slice(i * batch, (i + 1) * batch)
-        pixels = (item.read() for item in items[at])
-        yield detector.score_activations(part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels)
+    with tqdm(total=len(items), desc="score", unit="img", disable=None) as bar:
+        for i, part in enumerate(activations.batches(items, layers, batch)):
+            at = slice(i * batch, (i + 1) * batch)
+            pixels = (item.read() for item in items[at])
+            yield detector.score_activations(part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels)
+            bar.update(len(part["layer2"]))
 
 
 def threads() -> None:
