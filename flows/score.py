@@ -18,6 +18,7 @@ from flows.retrain import BACKOFF
 from panda_ad.data.images import image_files
 from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
+from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG
 from panda_ad.params import load_params
 from panda_ad.score import Scored, score_files
@@ -30,21 +31,23 @@ Alias = Literal["staging", "champion", "challenger"]
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=BACKOFF)
 def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
-    """The row of the flow's table. Images that the log holds of the same version are not scored again."""
-    model = model_at(category, alias, load_params())
+    """The row of the flow's table. What is scored: see `due`."""
+    params = load_params()
+    model = model_at(category, alias, params)
     row: dict[str, Any] = {"category": category, "model": f"{model.name} version {model.version}"}
     out = VERDICTS / category / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.csv"
     try:
         files = image_files([folder]) if folder.is_dir() else []
     except UserError:  # an empty folder: nothing has arrived
         files = []
-    done = score_files(files, model, out, log=LOG) if files else Scored(0, 0, 0, [])
+    wanted = due(files, category, model.name, model.version, params.monitor.window)
+    done = score_files(wanted, model, out, log=LOG) if wanted else Scored(0, 0, 0, [])
     if not done.images:
         out.unlink(missing_ok=True)
     for problem in done.problems:
         get_run_logger().warning("%s: not scored: %s", category, problem)
-    row |= {"scored": done.images, "called defect": done.alarms, "known": done.known, "unreadable": len(done.problems)}
-    return row | {"verdicts": str(out) if done.images else ""}
+    row |= {"scored": done.images, "called defect": done.alarms, "known": len(files) - done.images - len(done.problems)}
+    return row | {"unreadable": len(done.problems), "verdicts": str(out) if done.images else ""}
 
 
 @flow(name="score", description="Scores what is new in a drop folder with the registered models and appends to the verdict log.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,11 +25,14 @@ from panda_ad.bundle import load_bundle, save_bundle
 from panda_ad.cli import app
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
+from panda_ad.monitor import inbox
 from panda_ad.monitor.check import check_category, model_at, record, reference_of
 from panda_ad.monitor.drift import TooFew
+from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG, NothingLogged, read_window
 from panda_ad.monitor.statistics import NAMES, image_statistics
 from panda_ad.params import load_params
+from panda_ad.registry.change import digest_file
 from panda_ad.registry.connection import connect
 
 NAME = "panda-sample-fabric"
@@ -194,3 +199,42 @@ def test_the_flows_tasks(project):
         assert (state.name, state.is_completed()) == ("Waiting", True) and "8 are needed" in state.message
         assert monitor_flow.check.fn("fabric", "champion").is_failed()
     assert model_at("fabric", "staging", load_params()).version == "1"
+
+
+def test_after_a_promotion_the_flow_scores_what_is_new_and_the_newest_of_the_rest(project, monkeypatch):
+    """Oldest first, so that the drift window holds the newest images and not those whose names come last."""
+    drop(project, 20, seed=1)
+    names = sorted(Path("inbox/fabric").iterdir(), reverse=True)  # the last name is the oldest
+    for age, path in enumerate(names):
+        os.utime(path, ns=(age * 10**9, age * 10**9))
+    params = load_params()
+    params = params.model_copy(update={"monitor": params.monitor.model_copy(update={"window": 8})})
+    monkeypatch.setattr(score_flow, "load_params", lambda: params)
+    with disable_run_logger():
+        assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 20
+        assert read_window("fabric", NAME, "1", 8).paths == [str(p) for p in names[-8:]]
+
+        promoted = dataclasses.replace(model_at("fabric", "staging", params), version="2")
+        monkeypatch.setattr(score_flow, "model_at", lambda *_: promoted)
+        drop(project, 3, seed=2)
+        row = score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")
+        assert (row["scored"], row["known"]) == (8, 15)
+        window = read_window("fabric", NAME, "2")
+        assert window.paths[:5] == [str(p) for p in names[-5:]] and all("/2-" in p for p in window.paths[5:])
+        drop(project, 12, seed=3)
+        assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 12, "all that is new, however much"
+        assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 0
+
+
+def test_an_image_that_stays_in_the_inbox_is_not_read_again(project, monkeypatch):
+    drop(project, 4, seed=1)
+    files = sorted(Path("inbox/fabric").iterdir())
+    assert due(files, "fabric", NAME, "1", 8) == sorted(files, key=lambda p: p.stat().st_mtime_ns)
+    read: list[Path] = []
+    monkeypatch.setattr(inbox, "digest_file", lambda path: read.append(path) or digest_file(path))
+    due(files, "fabric", NAME, "1", 8)
+    assert read == []
+    shutil.copy(files[1], files[0])
+    assert due(files, "fabric", NAME, "1", 8)[-1] == files[3] and read == files[:1]
+    inbox.CACHE.joinpath("fabric.json").write_text("{")
+    assert len(due(files, "fabric", NAME, "1", 8)) == 3 and len(read) == 5, "a damaged cache costs time only"

@@ -124,6 +124,16 @@ def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
     return found
 
 
+def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
+    """sha256 of each logged image of a category -> the (model, version) that have scored it. UserError where a file is damaged."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for path in _files(log, category):
+        for part in _read(path, None, None, ["sha256"]):
+            for sha256, model, version in zip(*(part[name].to_pylist() for name in ("sha256", "model", "version")), strict=True):
+                found.setdefault(sha256, set()).add((model, version))
+    return found
+
+
 def read_window(category: str, model: str, version: str, last: int | None = None, log: Path = LOG) -> Window:
     """The newest verdicts of a model version, each image once, oldest first.
 
@@ -198,16 +208,17 @@ def _files(log: Path, category: str) -> list[Path]:
     return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
 
 
-def _read(path: Path, model: str, version: str, columns: list[str] | None) -> Iterator[pa.Table]:
-    """The rows of a model version in one file; nothing where there are none."""
+def _read(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
+    """The rows of a model version (None: of all) in one file; nothing where there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
         wanted = None if columns is None else [*columns, "model", "version"]
-        table = pq.ParquetFile(path).read(columns=wanted)
-        rows = table.filter(pc.and_(pc.equal(table["model"], model), pc.equal(table["version"], version)))
+        rows = pq.ParquetFile(path).read(columns=wanted)
+        if model is not None:
+            rows = rows.filter(pc.and_(pc.equal(rows["model"], model), pc.equal(rows["version"], version)))
     except (pa.ArrowException, OSError, KeyError) as e:
         raise UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again") from None
     if len(rows):

@@ -1,0 +1,74 @@
+"""Which images of a drop folder are to be scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from panda_ad.files import write_text
+from panda_ad.monitor.log import LOG, holders
+from panda_ad.registry.change import digest_file
+
+CACHE = Path(".cache/inbox")
+"""Per category what its images held when they were last read, by path, size and time of change; safe to delete."""
+
+
+def due(files: Iterable[Path], category: str, model: str, version: str, window: int, log: Path = LOG) -> list[Path]:
+    """The files whose content the log does not hold of any version, and of the newest `window` those that it does not hold of this one.
+
+    The second fill the drift window of a version that has just been promoted; scoring all there is anew would take hours, and say
+    nothing of today. Oldest first, by the files' time of change, since the log's order is that of scoring; each content once. A file
+    that cannot be read stays in: the scorer says why.
+
+    Raises
+    ------
+    UserError
+        A file of the log is damaged.
+    """
+    found = _stats(files)
+    digests = _digests(found, category)
+    by_content: dict[str, Path] = {}
+    for file in sorted(found, key=lambda f: (found[f][1], f)):
+        by_content.setdefault(digests[file] or f"unreadable {file}", file)
+    newest = set(list(by_content)[-window:])
+    held = holders(category, log)
+    return [
+        file for key, file in by_content.items() if key not in held or (key in newest and (model, version) not in held[key])
+    ]  # fmt: skip
+
+
+def _stats(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
+    """Size and time of change in ns; a file that has gone meanwhile is left out."""
+    found = {}
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError:
+            continue
+        found[file] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _digests(found: dict[Path, tuple[int, int]], category: str) -> dict[Path, str]:
+    """sha256 of each file, '' where it cannot be read; those of the last time are not read again unless size or time differ."""
+    path = CACHE / f"{category}.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    digests = {}
+    for file, stat in found.items():
+        size, changed, digest = known.get(str(file), (0, 0, ""))
+        digests[file] = digest if digest and (size, changed) == stat else _digest(file)
+    now = {str(file): [*stat, digests[file]] for file, stat in found.items()}
+    if now != known:
+        write_text(path, json.dumps(now))
+    return digests
+
+
+def _digest(file: Path) -> str:
+    try:
+        return digest_file(file)
+    except OSError:
+        return ""
