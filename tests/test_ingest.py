@@ -20,7 +20,7 @@ from prefect_project import call
 from panda_ad.data import manifest, records
 from panda_ad.data.ingest import take_in
 from panda_ad.errors import Busy, UserError
-from panda_ad.ingest import ingest
+from panda_ad.ingest import _told, ingest
 
 
 @pytest.fixture
@@ -109,7 +109,22 @@ def test_what_cannot_be_used_is_copied_to_quarantine(project, drop, make_params)
     assert "other label" in listed["defect.png"]["reason"] and "not an image" in listed["notes.txt"]["reason"]
     assert (intake.quarantine / listed["tiny.png"]["copy"]).read_bytes() == (drop / "tiny.png").read_bytes()
     assert len(list(intake.quarantine.iterdir())) == 6
-    assert take_in(make_params(["nut"]), "nut", [drop / "tiny.png"]).quarantine != intake.quarantine
+
+
+def test_a_file_is_quarantined_once(project, drop, make_params):
+    """A drop folder that is taken in again each day would else fill the disk with copies of what it was refused for."""
+    params = make_params(["nut"])
+    save(noise(5, (7, 9)), drop / "tiny.png")
+    first = take_in(params, "nut", [drop])
+    shutil.copy(drop / "tiny.png", drop / "again.png")
+    again = take_in(params, "nut", [drop])
+    assert len(again.refused) == 2 and (again.quarantine, again.quarantined_before) == (None, 2)
+    assert "2 quarantined (2 of them before)" in _told(again, "nut", project / "data")
+    save(noise(6, (7, 9)), drop / "more.png")
+    third = take_in(params, "nut", [drop])
+    assert set(reasons(third)) == {"more.png"} and third.quarantine != first.quarantine and third.quarantined_before == 2
+    shutil.rmtree(first.quarantine)
+    assert set(reasons(take_in(params, "nut", [drop]))) == {"tiny.png", "again.png"}, "what was cleared away is copied again"
 
 
 def test_defects_bring_their_masks(project, drop, make_params, tmp_path):

@@ -110,7 +110,9 @@ def _unversioned(root: Path) -> str:
 
 def _told(intake: Intake, category: str, root: Path) -> str:
     counts = f"{category}: {len(intake.added)} added to {root / intake.folder}, {len(intake.known)} already there, {len(intake.refused)} quarantined"
-    lines = [counts + (f" (in {_near(intake.quarantine)}, with reasons.csv)" if intake.quarantine else "")]
+    copies = [f"in {_near(intake.quarantine)}, with reasons.csv"] if intake.quarantine else []
+    copies += [f"{intake.quarantined_before} of them before"] if intake.quarantined_before else []
+    lines = [counts + (f" ({'; '.join(copies)})" if copies else "")]
     for title, found in (("already there", [(f, f"as {twin}") for f, twin in intake.known]), ("quarantined", intake.refused)):
         lines += [f"  {title}: {' '.join(f'{file}: {what}'.split())}" for file, what in found[:_SHOWN]]
         if len(found) > _SHOWN:

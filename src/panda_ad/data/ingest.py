@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import re
-import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +9,12 @@ from typing import Literal
 
 from panda_ad.data import images, torchvision_sets
 from panda_ad.data.checks import MIN_SIDE
-from panda_ad.data.layouts import Entry, printable, visible
+from panda_ad.data.layouts import Entry, visible
 from panda_ad.data.manifest import known_images
+from panda_ad.data.quarantine import image_suffix, plain_stem, quarantine
 from panda_ad.data.records import Record, image_record, mask_record, remember
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_folder, renamed_file
+from panda_ad.files import renamed_file
 from panda_ad.params import Params
 
 Label = Literal["good", "defect"]
@@ -34,7 +31,8 @@ class Intake:
     added : (file, its path in the set, relative to the data's root).
     known : (file, the image with the same content).
     refused : (file, reason).
-    quarantine : folder with copies of the refused files and reasons.csv; None where none was refused.
+    quarantine : folder with copies of the refused files and reasons.csv; None where none was refused, or all were copied before.
+    quarantined_before : of the refused, how many an earlier quarantine holds.
     """
 
     folder: str
@@ -42,6 +40,7 @@ class Intake:
     known: list[tuple[Path, str]] = field(default_factory=list)
     refused: list[tuple[Path, str]] = field(default_factory=list)
     quarantine: Path | None = None
+    quarantined_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def take_in(
             if problem:
                 intake.refused.append((file, problem))
                 continue
-            mask_path = f"{place.masks}/{Path(name).stem}_mask{_suffix(given[file])}"
+            mask_path = f"{place.masks}/{Path(name).stem}_mask{image_suffix(given[file])}"
             _write(root / mask_path, mask)  # before its image: a kill between the two leaves an image that is still to be added
             read.append(("mask", mask_path, held))
         _write(root / path, data)
@@ -126,7 +125,7 @@ def take_in(
         spare = set(_mask_files(masks)) - set(given.values())
         intake.refused += [(path, "is a mask without an image") for path in sorted(spare)]
     if intake.refused:
-        intake.quarantine = _quarantine(root.absolute().parent / "quarantine", intake.refused)
+        intake.quarantine, intake.quarantined_before = quarantine(root.absolute().parent / "quarantine", intake.refused)
     return intake
 
 
@@ -257,40 +256,10 @@ class _Twins:
 
 
 def _name(file: Path, sha256: str) -> str:
-    return f"{_stem(file)}-{sha256[:16]}{_suffix(file)}"
-
-
-def _stem(file: Path) -> str:
-    """A file's name without its ending, of characters that every file system takes, and not too many."""
-    return re.sub(r"[^\w.-]+", "_", file.stem).strip("._-")[:40] or "image"
-
-
-def _suffix(file: Path) -> str:
-    suffix = file.suffix.lower()
-    return suffix if suffix in images.SUFFIXES else ""
+    return f"{plain_stem(file)}-{sha256[:16]}{image_suffix(file)}"
 
 
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with renamed_file(path) as temporary:
         temporary.write_bytes(data)
-
-
-def _quarantine(parent: Path, refused: list[tuple[Path, str]]) -> Path:
-    """Copy the refused files into a folder named by the time, with reasons.csv: path, reason, and the name of the copy."""
-    stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    folder = next(f for f in (parent / f"{stamp}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10_000)))) if not f.exists())
-    with atomic_folder(folder) as temporary:
-        rows = []
-        for n, (path, reason) in enumerate(refused, 1):
-            copy = f"{n:04d}-{_stem(path)}{_suffix(path)}"
-            try:
-                shutil.copyfile(path, temporary / copy)
-            except OSError as e:  # it could not be read in the first place
-                copy, reason = "", f"{reason}; no copy was made ({e.strerror})"
-            rows.append([printable(str(path)), printable(" ".join(reason.split())), printable(copy)])
-        with open(temporary / "reasons.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(["path", "reason", "copy"])
-            writer.writerows(rows)
-    return folder

@@ -1,0 +1,76 @@
+"""Copies of files that cannot be used, with the reasons."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from panda_ad.data import images
+from panda_ad.data.layouts import printable
+from panda_ad.files import atomic_folder
+
+REASONS = "reasons.csv"
+
+
+def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path | None, int]:
+    """Copy the refused files into a folder named by the time, with reasons.csv: path, reason, the name of the copy, and its sha256.
+
+    Returns
+    -------
+    The folder, None where there was nothing to copy, and how many of the files were left out, since an earlier one holds their content.
+    """
+    held = _held(parent)
+    digests = {path: _digest(path) for path, _ in refused}
+    fresh = [(path, reason) for path, reason in refused if digests[path] not in held]
+    if not fresh:
+        return None, len(refused)
+    stamp = time.strftime("%Y-%m-%d_%H%M%S")
+    folder = next(f for f in (parent / f"{stamp}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10_000)))) if not f.exists())
+    with atomic_folder(folder) as temporary:
+        rows = []
+        for n, (path, reason) in enumerate(fresh, 1):
+            copy = f"{n:04d}-{plain_stem(path)}{image_suffix(path)}"
+            try:
+                shutil.copyfile(path, temporary / copy)
+            except OSError as e:  # it could not be read in the first place
+                copy, reason = "", f"{reason}; no copy was made ({e.strerror})"
+            rows.append([printable(str(path)), printable(" ".join(reason.split())), printable(copy), digests[path]])
+        with open(temporary / REASONS, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            writer.writerow(["path", "reason", "copy", "sha256"])
+            writer.writerows(rows)
+    return folder, len(refused) - len(fresh)
+
+
+def _held(parent: Path) -> set[str]:
+    """sha256 of the copies that are there; folders from before reasons.csv had that column hold unknown ones."""
+    found = set()
+    for path in parent.glob(f"*/{REASONS}"):
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:  # a spreadsheet may have saved it since
+            found |= {row["sha256"] for row in csv.DictReader(file) if row.get("sha256") and (path.parent / (row.get("copy") or "")).is_file()}
+    return found
+
+
+def _digest(path: Path) -> str:
+    """'' where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def plain_stem(file: Path) -> str:
+    """A file's name without its ending, of characters that every file system takes, and not too many."""
+    return re.sub(r"[^\w.-]+", "_", file.stem).strip("._-")[:40] or "image"
+
+
+def image_suffix(file: Path) -> str:
+    """A file's ending where it is one of an image, in lower case; else ''."""
+    suffix = file.suffix.lower()
+    return suffix if suffix in images.SUFFIXES else ""
