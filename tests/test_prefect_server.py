@@ -93,6 +93,12 @@ def test_the_page_calls_the_server_it_came_from(prefect):
     assert httpx.get(f"{prefect.address}/ui-settings", trust_env=False).json()["api_url"] == f"{prefect.address}/api"
 
 
+def test_the_server_forgets_old_runs(prefect):
+    """Prefect's own default is to keep them for ever."""
+    settings = prefect.get("/admin/settings")["server"]["services"]["db_vacuum"]
+    assert "flow_runs" in settings["enabled"] and settings["retention_period"] == "P90D"
+
+
 def test_run_button_gives_dvcs_graph_results_and_logs(prefect):
     (prefect.project / "data/images").write_text("two\n")
     run = prefect.press_run()

@@ -30,6 +30,9 @@ QUIET = {
     "GX_ANALYTICS_ENABLED": "false",
 }
 
+FORGETTING = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
+"""Left to itself, Prefect's server keeps every flow run with its log for ever; this one, unless told otherwise, for Prefect's 90 days."""
+
 
 @dataclass(frozen=True)
 class Addresses:
@@ -99,7 +102,7 @@ def running_servers(
             start(
                 "prefect",
                 ["prefect", "server", "start", "--host", HOST, "--port", str(port)],
-                {"PREFECT_SERVER_UI_API_URL": f"{prefect}/api"},
+                {"PREFECT_SERVER_UI_API_URL": f"{prefect}/api", FORGETTING: os.environ.get(FORGETTING, "events,flow_runs")},
             )
         addresses = Addresses(mlflow=mlflow, prefect=prefect.removesuffix("/api"))
         env |= {
