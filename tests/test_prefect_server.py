@@ -147,7 +147,7 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
     drop(plant, 12, seed=1, shift=-40)
     code = "from flows.score import score\nfrom flows.monitor import monitor\nscore()\nprint(monitor(return_state=True).name)"
     server = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_HOME": str(plant / ".prefect")}
-    environment = clean_environment() | server | {"PYTHONPATH": str(ROOT)}
+    environment = clean_environment() | server | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
     result = subprocess.run([sys.executable, "-c", code], cwd=plant, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and result.stdout.endswith("Drift\n"), result.stdout + result.stderr
 
