@@ -135,18 +135,20 @@ def plant(tmp_path_factory, empty_store):
             if weights != b"3":
                 promote()
     shutil.copyfile(folder / "mlflow.db", folder / "kept.db")
+    shutil.copyfile(folder / "build/publish/fabric.json", folder / "kept.json")
     return folder
 
 
 @pytest.fixture
 def third(plant, monkeypatch):
-    """The working directory is `plant`; gives a function that puts its store back."""
+    """The working directory is `plant`; gives a function that puts its store, and what was published, back."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(plant)
 
     def fresh():
         with contextlib.closing(sqlite3.connect("kept.db")) as kept, contextlib.closing(sqlite3.connect("mlflow.db")) as store:
             kept.backup(store)  # into the file that MLflow holds open
+        shutil.copyfile("kept.json", "build/publish/fabric.json")
 
     fresh()
     assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}

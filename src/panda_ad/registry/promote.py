@@ -13,6 +13,7 @@ a move without its record and first does the rest (`_catch_up`).
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -105,9 +106,11 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
     if version is None:
         todo = "run `dvc repro` to publish one" if to == "staging" else "promote one to staging first"
         raise UserError(f"{name}: no version @{SOURCE[to]}; {todo}")
+    candidate = client.get_model_version(name, version)
+    if to == "staging" and (other := _not_what_is_here(category, candidate)):
+        return Decision(category, name, to, version, current, "refused", other)
     if version == current:
         return Decision(category, name, to, version, current, "unchanged", f"it is @{to} already")
-    candidate = client.get_model_version(name, version)
     if when := candidate.tags.get(f"{_ROLLED_BACK}{to}"):
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
@@ -122,6 +125,19 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         client.set_registered_model_alias(name, to, version)
         _finish(client, model, "promote", to, current, version, reason)
     return decision
+
+
+def _not_what_is_here(category: str, challenger: ModelVersion) -> str:
+    """Why the challenger is not what `publish` last registered from here (another checkout or a hand moved the alias); '' where it is."""
+    path = BUILD / "publish" / f"{category}.json"
+    try:
+        here = json.loads(path.read_text(encoding="utf-8"))["bundle"]
+    except (OSError, ValueError, KeyError):  # nothing was published from here: there is nothing to differ from
+        return ""
+    if challenger.tags.get("panda.bundle") == here:
+        return ""
+    again = f"`dvc repro --force --single-item publish@{category}` publishes the model here again"
+    return f"@{SOURCE['staging']} holds another model than {path} says was published; {again}"
 
 
 def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -> None:

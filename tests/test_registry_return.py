@@ -1,0 +1,77 @@
+"""Publishing a model that was published before: through DVC, after others, after a rollback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from registry_project import NAME, ROOT, aliases, make_project, moves, retrained, write_json
+
+from panda_ad.errors import GateRefused
+from panda_ad.registry.connection import connect
+from panda_ad.registry.promote import promote
+from panda_ad.registry.publish import main as publish
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_store):
+    """A repository ready to publish; the working directory."""
+    folder = make_project(tmp_path / "my plant")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def published():
+    """The bundle and version that build/publish has."""
+    found = json.loads(Path("build/publish/fabric.json").read_text())
+    return found["bundle"], found["version"]
+
+
+@pytest.mark.slow
+def test_dvc_publishes_again_what_returns_to_an_earlier_state_and_nothing_twice(project):
+    """A, B, A with the stage as dvc.yaml has it: DVC's run cache must not answer for the registry."""
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["publish"]
+    stage["deps"] = [d for d in stage["deps"] if not d.startswith("src/")]
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"publish": stage}}), encoding="utf-8")
+    shutil.copy(ROOT / ".gitignore", project)
+    (project / "dvc.lock").unlink()
+    (project / "data.dvc").unlink()
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "DVC_NO_ANALYTICS": "1"}
+
+    def run(*command):
+        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+    run("git", "init", "-q")
+    run("dvc", "init", "-q")
+    for weights in (b"A", b"B", b"A"):
+        retrained(project, weights=weights)
+        run("dvc", "repro")
+        bundle, version = published()
+        assert connect().get_model_version_by_alias(NAME, "challenger").tags["panda.bundle"] == bundle
+        assert aliases()["challenger"] == version
+    written = Path("build/publish/fabric.json").stat().st_mtime_ns
+    assert "Running stage" not in run("dvc", "repro")
+    assert Path("build/publish/fabric.json").stat().st_mtime_ns == written
+    assert "build/publish" not in run("git", "status", "--porcelain", "--untracked-files=all")
+
+
+def test_a_challenger_that_is_not_what_was_published_here_is_refused_in_one_line(project):
+    publish("fabric")
+    kept = Path("build/publish/fabric.json").read_text()
+    promote()
+    retrained(project)
+    publish("fabric")
+    Path("build/publish/fabric.json").write_text(kept)  # as another checkout that shares the registry has it
+    with pytest.raises(GateRefused, match=r"version 2 not promoted .*build/publish/fabric\.json .*publish@fabric`") as error:
+        promote()
+    assert "\n" not in str(error.value)
+    assert aliases() == {"challenger": 2, "staging": 1} and len(moves()) == 1
+    assert json.loads(Path("build/decisions/fabric.json").read_text())["outcome"] == "refused"
+    write_json(project / "build/publish/fabric.json", {"prefect_run": "says nothing of a bundle"})
+    assert promote()[0].outcome == "promoted"
