@@ -13,7 +13,7 @@ from registry_project import NAME, ROOT, aliases, make_project, moves, retrained
 
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect
-from panda_ad.registry.promote import promote
+from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
 
 
@@ -75,3 +75,26 @@ def test_a_challenger_that_is_not_what_was_published_here_is_refused_in_one_line
     assert json.loads(Path("build/decisions/fabric.json").read_text())["outcome"] == "refused"
     write_json(project / "build/publish/fabric.json", {"prefect_run": "says nothing of a bundle"})
     assert promote()[0].outcome == "promoted"
+
+
+def test_a_model_that_returns_is_its_old_version_and_stays_held_back(project):
+    for weights in (b"1", b"2"):
+        retrained(project, weights=weights)
+        publish("fabric")
+        promote()
+    rollback("fabric")
+    retrained(project, quality=0.1, weights=b"3")
+    publish("fabric")
+    with pytest.raises(GateRefused, match="version 3"):
+        promote()
+    retrained(project, quality=0.9, weights=b"2")  # evaluated anew: other scores
+    publish("fabric")
+    assert aliases() == {"challenger": 2, "staging": 1} and published()[1] == 2
+    version = connect().get_model_version(NAME, "2")
+    assert version.tags["panda.run"] == json.loads(Path("build/publish/fabric.json").read_text())["run_id"]
+    assert promote()[0].outcome == "held back"
+    retrained(project, weights=b"3")  # refused for its figures, which are others now: judged as any other
+    publish("fabric")
+    (decision,) = promote()
+    assert (decision.outcome, decision.version, decision.incumbent) == ("promoted", "3", "1")
+    assert len(connect().search_model_versions(f"name = '{NAME}'")) == 3

@@ -83,15 +83,18 @@ def log(client: MlflowClient, run: Run, params: Params, category: str, metrics: 
 
 
 def publish_version(client: MlflowClient, run: Run, params: Params, category: str, metrics: Mapping[str, float]) -> ModelVersion:
-    """The version that holds the bundle, @challenger; a new one only where the newest holds another bundle."""
+    """The version that holds the bundle, @challenger; a new one only where none holds it.
+
+    A bundle that returns is its old version again: one that was rolled back stays held back.
+    """
     bundle = BUILD / "bundle" / category
     name, content = model_name(params.dataset, category), bundle_hash(bundle)
     headline = {f"panda.{k}": f"{metrics[k]:.6g}" for k in _HEADLINE if k in metrics}
     # panda.run: the run whose test scores speak for the version; a new test set gives the same bundle a new one
     evaluated = {**headline, "panda.run": run.info.run_id}
     versions.ensure_model(client, name, f"Visual anomaly detector for {category} (data set {params.dataset}); each version has its card.")
-    version = versions.newest(client, name)
-    if version is None or version.tags.get("panda.bundle") != content:
+    version = versions.holding(client, name, content)
+    if version is None:
         fresh = client.get_run(run.info.run_id).data
         config = _json(bundle / "bundle.json")
         origin = {

@@ -31,9 +31,9 @@ def requirements() -> list[str]:
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in SERVING]
 
 
-def newest(client: MlflowClient, name: str) -> ModelVersion | None:
-    """The newest version of a registered model; None where there is none."""
-    found = client.search_model_versions(f"name = '{name}'", max_results=1000)
+def holding(client: MlflowClient, name: str, content: str) -> ModelVersion | None:
+    """The version of a registered model that holds the bundle of hash `content` (the newest of several); None where there is none."""
+    found = client.search_model_versions(f"name = '{name}' AND tags.`panda.bundle` = '{content}'")
     return max(found, key=lambda v: int(v.version), default=None)
 
 
