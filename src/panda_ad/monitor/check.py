@@ -120,4 +120,6 @@ def monitor(categories: Sequence[str], alias: str = "staging") -> tuple[list[Che
             record(check, params.dataset)
         except UserError as e:
             problems.append(str(e))
+        except Exception as e:  # what nobody foresaw in one category says nothing of the others
+            problems.append(f"category {category}: could not be checked ({type(e).__name__}: {' '.join(str(e).split())[:300]})")
     return checks, problems

@@ -41,7 +41,8 @@ def record_check(dataset: str, model: str, version: str, figures: Mapping[str, A
         find_version(client, f"models:/{model}/{version}")
         run = _run_of(client, runs.experiment_id(client, f"{dataset}-monitoring"), model, version)
         if run.data.tags.get("panda.monitored") != figures["checked"]:
-            runs.log_files(client, run, {figures["checked"].replace(":", ""): files})
+            for file in files:
+                client.log_artifact(run.info.run_id, str(file), figures["checked"].replace(":", ""))
             _log_metrics(client, run, figures)
             client.set_tag(run.info.run_id, "panda.monitored", figures["checked"])
         client.set_terminated(run.info.run_id)

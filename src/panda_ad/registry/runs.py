@@ -147,22 +147,29 @@ def _log(client: MlflowClient, run: Run, metrics: list[Metric]) -> None:
 def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]]) -> None:
     """Files and folders as artifacts, by artifact folder ('' is the top); what the run holds with this content is left alone.
 
-    The tag that says what it holds comes after the upload: a kill between the two costs an upload, never a file.
+    A tag per artifact folder says what it holds, {name: hash}: one for all would outgrow MLflow's limit of a tag, which cuts what is
+    longer. It comes after the upload: a kill between the two costs an upload, never a file.
     """
-    held: dict[str, str] = json.loads(run.data.tags.get(_HELD, "{}"))
-    before = dict(held)
     for folder, paths in files.items():
-        for path in paths:
-            if not path.exists():
-                continue
-            target = f"{folder}/{path.name}".lstrip("/")
+        tag = f"{_HELD}.{folder}" if folder else _HELD
+        before = _held(run.data.tags.get(tag, ""))
+        held = {}
+        for path in (p for p in paths if p.exists()):
             content = digest_files(path, (p for p in path.rglob("*") if p.is_file())) if path.is_dir() else digest_file(path)
-            if held.get(target) == content[:16]:
+            held[path.name] = content[:16]
+            if before.get(path.name) == content[:16]:
                 continue
             if path.is_dir():
-                client.log_artifacts(run.info.run_id, str(path), target)
+                client.log_artifacts(run.info.run_id, str(path), f"{folder}/{path.name}".lstrip("/"))
             else:
                 client.log_artifact(run.info.run_id, str(path), folder or None)
-            held[target] = content[:16]
-    if held != before:
-        client.set_tag(run.info.run_id, _HELD, json.dumps(held))
+        if held != before:
+            client.set_tag(run.info.run_id, tag, json.dumps(held))
+
+
+def _held(tag: str) -> dict[str, str]:
+    """What a tag says that a folder holds: nothing where it is missing or was cut, which costs an upload."""
+    try:
+        return dict(json.loads(tag))
+    except ValueError:
+        return {}
