@@ -120,6 +120,25 @@ def test_a_raised_threshold_is_refused_though_the_order_of_scores_is_the_same():
     assert judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=loose), rules)[2].passed
 
 
+def test_the_champion_is_compared_by_the_same_rules():
+    good, worse = noisy(1), noisy(1)
+    worse = worse.assign(score=np.where(worse["label"] == 1, worse["score"] - 1.0, worse["score"]))
+    facts = {"incumbent": worse, "incumbent_threshold": 1.6, "threshold": 1.6}
+    rules = gate(margin=0.02, recall_margin=0.1, decision_margin=0.1)
+    assert [r.passed for r in judge(evidence(worse, **facts), rules)] == [True] * 3
+    found = judge(evidence(worse, **facts, champion=good, champion_threshold=1.6), rules)
+    assert [r.passed for r in found] == [True, False] * 3
+    assert [r.name for r in found[1::2]] == [f"{r.name} than the champion's" for r in found[::2]]
+    against_good = judge(evidence(worse, incumbent=good, incumbent_threshold=1.6, threshold=1.6), rules)
+    assert [r.value for r in found[1::2]] == [r.value for r in against_good]
+
+
+@pytest.mark.parametrize(("best", "passed"), [(None, []), (0.975, [True]), (0.98, [False])])
+def test_two_margins_below_the_best_before_is_the_end(best, passed):
+    assert [r.passed for r in judge(evidence(best_before=best), gate(margin=0.02))] == passed  # its AUROC is 0.9375
+    assert judge(evidence(best_before=best), gate()) == []
+
+
 def test_more_confidence_asks_for_more():
     a, b = noisy(2), noisy(2)
     b = b.assign(score=b["score"] + np.random.default_rng(0).normal(0, 0.3, len(b)))

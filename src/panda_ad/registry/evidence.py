@@ -24,10 +24,13 @@ _BATCH = 32
 _TIMED = 20  # images
 
 
-def gather(client: MlflowClient, params: Params, category: str, candidate: ModelVersion, incumbent: ModelVersion | None) -> Evidence:
-    """Evidence for one decision.
+def gather(
+    client: MlflowClient, params: Params, category: str, candidate: ModelVersion, incumbent: ModelVersion | None,
+    champion: ModelVersion | None = None, best_before: float | None = None,
+) -> Evidence:  # fmt: skip
+    """Evidence for one decision; incumbent, champion and best_before as `Evidence` has them.
 
-    Where the test set has changed since the incumbent was evaluated, the incumbent scores the candidate's test images through its
+    Where the test set has changed since the incumbent or the champion was evaluated, it scores the candidate's test images through its
     own bundle; they must then be in the working directory.
 
     Raises
@@ -37,12 +40,10 @@ def gather(client: MlflowClient, params: Params, category: str, candidate: Model
     """
     scores = score_table(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/scores.csv"))
     metrics = json.loads(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
-    theirs, their_threshold, known = None, None, frozenset[str]()
+    theirs, their_threshold = _rival(client, params, category, incumbent, scores)
+    champions, champions_threshold = _rival(client, params, category, champion, scores)
+    known = frozenset[str]()
     if incumbent is not None:
-        before = artifact(client, incumbent.tags["panda.run"], f"{plain(category)}/metrics.json")
-        their_threshold = float(json.loads(before.read_text(encoding="utf-8"))["threshold"])
-        theirs = score_table(artifact(client, incumbent.tags["panda.run"], f"{plain(category)}/scores.csv"))
-        theirs = align(theirs, scores) if same_images(theirs, scores) else rescore(bundle_of(client, incumbent), params, scores)
         manifest = score_table(artifact(client, incumbent.run_id, "data/manifest.csv"))
         known = frozenset(manifest["sha256"][manifest["category"] == category])
     tests = frozenset[str]()
@@ -58,6 +59,9 @@ def gather(client: MlflowClient, params: Params, category: str, candidate: Model
         calibration=int(candidate.tags["panda.calibration_images"]),
         incumbent=theirs,
         incumbent_threshold=their_threshold,
+        champion=champions,
+        champion_threshold=champions_threshold,
+        best_before=best_before,
         known=known,
         test_images=tests,
         bundle_mb=float(candidate.tags["panda.bundle_mb"]),
@@ -65,6 +69,19 @@ def gather(client: MlflowClient, params: Params, category: str, candidate: Model
         seed=params.seed,
         resamples=params.evaluate.bootstrap,
     )
+
+
+def _rival(
+    client: MlflowClient, params: Params, category: str, version: ModelVersion | None, scores: pd.DataFrame
+) -> tuple[pd.DataFrame | None, float | None]:
+    """A version's score table on the images of `scores`, in their order, and its threshold; None of both without a version."""
+    if version is None:
+        return None, None
+    run = version.tags["panda.run"]
+    metrics = json.loads(artifact(client, run, f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
+    table = score_table(artifact(client, run, f"{plain(category)}/scores.csv"))
+    table = align(table, scores) if same_images(table, scores) else rescore(bundle_of(client, version), params, scores)
+    return table, float(metrics["threshold"])
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> Path:

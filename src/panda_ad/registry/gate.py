@@ -1,6 +1,7 @@
 """The gate: rules that a candidate must pass before an alias moves to it. Pure functions of score tables and parameters.
 
-Candidate and incumbent are compared on the same test images. Each rule is one function, one entry of params.yaml's `gate`
+The candidate is compared with the version in place, and with the champion, on the same test images: each step may cost a margin, and a fixed
+point keeps many small steps from adding up. Each rule is one function, one entry of params.yaml's `gate`
 (null: off), and one `Rule` in the decision.
 """
 
@@ -59,6 +60,8 @@ class Evidence:
     calibration : number of calibration images behind the threshold.
     incumbent : the version in place on the same images, column `score`, same order as `scores`; None where there is none.
     incumbent_threshold : of the version in place; None where there is none.
+    champion, champion_threshold : the same of the version at @champion; None where there is none, or it is the one in place.
+    best_before : highest image AUROC on these images of the versions promoted before; None where a champion is set or none is comparable.
     known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
     test_images : paths and sha256 of all test images of all categories, to tell a misspelt must_catch entry.
     bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
@@ -72,6 +75,9 @@ class Evidence:
     calibration: int
     incumbent: pd.DataFrame | None = None
     incumbent_threshold: float | None = None
+    champion: pd.DataFrame | None = None
+    champion_threshold: float | None = None
+    best_before: float | None = None
     known: frozenset[str] = frozenset()
     test_images: frozenset[str] = frozenset()
     bundle_mb: float | None = None
@@ -121,14 +127,22 @@ def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
     Images with the wrong label spoil the threshold before they spoil the order of the scores: defects among the calibration images
     raise it, and AUROC does not see that.
     """
-    if params.decision_margin is None or e.incumbent is None or e.incumbent_threshold is None:
-        return []
-    return _not_worse("defects caught less false alarms not worse", youden, e, params.decision_margin, params.confidence, e.threshold, e.incumbent_threshold)
+    return _not_worse("defects caught less false alarms not worse", youden, e, params.decision_margin, params.confidence, decisions=True)
 
 
 def youden(labels: np.ndarray, scores: np.ndarray) -> float:
     """Youden's J of the decisions score > 0: share of the anomalous above 0 less the share of the normal above 0, in [-1, 1]."""
     return float((scores[labels == 1] > 0).mean() - (scores[labels == 0] > 0).mean())
+
+
+def image_auroc_near_best(e: Evidence, params: GateParams) -> list[Rule]:
+    """Without a champion: image AUROC at most two `margin` below the best of the versions promoted before, on the same test images.
+
+    Two, since the best of many is partly luck. It is a point estimate: their scores need not be at hand.
+    """
+    if params.margin is None or e.best_before is None:
+        return []
+    return _at_least("image AUROC near the best promoted before", auroc(e.labels, e.values), e.best_before - 2 * params.margin)
 
 
 def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
@@ -206,6 +220,7 @@ RULES: tuple[Callable[[Evidence, GateParams], list[Rule]], ...] = (
     image_auroc_not_worse,
     recall_not_worse,
     decisions_not_worse,
+    image_auroc_near_best,
     image_auroc_floor,
     pixel_auroc_floor,
     defect_auroc_floor,
@@ -233,19 +248,24 @@ def align(scores: pd.DataFrame, to: pd.DataFrame) -> pd.DataFrame:
     return scores.drop_duplicates("sha256").set_index("sha256").loc[to["sha256"]].reset_index()
 
 
-def _not_worse(
-    name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, threshold: float = 0.0, incumbent_threshold: float = 0.0
-) -> list[Rule]:
-    """Rule on a metric of labels and of each version's scores less its threshold."""
-    if margin is None or e.incumbent is None:
-        return []
-    values, theirs = e.values - threshold, e.incumbent["score"].to_numpy(dtype=np.float64) - incumbent_threshold
-    ours, before = metric(e.labels, values), metric(e.labels, theirs)
-    drops = -paired_bootstrap(metric, e.labels, values, theirs, e.resamples, e.seed)
-    drop = float(np.quantile(drops, confidence))
-    text = f"{ours:.4f} against {before:.4f}; with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
-    passed = drop <= margin
-    return [Rule(name, passed, drop, margin, max(0.0, drop - margin), text + ("" if passed else f", {drop - margin:.4f} too much"))]
+def _not_worse(name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, decisions: bool = False) -> list[Rule]:
+    """Rules on a metric of labels and scores (with `decisions` less each version's threshold): against the version in place, and the champion."""
+    rules: list[Rule] = []
+    rivals = ((name, e.incumbent, e.incumbent_threshold), (f"{name} than the champion's", e.champion, e.champion_threshold))
+    for title, rival, threshold in rivals:
+        if margin is None or rival is None or (decisions and threshold is None):
+            continue
+        values, theirs = e.values, rival["score"].to_numpy(dtype=np.float64)
+        if decisions:
+            values, theirs = values - e.threshold, theirs - threshold
+        ours, before = metric(e.labels, values), metric(e.labels, theirs)
+        drops = -paired_bootstrap(metric, e.labels, values, theirs, e.resamples, e.seed)
+        drop = float(np.quantile(drops, confidence))
+        text = f"{ours:.4f} against {before:.4f}; with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
+        passed = drop <= margin
+        text += "" if passed else f", {drop - margin:.4f} too much"
+        rules.append(Rule(title, passed, drop, margin, max(0.0, drop - margin), text))
+    return rules
 
 
 def _per_defect(

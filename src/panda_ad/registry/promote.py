@@ -115,7 +115,10 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
     incumbent = None if current is None else client.get_model_version(name, current)
-    rules = judge(gather(client, params, category, candidate, incumbent), params.gate)
+    holder = _at(model, "champion")
+    champion = None if holder in (None, current, version) else client.get_model_version(name, holder)
+    best = _best_before(client, model, candidate, to) if holder is None else None
+    rules = judge(gather(client, params, category, candidate, incumbent, champion, best), params.gate)
     failed = refusal(rules)
     against = f"against version {current}" if current else "first version, floors only"
     reason = failed or f"{len(rules)} rules passed, {against}"
@@ -125,6 +128,15 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         client.set_registered_model_alias(name, to, version)
         _finish(client, model, "promote", to, current, version, reason)
     return decision
+
+
+def _best_before(client: MlflowClient, model: RegisteredModel, candidate: ModelVersion, alias: str) -> float | None:
+    """Highest image AUROC of the versions that were promoted to `alias` and not rolled back, as measured on the candidate's test images."""
+    promoted = {m["to"] for m in audit.records(model) if m["alias"] == alias and m["action"] == "promote"} - {str(candidate.version)}
+    images = candidate.tags.get("panda.test_images", "")  # missing from versions published before there was this tag
+    same = client.search_model_versions(f"name = '{model.name}' AND tags.`panda.test_images` = '{images}'") if images else []
+    found = [v.tags for v in same if str(v.version) in promoted and f"{_ROLLED_BACK}{alias}" not in v.tags]
+    return max((float(tags["panda.image_auroc"]) for tags in found if "panda.image_auroc" in tags), default=None)
 
 
 def _not_what_is_here(category: str, challenger: ModelVersion) -> str:

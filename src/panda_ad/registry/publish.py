@@ -6,6 +6,7 @@ The only stage that logs. It reads what the others left under build/, so a serve
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections import Counter
@@ -91,7 +92,7 @@ def publish_version(client: MlflowClient, run: Run, params: Params, category: st
     name, content = model_name(params.dataset, category), bundle_hash(bundle)
     headline = {f"panda.{k}": f"{metrics[k]:.6g}" for k in _HEADLINE if k in metrics}
     # panda.run: the run whose test scores speak for the version; a new test set gives the same bundle a new one
-    evaluated = {**headline, "panda.run": run.info.run_id}
+    evaluated = {**headline, "panda.run": run.info.run_id, "panda.test_images": _test_images(category)}
     versions.ensure_model(client, name, f"Visual anomaly detector for {category} (data set {params.dataset}); each version has its card.")
     version = versions.holding(client, name, content)
     if version is None:
@@ -163,6 +164,12 @@ def _rows(category: str | None = None) -> list[dict[str, str]]:
     """The manifest's rows, of one category or of all."""
     with open(MANIFEST, newline="", encoding="utf-8") as f:
         return [row for row in csv.DictReader(f) if category in (None, row["category"])]
+
+
+def _test_images(category: str) -> str:
+    """Hash of the category's test images and their labels, hex: figures of versions with the same one can be compared."""
+    lines = sorted(f"{row['sha256']} {row['label']}\n" for row in _rows(category) if row["split"] == "test")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _counts(category: str) -> dict[str, int]:
