@@ -25,7 +25,7 @@ from registry_project import (
 
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
-from panda_ad.registry.connection import connect, download_version, without_credentials
+from panda_ad.registry.connection import connect, download_version
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
@@ -289,10 +289,6 @@ def test_an_unreachable_server_is_named_within_seconds(project, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///tmp/runs")
     with pytest.raises(UserError, match="sqlite:///FILE"):
         connect()
-
-
-def test_credentials_are_not_printed():
-    assert without_credentials("https://me:pa@ss@host:5000/x") == "https://host:5000/x"
 
 
 def test_the_command_prints_one_line_and_exits_2(project):

@@ -14,7 +14,7 @@ from registry_project import make_project, write, write_bundle, write_scores
 from panda_ad.errors import Unavailable, UserError
 from panda_ad.processes import Group
 from panda_ad.registry import audit
-from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_version, server_command
+from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_version, server_command, server_environment
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
 
@@ -23,9 +23,9 @@ NAME = "panda-sample-fabric"
 
 
 @contextlib.contextmanager
-def serving(folder, port, command):
+def serving(folder, port, command, environment):
     """An MLflow server; ended on leaving."""
-    env = {**os.environ, **DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    env = {**os.environ, **environment}
     with open(folder / "server.log", "ab") as log, Group([sys.executable, "-m", *command], env=env, cwd=folder, output=log) as server:
         deadline = time.monotonic() + 150
         while True:
@@ -50,9 +50,10 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     connect()
-    command = server_command("127.0.0.1", port)
+    command, environment = server_command("127.0.0.1", port), server_environment()
+    assert not any("sqlite" in word for word in command), "with a database its password would be there for all to see"
 
-    with serving(folder, port, command) as server:
+    with serving(folder, port, command, environment) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         publish("fabric")
         publish("fabric")
@@ -77,7 +78,7 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
             rollback("fabric")
         assert time.monotonic() - start < 8
 
-    with serving(folder, port, command):
+    with serving(folder, port, command, environment):
         assert aliases(NAME, 1) == ["staging"]
         assert promote()[0].version == "2"
         assert rollback("fabric").version == "1"
@@ -110,21 +111,22 @@ def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_
     server_folder.mkdir()
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///team.db", "--workers", "1"]
     command += ["--artifacts-destination", "kept"]
+    environment = {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-    with serving(server_folder, port, command) as server:
+    with serving(server_folder, port, command, environment) as server:
         lost_during(lambda: publish("fabric"), "finalize_logged_model", before=True)
         assert not (folder / "build/publish").exists()
-    with serving(server_folder, port, command) as server:
+    with serving(server_folder, port, command, environment) as server:
         publish("fabric")
         (run,) = connect().search_runs(["1"])
         assert run.info.status == "FINISHED" and len(run.outputs.model_outputs) == 1
         assert len(connect().search_model_versions(f"name = '{NAME}'")) == 1
         lost_during(promote, "download_artifacts", before=True)
-    with serving(server_folder, port, command) as server:
+    with serving(server_folder, port, command, environment) as server:
         assert aliases(NAME, 1) == ["challenger"] and audit.history(connect(), NAME) == []
         lost_during(promote, "set_registered_model_alias", before=False)
-    with serving(server_folder, port, command):
+    with serving(server_folder, port, command, environment):
         assert aliases(NAME, 1) == ["challenger", "staging"] and audit.history(connect(), NAME) == []
         assert promote()[0].outcome == "unchanged"
         assert [(m["action"], m["from"], m["to"]) for m in audit.history(connect(), NAME)] == [("promote", None, "1")]

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from panda_ad.errors import UserError
 from panda_ad.processes import Group, child_environment
-from panda_ad.registry.connection import DEFAULTS, server_command, without_credentials
+from panda_ad.registry.connection import server_command, server_environment, without_credentials
 
 HOST = "127.0.0.1"
 HOME = Path(".prefect")
@@ -95,7 +95,7 @@ def running_servers(
         if mlflow is None:
             port = _free_port(mlflow_port, "--mlflow-port")
             mlflow = f"http://{HOST}:{port}"
-            start("mlflow", server_command(HOST, port), {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+            start("mlflow", server_command(HOST, port), server_environment())
         if prefect is None:
             port = _free_port(prefect_port, "--prefect-port")
             prefect = f"http://{HOST}:{port}"

@@ -7,6 +7,7 @@ MLflow's own variables (MLFLOW_TRACKING_USERNAME and others) and are never print
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
 import socket
@@ -62,18 +63,32 @@ def artifact_root() -> str:
 
 
 def server_command(host: str, port: int) -> list[str]:
-    """Arguments after `python -m` of an MLflow server on the local store.
+    """Arguments after `python -m` of an MLflow server on the local store, which `server_environment` names.
 
     Clients write artifacts to the folder themselves, so that runs made with and without the server can each be read both ways.
     """
-    command = ["mlflow", "server", "--host", host, "--port", str(port), "--backend-store-uri", tracking_uri(), "--workers", "1"]
+    command = ["mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     return [*command, "--default-artifact-root", artifact_root(), "--no-serve-artifacts"]
+
+
+def server_environment() -> dict[str, str]:
+    """Variables of the server of `server_command`. The store is among them: every user of a machine can read command lines."""
+    return {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": tracking_uri()}
 
 
 def without_credentials(uri: str) -> str:
     """A URI that may be printed and logged."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+    credentials = _credentials(uri)
+    return uri.replace(credentials, "", 1) if credentials else uri
+
+
+def _credentials(uri: str) -> str:
+    """The part 'user:password@' of a server's URI, '' where there is none.
+
+    It goes to the last '@' of all: a password whose '/' or '#' is not written as %2F or %23 seems to end the host's name.
+    """
+    scheme, _, rest = uri.partition("://")
+    return rest[: rest.rfind("@") + 1] if scheme.partition("+")[0].lower() in _PORTS else ""
 
 
 def connect() -> MlflowClient:
@@ -131,13 +146,16 @@ def mlflow_errors() -> Iterator[None]:
         if kinds & {"mlflow.MlflowException", "requests.RequestException", "sqlalchemy.SQLAlchemyError"}:
             status = getattr(e, "get_http_status_code", lambda: 503)()
             error = Unavailable if status >= 500 else UserError
-            raise error(f"MLflow at {without_credentials(tracking_uri())}: {_first_line(e)}") from e
+            # without its cause, whose text may hold the URI: Prefect logs the whole chain
+            raise error(f"MLflow at {without_credentials(tracking_uri())}: {first_line(e)}") from None
         raise
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, without the tracking server's credentials."""
     text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[0][:300]
+    credentials = _credentials(tracking_uri())
+    return (text[0].replace(credentials, "") if credentials else text[0])[:300]
 
 
 def _preflight(uri: str) -> None:
@@ -145,17 +163,21 @@ def _preflight(uri: str) -> None:
     parts = urlsplit(uri)
     scheme, shown = parts.scheme.partition("+")[0], without_credentials(uri)
     down = f"MLflow at {shown} does not answer; start the server or mend MLFLOW_TRACKING_URI, then run the same command again"
+    try:
+        port = parts.port
+    except ValueError:  # its text would be the password's beginning
+        raise UserError(f"MLFLOW_TRACKING_URI: {shown}: not an address; write / # ? of a password as %2F %23 %3F") from None
     if scheme in ("http", "https"):
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
             urllib.request.urlopen(f"{bare.rstrip('/')}/health", timeout=WAIT).close()
         except urllib.error.HTTPError:
             return
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise Unavailable(f"{down} ({getattr(e, 'reason', e)})") from None
     elif scheme in _PORTS and parts.hostname:
         try:
-            socket.create_connection((parts.hostname, parts.port or _PORTS[scheme]), timeout=WAIT).close()
+            socket.create_connection((parts.hostname, port or _PORTS[scheme]), timeout=WAIT).close()
         except OSError as e:
             raise Unavailable(f"{down} ({e})") from None
     elif scheme == "file" or not scheme:
@@ -205,7 +227,7 @@ def find_version(client: MlflowClient, model: str) -> ModelVersion:
     except MlflowException as e:
         if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise UserError(f"{model}: no such registered model at {without_credentials(tracking_uri())} ({_first_line(e)})") from None
+        raise UserError(f"{model}: no such registered model at {without_credentials(tracking_uri())} ({first_line(e)})") from None
 
 
 def download_version(model: str) -> tuple[str, str, Path]:

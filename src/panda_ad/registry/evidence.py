@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from panda_ad.errors import UserError
 from panda_ad.params import Params
 from panda_ad.registry.change import plain
-from panda_ad.registry.connection import bundle_of, require_server
+from panda_ad.registry.connection import bundle_of, first_line, require_server
 from panda_ad.registry.gate import Evidence, align, same_images, score_table
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
         return Path(client.download_artifacts(run_id, path))
     except (MlflowException, OSError) as e:
         require_server()  # MLflow's errors do not tell a lost file from a lost server
-        raise UserError(f"MLflow run {run_id}: {path} cannot be read ({str(e).splitlines()[0]}); publish again") from None
+        raise UserError(f"MLflow run {run_id}: {path} cannot be read ({first_line(e)}); publish again") from None
 
 
 def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
