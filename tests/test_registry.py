@@ -166,6 +166,18 @@ def test_a_worse_version_is_refused_by_name_and_amount(project):
     assert "gate.staging.image AUROC not worse" not in connect().get_model_version(NAME, "2").tags
 
 
+def test_a_misspelt_defect_does_not_switch_its_floor_off(project):
+    set_gate(project, min_defect_recall={"holes": 0.9, "stain": 0.1})
+    publish("fabric")
+    with pytest.raises(GateRefused, match="recall floor of defect holes: no such kind of defect") as error:
+        promote()
+    assert "stain" not in str(error.value).partition("this one has")[0]
+    decision = json.loads((project / "build/decisions/fabric.json").read_text())
+    assert next(r for r in decision["rules"] if "holes" in r["name"])["value"] is None
+    set_gate(project, min_defect_recall={"hole": 0.9, "stain": 0.1})
+    assert promote()[0].outcome == "promoted"
+
+
 def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
     for weights in (b"1", b"2", b"3"):
         retrained(project, weights=weights)

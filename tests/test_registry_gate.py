@@ -76,6 +76,14 @@ def test_must_catch(entry, passed):
     assert [r.passed for r in found] == ([] if passed is None else [passed])
 
 
+@pytest.mark.parametrize("rule", ["min_defect_auroc", "min_defect_recall"])
+def test_a_floor_of_a_defect_that_no_category_has_fails_and_one_of_another_category_does_not(rule):
+    known = frozenset({"hole", "stain", "dent"})
+    found = judge(evidence(test_defects=known), gate(**{rule: {"holes": 0.1, "dent": 0.1, "hole": 0.1}}))
+    assert [(r.name.rpartition(" ")[2], r.passed) for r in found] == [("holes", False), ("hole", True)]
+    assert "no such kind of defect in the test set of any category; this one has hole, stain" in refusal(found)
+
+
 def test_the_threshold_itself_is_no_alarm():
     scores = table([0.1, 0.5], {"hole": [0.5]})
     (rule,) = judge(evidence(scores), gate(must_catch=["hole/0.png"]))

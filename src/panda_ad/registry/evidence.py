@@ -46,11 +46,12 @@ def gather(
     if incumbent is not None:
         manifest = score_table(artifact(client, incumbent.run_id, "data/manifest.csv"))
         known = frozenset(manifest["sha256"][manifest["category"] == category])
-    tests = frozenset[str]()
-    if params.gate.must_catch:
+    tests, defects, gate = frozenset[str](), frozenset[str](), params.gate
+    if gate.must_catch or isinstance(gate.min_defect_auroc, dict) or isinstance(gate.min_defect_recall, dict):
         manifest = score_table(artifact(client, candidate.tags["panda.run"], "data/manifest.csv"))
         rows = manifest[manifest["split"] == "test"]
         tests = frozenset(rows["path"]) | frozenset(rows["sha256"])
+        defects = frozenset(rows["defect"][rows["label"] == 1])
     return Evidence(
         scores=scores,
         threshold=metrics["threshold"],
@@ -64,6 +65,7 @@ def gather(
         best_before=best_before,
         known=known,
         test_images=tests,
+        test_defects=defects,
         bundle_mb=float(candidate.tags["panda.bundle_mb"]),
         latency_ms=None if params.gate.max_latency_ms is None else latency_ms(bundle_of(client, candidate)),
         seed=params.seed,

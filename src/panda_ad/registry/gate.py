@@ -64,6 +64,7 @@ class Evidence:
     best_before : highest image AUROC on these images of the versions promoted before; None where a champion is set or none is comparable.
     known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
     test_images : paths and sha256 of all test images of all categories, to tell a misspelt must_catch entry.
+    test_defects : kinds of defect of all categories, to tell a misspelt or vanished one in a floor per defect.
     bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
     seed, resamples : of the paired bootstrap.
     """
@@ -80,6 +81,7 @@ class Evidence:
     best_before: float | None = None
     known: frozenset[str] = frozenset()
     test_images: frozenset[str] = frozenset()
+    test_defects: frozenset[str] = frozenset()
     bundle_mb: float | None = None
     latency_ms: float | None = None
     seed: int = 0
@@ -274,10 +276,14 @@ def _per_defect(
     if floor is None:
         return []
     kinds = e.scores["defect"].to_numpy()
-    rules = []
-    for kind in sorted(set(kinds[e.labels == 1])):
-        limit = floor.get(kind) if isinstance(floor, Mapping) else floor
-        rules += _at_least(f"{name} {kind}", measure((kinds == kind) & (e.labels == 1)), limit)
+    own = sorted(set(kinds[e.labels == 1]))
+    limits = dict(floor) if isinstance(floor, Mapping) else dict.fromkeys(own, floor)
+    rules: list[Rule] = []
+    for kind in sorted(limits.keys() - e.test_defects - set(own)):  # it would guard nothing
+        text = f"no such kind of defect in the test set of any category; this one has {', '.join(own) or 'none'}"
+        rules.append(Rule(f"{name} {kind}", False, float("nan"), limits[kind], float("nan"), text))
+    for kind in own:
+        rules += _at_least(f"{name} {kind}", measure((kinds == kind) & (e.labels == 1)), limits.get(kind))
     return rules
 
 
