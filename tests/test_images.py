@@ -1,6 +1,7 @@
 """Decoding of untrusted image files."""
 
 import io
+import itertools
 import struct
 import zlib
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from panda_ad.data import images
-from panda_ad.data.images import decode, decode_mask, picture, read_image, read_mask
+from panda_ad.data.images import batches, decode, decode_mask, picture, pixel_count, read_image, read_mask
 from panda_ad.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -211,3 +212,19 @@ def test_damaged_bytes_decode_or_are_refused_in_one_line(seed, edits, keep):
         message = str(e)
     assert message.startswith("x.png: ") and "\n" not in message
     assert out.dtype == np.uint8 and out.ndim == 3 and out.shape[2] == 3 and out.size <= 3 * images.MAX_PIXELS
+
+
+def test_pixels_are_counted_without_decoding(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(Image.fromarray(RGB)))
+    assert pixel_count(path) == pixel_count(path.read_bytes()) == 12 * 20
+    assert pixel_count(png_header(8000, 9000)) == 72_000_000
+    assert [pixel_count(x) for x in (b"", b"no image", tmp_path / "nowhere.png", png_header(99_999, 99_999))] == [0] * 4
+
+
+@given(st.lists(st.integers(0, 90_000_000), max_size=200))
+def test_batches_hold_bounded_pixels_and_every_item_once(sizes):
+    found = list(batches(sizes, lambda size: size))
+    assert [size for batch in found for size in batch] == sizes
+    assert all(0 < len(batch) <= 32 and (sum(batch) <= 64_000_000 or len(batch) == 1) for batch in found)
+    assert all(len(a) == 32 or sum(a) + b[0] > 64_000_000 for a, b in itertools.pairwise(found)), "no shorter than need be"

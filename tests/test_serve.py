@@ -100,6 +100,41 @@ def test_a_changed_test_set_is_scored_by_the_incumbent_itself(project, tmp_path,
     assert f"against {theirs:.4f}" in rule.text
 
 
+def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(project, monkeypatch):
+    """Over REST, on the command line and in the gate. Three images of the test set stand for 64 megapixels."""
+    import pandas as pd
+
+    from panda_ad import score
+    from panda_ad.data import images
+    from panda_ad.detector import Detector
+    from panda_ad.params import load_params
+    from panda_ad.registry.evidence import rescore
+    from panda_ad.registry.gate import score_table
+    from panda_ad.registry.model import PandaModel
+
+    monkeypatch.chdir(project)
+    served, bundle = PandaModel(), project / "build/bundle/fabric"
+    served.detector = load_bundle(bundle)
+    rows = score_table(project / "build/evaluation/fabric/scores.csv")
+    files = [project / "data" / path for path in rows["path"]]
+    table = pd.DataFrame({"image": [file.read_bytes() for file in files]})
+
+    def everything():
+        verdicts = [v for _, _, v in score.verdicts(served.detector, files)]
+        return served.predict(None, table, {"heatmap": True}), verdicts, rescore(bundle, load_params(), rows)["score"].tolist()
+
+    sizes, real = [], Detector.score
+    monkeypatch.setattr(Detector, "score", lambda self, images, *args, **more: sizes.append(len(images)) or real(self, images, *args, **more))
+    whole = everything()
+    assert sizes == [22] * 3
+    sizes.clear()
+    monkeypatch.setattr(images, "BATCH_PIXELS", 3 * 32 * 32)
+    few = everything()
+    assert max(sizes) == 3 and sum(sizes) == 3 * 22
+    pd.testing.assert_frame_equal(few[0], whole[0], check_exact=True)
+    assert few[1:] == whole[1:] and whole[2] == rows["score"].tolist()
+
+
 @pytest.mark.slow
 def test_the_logged_model_works_without_the_repository_and_says_what_its_signature_says(project, tmp_path):
     """In a process that cannot import this checkout; the input example goes through, as MLflow would check when logging."""

@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from panda_ad.bundle import load_bundle
-from panda_ad.data.images import image_files, read_image
+from panda_ad.data.images import batches, image_files, pixel_count, read_image
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 
 COLUMNS = ("path", "score", "p_value", "decision", "threshold", "whole_image", "worst_spot", "x0", "y0", "x1", "y1")
-_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,16 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
     from tqdm import tqdm
 
     with tqdm(total=len(files), desc="score", unit="img", disable=None) as bar:
-        for i in range(0, len(files), _BATCH):
+        for batch in batches(files, pixel_count):
             images: dict[Path, np.ndarray] = {}
             problems: dict[Path, str] = {}
-            for file in files[i : i + _BATCH]:
+            for file in batch:
                 try:
                     images[file] = read_image(file)
                 except UserError as e:
                     problems[file] = str(e)
             found = dict(zip(images, detector.score(list(images.values()), heatmaps), strict=True))
-            for file in files[i : i + _BATCH]:
+            for file in batch:
                 yield (file, images[file], found[file]) if file in found else (file, None, problems[file])
             bar.update(len(images) + len(problems))
 

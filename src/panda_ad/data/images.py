@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,8 +30,11 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", "
 """Usual endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
+BATCH, BATCH_PIXELS = 32, 64_000_000
+"""Most images, and most pixels of several together, that `batches` puts into one batch."""
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes that can be decoded ("I" only from PGM, where it means 16 bits)."""
+T = TypeVar("T")
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 # Ours is the check that counts (below, before any pixel is decoded); Pillow's own stays armed behind it.
@@ -141,6 +144,33 @@ def read_bytes(path: Path | str, name: str | None = None) -> bytes:
 def read_image(path: Path | str) -> np.ndarray:
     """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does."""
     return decode(read_bytes(path), str(path))
+
+
+def pixel_count(file: Path | bytes) -> int:
+    """How many pixels an image has, by its header alone; 0 where that cannot be read, of which decoding says why."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            return image.width * image.height
+    except Exception:  # as many kinds as decoding damaged files raises
+        return 0
+
+
+def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in lists of BATCH, shorter where their images (`pixels` each) would take more than BATCH_PIXELS to hold decoded at a time.
+
+    32 small files may be 10 GB of pixels. An image larger than BATCH_PIXELS is a list of its own.
+    """
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        size = pixels(item)
+        if batch and (len(batch) == BATCH or total + size > BATCH_PIXELS):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
 
 
 def mask_levels(data: bytes, name: str) -> np.ndarray:

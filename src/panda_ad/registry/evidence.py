@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-_BATCH = 32
 _TIMED = 20  # images
 
 
@@ -100,15 +99,15 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
 def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """Scores that a bundle gives the images of `rows` (path, sha256, label): its columns with `score` replaced."""
     from panda_ad.bundle import load_bundle
-    from panda_ad.data.images import decode
+    from panda_ad.data.images import batches, decode, pixel_count
     from panda_ad.data.layouts import image_root
 
     detector, root = load_bundle(bundle), image_root(params)
     scores: list[float] = []
-    paths, hashes = rows["path"].tolist(), rows["sha256"].tolist()
-    for start in range(0, len(paths), _BATCH):
+    entries = zip(rows["path"].tolist(), rows["sha256"].tolist(), strict=True)
+    for batch in batches(entries, lambda entry: pixel_count(root / entry[0])):
         images = []
-        for path, sha256 in zip(paths[start : start + _BATCH], hashes[start : start + _BATCH], strict=True):
+        for path, sha256 in batch:
             try:
                 data = (root / path).read_bytes()
             except OSError as e:

@@ -13,8 +13,6 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel
 
-BATCH = 32
-
 
 class PandaModel(PythonModel):
     """Scores images with the bundle among the model's artifacts, through the package that travels with it."""
@@ -30,32 +28,23 @@ class PandaModel(PythonModel):
 
         Raises MlflowException (HTTP 400) naming the row whose image cannot be decoded.
         """
-        from panda_ad.data.images import decode
+        from panda_ad.data.images import batches, decode, pixel_count
         from panda_ad.errors import UserError
 
         heatmap = bool((params or {}).get("heatmap", False))
         if heatmap and self.detector.localizer is None:
             raise MlflowException("heatmap: this model was built without heat maps", error_code=INVALID_PARAMETER_VALUE)
-        verdicts = []
-        data = list(model_input["image"])
-        for start in range(0, len(data), BATCH):
+        rows = []
+        for batch in batches(enumerate(map(bytes, model_input["image"])), lambda row: pixel_count(row[1])):
             try:
-                images = [decode(bytes(d), f"row {start + i}") for i, d in enumerate(data[start : start + BATCH])]
+                images = [decode(data, f"row {i}") for i, data in batch]
             except UserError as e:
                 raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from None
-            verdicts += self.detector.score(images, heatmaps=heatmap)
-        table = pd.DataFrame(
-            {
-                "score": [v.score for v in verdicts],
-                "p_value": [v.p_value for v in verdicts],
-                "decision": ["defect" if v.anomalous else "good" for v in verdicts],
-                "anomalous": [bool(v.anomalous) for v in verdicts],
-            },
-            index=model_input.index,
-        )
-        if heatmap:
-            table["heatmap"] = [_png(v.heatmap) for v in verdicts]
-        return table
+            for v in self.detector.score(images, heatmaps=heatmap):
+                row = [v.score, v.p_value, "defect" if v.anomalous else "good", bool(v.anomalous)]
+                rows.append([*row, _png(v.heatmap)] if heatmap else row)  # a heat map as it is takes more than its image
+        columns = ["score", "p_value", "decision", "anomalous"] + (["heatmap"] if heatmap else [])
+        return pd.DataFrame(rows, columns=columns, index=model_input.index)
 
 
 def _png(heatmap):
