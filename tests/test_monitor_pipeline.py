@@ -93,6 +93,21 @@ def test_scoring_logs_each_image_once_and_the_log_agrees_with_the_verdicts(proje
     assert len(list((LOG / "fabric").glob("*.parquet"))) == 2
 
 
+@pytest.mark.parametrize("out", [[], ["--out", "verdicts.csv"]])
+def test_a_name_that_is_not_utf8_is_scored_logged_and_written_in_a_form_that_is(project, out):
+    drop(project, 2, seed=1)
+    inbox = os.fsencode(project / "inbox/fabric")
+    os.rename(os.path.join(inbox, b"1-000.png"), os.path.join(inbox, b"teil_\xe4.png"))
+    with open(os.path.join(inbox, b"halb_\xe4.png"), "wb") as file:
+        file.write(b"\x89PNG half")
+    code, said, errors = run("score", "inbox", "--model", MODEL, "--log", *out)
+    assert code == 2 and r"halb_\xe4.png" in errors and errors.encode()
+    written = Path("verdicts.csv").read_text(encoding="utf-8") if out else said
+    names = [row["path"] for row in csv.DictReader(written.splitlines())]
+    assert names == ["inbox/fabric/1-001.png", r"inbox/fabric/teil_\xe4.png"] == read_window("fabric", NAME, "1").paths
+    assert run("score", "inbox", "--model", MODEL, "--log")[1].count("\n") == 1, "the log knows them"
+
+
 def test_a_killed_run_has_logged_nothing_and_the_next_scores_the_same(project, monkeypatch):
     drop(project, 4, seed=1)
     with monkeypatch.context() as patch:

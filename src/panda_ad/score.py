@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from panda_ad.bundle import load_bundle
-from panda_ad.data.images import batches, image_files, pixel_count, read_image
+from panda_ad.data.images import batches, decode, image_files, pixel_count, read_bytes
+from panda_ad.data.layouts import printable
 from panda_ad.detector import Detector, Verdict
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
@@ -68,8 +69,9 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
             images: dict[Path, np.ndarray] = {}
             problems: dict[Path, str] = {}
             for file in batch:
+                name = printable(str(file))
                 try:
-                    images[file] = read_image(file)
+                    images[file] = decode(read_bytes(file, name), name)
                 except UserError as e:
                     problems[file] = str(e)
             found = dict(zip(images, detector.score(list(images.values()), heatmaps), strict=True))
@@ -141,7 +143,7 @@ def score_files(files: list[Path], model: Model, out: Path | None, heatmaps: Pat
             box = verdict.region or ("", "", "", "")
             parts = [f"{part:.3f}" for part in verdict.parts] if verdict.parts else ["", ""]
             # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
-            rows.writerow([str(file), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *parts, *box])
+            rows.writerow([printable(str(file)), repr(verdict.score), repr(verdict.p_value), decision, repr(limit.value), *parts, *box])
             if recorder is not None:
                 recorder.add(file, pixels, verdict)
             if heatmaps is not None and verdict.heatmap is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from panda_ad.data.layouts import printable
 from panda_ad.detector import Verdict
 from panda_ad.monitor.log import LOG, Entry, append, known
 from panda_ad.monitor.statistics import image_statistics
@@ -55,7 +56,7 @@ class Recorder:
             raise ValueError("log: a verdict without features")
         self._entries.append(
             Entry(
-                datetime.now(UTC), str(file), self._digests.get(file) or digest_file(file), self.category, self.model, self.version,
+                datetime.now(UTC), printable(str(file)), self._digests.get(file) or digest_file(file), self.category, self.model, self.version,
                 verdict.score, verdict.p_value, verdict.anomalous, self.threshold, image_statistics(rgb), verdict.features,
             )
         )  # fmt: skip
