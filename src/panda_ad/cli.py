@@ -106,10 +106,9 @@ def promote(
     """Move @staging to the challenger, if the gate agrees.
 
     Where it refuses: exit code 3, the failed rules, and by how much."""
-    from panda_ad.params import load_params
     from panda_ad.registry.promote import promote
 
-    for decision in promote(category or load_params().categories, to):
+    for decision in promote(category or None, to):
         print(decision)
 
 
@@ -151,6 +150,22 @@ def reproduce(
     from panda_ad.registry.reproduce import reproduce
 
     reproduce(name, version, keep)
+
+
+@app.command()
+def clean(
+    keep: Annotated[int, typer.Option(help="Newest versions of each category that stay.")] = 5,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only say what would go.")] = False,
+) -> None:
+    """Old versions and their runs out of MLflow.
+
+    What an alias points to stays, and what was rolled back."""
+    from panda_ad.registry.clean import clean
+
+    gone = clean(keep, delete)
+    print("\n".join(gone) or "nothing to delete")
+    if gone and not delete:
+        print("nothing is deleted yet: add --delete")
 
 
 @app.command()

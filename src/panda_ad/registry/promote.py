@@ -40,7 +40,7 @@ Target = Literal["staging", "champion"]
 SOURCE = {"staging": "challenger", "champion": "staging"}
 PREVIOUS = {"staging": "previous", "champion": "previous-champion"}
 _STAGE = {"staging": "Staging", "champion": "Production"}
-_ROLLED_BACK = "panda.rolled_back."
+HELD_BACK = "panda.rolled_back."
 _LATER = "recorded later: the move was made, its record was not"
 
 
@@ -83,10 +83,10 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
     """
     if to not in SOURCE:
         raise UserError(f"--to {to}: staging or champion is expected")
-    params = load_params()
-    chosen = [categories] if isinstance(categories, str) else list(params.categories if categories is None else categories)
-    _check(params, chosen)
     with repository_lock(f"promote to {to}"), mlflow_errors():
+        params = load_params()  # under the lock: taking it puts back what a killed run left changed
+        chosen = [categories] if isinstance(categories, str) else list(params.categories if categories is None else categories)
+        _check(params, chosen)
         client = connect()
         decisions = []
         for category in chosen:
@@ -111,7 +111,7 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         return Decision(category, name, to, version, current, "refused", other)
     if version == current:
         return Decision(category, name, to, version, current, "unchanged", f"it is @{to} already")
-    if when := candidate.tags.get(f"{_ROLLED_BACK}{to}"):
+    if when := candidate.tags.get(f"{HELD_BACK}{to}"):
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return Decision(category, name, to, version, current, "held back", f"it was rolled back on {when}; {back}")
     incumbent = None if current is None else client.get_model_version(name, current)
@@ -135,7 +135,7 @@ def _best_before(client: MlflowClient, model: RegisteredModel, candidate: ModelV
     promoted = {m["to"] for m in audit.records(model) if m["alias"] == alias and m["action"] == "promote"} - {str(candidate.version)}
     images = candidate.tags.get("panda.test_images", "")  # missing from versions published before there was this tag
     same = client.search_model_versions(f"name = '{model.name}' AND tags.`panda.test_images` = '{images}'") if images else []
-    found = [v.tags for v in same if str(v.version) in promoted and f"{_ROLLED_BACK}{alias}" not in v.tags]
+    found = [v.tags for v in same if str(v.version) in promoted and f"{HELD_BACK}{alias}" not in v.tags]
     return max((float(tags["panda.image_auroc"]) for tags in found if "panda.image_auroc" in tags), default=None)
 
 
@@ -207,7 +207,7 @@ def _catch_up(client: MlflowClient, model: RegisteredModel, alias: str) -> str |
         return None
     action = "promote"
     left = None if last["to"] is None else _version(client, model.name, last["to"])
-    if left is not None and f"{_ROLLED_BACK}{alias}" in left.tags:
+    if left is not None and f"{HELD_BACK}{alias}" in left.tags:
         outcome, _, when = client.get_model_version(model.name, current).tags.get(f"gate.{alias}", "").partition(" ")
         action = "promote" if outcome == "promoted" and when > last["when"] else "rollback"
     _finish(client, model, action, alias, last["to"], current, _LATER)
@@ -245,9 +245,9 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
         version = find_version(client, f"{name}/{target}")
         why = f"asked for version {target}" if to_version is not None else "asked for the version before"
         if current is not None:
-            client.set_model_version_tag(name, current, f"{_ROLLED_BACK}{alias}", audit.now())
-        if f"{_ROLLED_BACK}{alias}" in version.tags:
-            client.delete_model_version_tag(name, target, f"{_ROLLED_BACK}{alias}")
+            client.set_model_version_tag(name, current, f"{HELD_BACK}{alias}", audit.now())
+        if f"{HELD_BACK}{alias}" in version.tags:
+            client.delete_model_version_tag(name, target, f"{HELD_BACK}{alias}")
         client.set_registered_model_alias(name, alias, target)
         _finish(client, model, "rollback", alias, current, target, why)
     return Decision(category, name, alias, target, current, "rolled back", f"from version {current}, {why}")

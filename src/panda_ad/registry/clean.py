@@ -1,0 +1,99 @@
+"""Old versions and their runs out of the registry, so that its disk use stays bounded."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from panda_ad.errors import UserError
+from panda_ad.lock import repository_lock
+from panda_ad.params import load_params
+from panda_ad.processes import child_environment
+from panda_ad.registry.change import model_name
+from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
+from panda_ad.registry.promote import HELD_BACK
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion
+
+_PAGE = 1000
+
+
+def clean(keep: int, delete: bool) -> list[str]:
+    """Delete this data set's versions but the newest `keep` of each category, and the runs that speak for none that stays; a line for each.
+
+    What an alias points to stays, and so do versions that were rolled back: the same model made again must be known as held back.
+    Alias moves stay recorded on the registered model. `delete` false: only says what would go.
+
+    Raises
+    ------
+    UserError
+        `keep` is less than 1, or MLflow does not answer.
+    Busy
+        Another run holds the repository's lock.
+    """
+    if keep < 1:
+        raise UserError(f"--keep {keep}: at least one version of each category stays")
+    with repository_lock("clean"), mlflow_errors():
+        params, client = load_params(), connect()
+        gone: list[str] = []
+        used: set[str] = set()
+        for category in params.categories:
+            name = model_name(params.dataset, category)
+            for version, stays in _versions(client, name, keep):
+                if stays:
+                    used |= {str(version.run_id), version.tags.get("panda.run", ""), f"{name} {version.version}"}
+                    continue
+                gone.append(f"{name} version {version.version}")
+                if delete:
+                    client.delete_model_version(name, version.version)
+                    client.delete_logged_model(str(version.source).rpartition("/")[2])
+        for run in _runs(client, params.dataset):
+            tags = run.data.tags
+            checked = f"{tags.get('panda.model')} {tags.get('panda.version')}"  # of a run that `monitor` made
+            ours = "panda.change" in tags or "panda.model" in tags
+            if ours and run.info.status != "RUNNING" and not used & {run.info.run_id, checked}:
+                gone.append(f"run {run.info.run_name} ({run.info.run_id})")
+                if delete:
+                    client.delete_run(run.info.run_id)
+        if delete:  # even where nothing is left to mark: a kill may have come before the files went
+            _remove_files(gone)
+    return gone
+
+
+def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVersion, bool]]:
+    """A model's versions, newest first, and whether each stays; none where it was never registered."""
+    found = sorted(client.search_model_versions(f"name='{name}'", max_results=_PAGE), key=lambda v: -int(v.version))
+    aliased = {str(version) for version in client.get_registered_model(name).aliases.values()} if found else set()
+    held = [any(tag.startswith(HELD_BACK) for tag in version.tags) for version in found]
+    return [(v, n < keep or str(v.version) in aliased or back) for n, (v, back) in enumerate(zip(found, held, strict=True))]
+
+
+def _runs(client: MlflowClient, dataset: str) -> list[Run]:
+    """Runs of the data set's experiments: training and monitoring."""
+    found = [client.get_experiment_by_name(name) for name in (f"panda-{dataset}", f"panda-{dataset}-monitoring")]
+    experiments = [experiment.experiment_id for experiment in found if experiment is not None]
+    runs: list[Run] = []
+    token: str | None = None
+    while experiments:
+        page = client.search_runs(experiments, max_results=_PAGE, page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            break
+    return runs
+
+
+def _remove_files(gone: list[str]) -> None:
+    """MLflow only marks what is deleted; its files go with `mlflow gc`, which needs the store itself."""
+    if not local_store():
+        if gone:
+            gone.append("marked as deleted; `mlflow gc` on the tracking server, with its --backend-store-uri, removes the files")
+        return
+    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", tracking_uri()]
+    done = subprocess.run(command, env=child_environment({"MLFLOW_TRACKING_URI": tracking_uri()}), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"mlflow gc failed, the files of what was deleted are still there: {done.stderr.strip().splitlines()[-1:]}")
