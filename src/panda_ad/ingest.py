@@ -13,8 +13,7 @@ import yaml
 
 from panda_ad.data.ingest import Intake, Label, Split, take_in
 from panda_ad.errors import UserError
-from panda_ad.lock import repository_lock
-from panda_ad.params import load_params
+from panda_ad.lock import locked_params
 from panda_ad.run import dvc, dvc_meanwhile
 
 _SHOWN = 20
@@ -37,8 +36,7 @@ def ingest(
     Busy
         Another run is at work.
     """
-    with repository_lock("panda-ad ingest"):
-        params = load_params()  # under the lock, which puts back what a killed run has left changed
+    with locked_params("panda-ad ingest") as params:
         root = Path(params.data.root)
         tracked = _tracked(root)
         _complete(root, tracked)

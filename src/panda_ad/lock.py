@@ -14,6 +14,7 @@ from typing import TextIO
 
 from panda_ad.changed_params import put_back
 from panda_ad.errors import Busy
+from panda_ad.params import Params, load_params
 
 LOCK = Path(".cache/panda.lock")
 HELD = "PANDA_LOCK_HELD"
@@ -58,6 +59,22 @@ def repository_lock(command: str, root: Path | str = ".") -> Iterator[bool]:
             else:
                 os.environ[HELD] = outer
             _write(file, None)
+
+
+@contextmanager
+def locked_params(command: str) -> Iterator[Params]:
+    """`repository_lock`, and the parameters as they are under it: taking it puts back what a killed run had changed.
+
+    Raises
+    ------
+    UserError
+        There are none here, or they are wrong; no lock is left then in a folder that is no repository.
+    Busy
+        Another run holds the lock.
+    """
+    load_params()
+    with repository_lock(command):
+        yield load_params()
 
 
 def _read(file: TextIO) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.lock import repository_lock
+from panda_ad.lock import locked_params
 from panda_ad.params import Params, load_params
 from panda_ad.processes import Group, child_environment
 
@@ -19,8 +19,7 @@ BUILD = Path("build")
 
 def run() -> None:
     """Run all; GateRefused at the end where a category was not promoted, UserError where a stage failed."""
-    with repository_lock("panda-ad run"):
-        params = load_params()  # under the lock, which puts back what a killed run has left changed
+    with locked_params("panda-ad run") as params:
         if Path("data.dvc").exists() and params.data.root == "data" and not Path("data").exists():
             dvc("pull", "--quiet", "data.dvc")
         dvc("repro")

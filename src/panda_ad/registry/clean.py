@@ -7,8 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from panda_ad.errors import UserError
-from panda_ad.lock import repository_lock
-from panda_ad.params import load_params
+from panda_ad.lock import locked_params
 from panda_ad.processes import child_environment
 from panda_ad.registry.change import model_name
 from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
@@ -37,8 +36,8 @@ def clean(keep: int, delete: bool) -> list[str]:
     """
     if keep < 1:
         raise UserError(f"--keep {keep}: at least one version of each category stays")
-    with repository_lock("clean"), mlflow_errors():
-        params, client = load_params(), connect()
+    with locked_params("clean") as params, mlflow_errors():
+        client = connect()
         gone: list[str] = []
         used: set[str] = set()
         for category in params.categories:

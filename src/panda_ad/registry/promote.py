@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from panda_ad.errors import GateRefused, UserError
 from panda_ad.files import write_json
-from panda_ad.lock import repository_lock
-from panda_ad.params import Params, load_params
+from panda_ad.lock import locked_params
+from panda_ad.params import Params
 from panda_ad.registry import audit
 from panda_ad.registry.change import model_name, plain
 from panda_ad.registry.connection import connect, find_version, mlflow_errors
@@ -83,8 +83,7 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
     """
     if to not in SOURCE:
         raise UserError(f"--to {to}: staging or champion is expected")
-    with repository_lock(f"promote to {to}"), mlflow_errors():
-        params = load_params()  # under the lock: taking it puts back what a killed run left changed
+    with locked_params(f"promote to {to}") as params, mlflow_errors():
         chosen = [categories] if isinstance(categories, str) else list(params.categories if categories is None else categories)
         _check(params, chosen)
         client = connect()
@@ -224,12 +223,11 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
     UserError
         There is no version to go back to, or the alias holds it already.
     """
-    params = load_params()
-    _check(params, [category])
     if alias not in SOURCE:
         raise UserError(f"rollback of @{alias}: staging or champion is expected")
-    name = model_name(params.dataset, category)
-    with repository_lock(f"rollback {category}"), mlflow_errors():
+    with locked_params(f"rollback {category}") as params, mlflow_errors():
+        _check(params, [category])
+        name = model_name(params.dataset, category)
         client = connect()
         model = registered(client, name)
         if caught_up := _catch_up(client, model, alias):
