@@ -10,6 +10,8 @@ UV = $$(command -v uv || echo $(BIN)/uv)
 
 export DO_NOT_TRACK = true
 export DVC_NO_ANALYTICS = 1
+# a works network that looks into TLS has its certificate in the system's store; uv looks only into its own by default
+export UV_SYSTEM_CERTS ?= true
 
 .PHONY: run test ui lock lint check
 run: $(VENV)/.ready
@@ -28,7 +30,7 @@ lint: $(VENV)/.ready-dev
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "panda-ad needs Python 3.11 or newer; set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/pip install --quiet uv
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/pip install --quiet --disable-pip-version-check uv
 	@echo "installing the locked environment into $(VENV) (several GB, once)"
 	@$(UV) pip install $$(test -t 2 || echo --quiet) --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
