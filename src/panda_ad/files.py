@@ -1,8 +1,9 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; and what a file holds, as a hash."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -82,3 +83,19 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: object) -> None:
     """Write JSON atomically, indented; NaN and infinity are refused with ValueError, since JSON has no word for them."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, hex; '' where it is missing. OSError where it cannot be read."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest_if_readable(path: Path) -> str:
+    """`digest_file`, '' where it cannot be read too."""
+    try:
+        return digest_file(path)
+    except OSError:
+        return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
 import shutil
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from panda_ad.data import images
 from panda_ad.data.layouts import printable
-from panda_ad.files import atomic_folder
+from panda_ad.files import atomic_folder, digest_if_readable
 
 REASONS = "reasons.csv"
 
@@ -25,7 +24,7 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
     The folder, None where there was nothing to copy, and how many of the files were left out, since an earlier one holds their content.
     """
     held = _held(parent)
-    digests = {path: _digest(path) for path, _ in refused}
+    digests = {path: digest_if_readable(path) for path, _ in refused}
     fresh = [(path, reason) for path, reason in refused if digests[path] not in held]
     if not fresh:
         return None, len(refused)
@@ -54,15 +53,6 @@ def _held(parent: Path) -> set[str]:
         with open(path, encoding="utf-8", errors="replace", newline="") as file:  # a spreadsheet may have saved it since
             found |= {row["sha256"] for row in csv.DictReader(file) if row.get("sha256") and (path.parent / (row.get("copy") or "")).is_file()}
     return found
-
-
-def _digest(path: Path) -> str:
-    """'' where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
 
 
 def plain_stem(file: Path) -> str:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from panda_ad.files import write_text
+from panda_ad.files import digest_if_readable, write_text
 from panda_ad.monitor.log import LOG, holders
-from panda_ad.registry.change import digest_file
 
 CACHE = Path(".cache/inbox")
 """Per category what its images held when they were last read, by path, size and time of change; safe to delete."""
@@ -60,15 +59,8 @@ def _digests(found: dict[Path, tuple[int, int]], category: str) -> dict[Path, st
     digests = {}
     for file, stat in found.items():
         size, changed, digest = known.get(str(file), (0, 0, ""))
-        digests[file] = digest if digest and (size, changed) == stat else _digest(file)
+        digests[file] = digest if digest and (size, changed) == stat else digest_if_readable(file)
     now = {str(file): [*stat, digests[file]] for file, stat in found.items()}
     if now != known:
         write_text(path, json.dumps(now))
     return digests
-
-
-def _digest(file: Path) -> str:
-    try:
-        return digest_file(file)
-    except OSError:
-        return ""

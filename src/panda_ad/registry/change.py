@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import panda_ad
 from panda_ad.errors import UserError
+from panda_ad.files import digest_file
 
 PACKAGE = Path(panda_ad.__file__).parent
 INPUTS = ("params.yaml", "dvc.yaml", "data.dvc", "requirements.lock", "src")
@@ -56,14 +57,6 @@ def source_files() -> list[Path]:
     """The package's files that travel with a model: all but the embedded weights and compiled files."""
     files = (p for p in PACKAGE.rglob("*") if p.is_file())
     return sorted(p for p in files if not {"__pycache__", "weights"} & set(p.relative_to(PACKAGE).parts))
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file, hex; '' where it is missing."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest_files(folder: Path, files: Iterable[Path]) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from panda_ad.files import digest_file
 from panda_ad.params import Params
 from panda_ad.registry import connection
-from panda_ad.registry.change import Change, digest_file, digest_files, provenance
+from panda_ad.registry.change import Change, digest_files, provenance
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
