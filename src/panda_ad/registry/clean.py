@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
 from panda_ad.lock import locked_params
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.store.entities import PagedList
 
-_PAGE = 1000
+_PAGE = 1000  # entries of one answer
 
 
 def clean(keep: int, delete: bool) -> list[str]:
@@ -65,7 +67,8 @@ def clean(keep: int, delete: bool) -> list[str]:
 
 def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVersion, bool]]:
     """A model's versions, newest first, and whether each stays; none where it was never registered."""
-    found = sorted(client.search_model_versions(f"name='{name}'", max_results=_PAGE), key=lambda v: -int(v.version))
+    versions: list[ModelVersion] = _every(lambda token: client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token))
+    found = sorted(versions, key=lambda v: -int(v.version))
     aliased = {str(version) for version in client.get_registered_model(name).aliases.values()} if found else set()
     held = [any(tag.startswith(HELD_BACK) for tag in version.tags) for version in found]
     return [(v, n < keep or str(v.version) in aliased or back) for n, (v, back) in enumerate(zip(found, held, strict=True))]
@@ -75,15 +78,17 @@ def _runs(client: MlflowClient, dataset: str) -> list[Run]:
     """Runs of the data set's experiments: training and monitoring."""
     found = [client.get_experiment_by_name(name) for name in (f"panda-{dataset}", f"panda-{dataset}-monitoring")]
     experiments = [experiment.experiment_id for experiment in found if experiment is not None]
-    runs: list[Run] = []
-    token: str | None = None
-    while experiments:
-        page = client.search_runs(experiments, max_results=_PAGE, page_token=token)
-        runs += page
-        token = page.token
-        if not token:
-            break
-    return runs
+    return _every(lambda token: client.search_runs(experiments, max_results=_PAGE, page_token=token)) if experiments else []
+
+
+def _every(search: Callable[[str | None], PagedList]) -> list[Any]:
+    """All pages of a search."""
+    page = search(None)
+    found = list(page)
+    while page.token:
+        page = search(page.token)
+        found += page
+    return found
 
 
 def _remove_files(gone: list[str]) -> None:
