@@ -6,7 +6,8 @@ import pytest
 
 from panda_ad.metrics import auroc
 from panda_ad.params import GateParams
-from panda_ad.registry.gate import Evidence, align, judge, recall_at_budget, refusal, same_images
+from panda_ad.registry.evidence import align, same_images
+from panda_ad.registry.gate import Evidence, judge, recall_at_budget, refusal
 
 OFF = {
     "margin": None, "recall_margin": None, "decision_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,

@@ -108,8 +108,7 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
     from panda_ad.data import images
     from panda_ad.detector import Detector
     from panda_ad.params import load_params
-    from panda_ad.registry.evidence import rescore
-    from panda_ad.registry.gate import score_table
+    from panda_ad.registry.evidence import rescore, score_table
     from panda_ad.registry.model import PandaModel
 
     monkeypatch.chdir(project)

@@ -13,7 +13,7 @@ from panda_ad.errors import UserError
 from panda_ad.params import Params
 from panda_ad.registry.change import plain
 from panda_ad.registry.connection import bundle_of, first_line, require_server
-from panda_ad.registry.gate import Evidence, align, same_images, score_table
+from panda_ad.registry.gate import Evidence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,3 +133,21 @@ def latency_ms(bundle: Path) -> float:
         detector.score([image])
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times)
+
+
+def score_table(path: Path) -> pd.DataFrame:
+    """Read scores.csv; floats exactly as written."""
+    import pandas as pd
+
+    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str})
+
+
+def same_images(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    """Whether two score tables are of the same images with the same labels."""
+    keys = ["sha256", "label"]
+    return sorted(map(tuple, a[keys].to_numpy().tolist())) == sorted(map(tuple, b[keys].to_numpy().tolist()))
+
+
+def align(scores: pd.DataFrame, to: pd.DataFrame) -> pd.DataFrame:
+    """`scores` in the order of `to`, by content; both of the same images, each once."""
+    return scores.drop_duplicates("sha256").set_index("sha256").loc[to["sha256"]].reset_index()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -239,17 +238,6 @@ def refusal(rules: list[Rule]) -> str:
     return "; ".join(f"{r.name}: {r.text}" for r in rules if not r.passed)
 
 
-def same_images(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    """Whether two score tables are of the same images with the same labels."""
-    keys = ["sha256", "label"]
-    return sorted(map(tuple, a[keys].to_numpy().tolist())) == sorted(map(tuple, b[keys].to_numpy().tolist()))
-
-
-def align(scores: pd.DataFrame, to: pd.DataFrame) -> pd.DataFrame:
-    """`scores` in the order of `to`, by content; both of the same images, each once."""
-    return scores.drop_duplicates("sha256").set_index("sha256").loc[to["sha256"]].reset_index()
-
-
 def _not_worse(name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, decisions: bool = False) -> list[Rule]:
     """Rules on a metric of labels and scores (with `decisions` less each version's threshold): against the version in place, and the champion."""
     rules: list[Rule] = []
@@ -298,10 +286,3 @@ def _at_most(name: str, value: float | None, limit: float | None, unit: str) -> 
 def _rule(name: str, value: float, limit: float, by: float, passed: bool, unit: str, sign: str) -> Rule:
     text = f"{value:.4g}{f' {unit}' if unit else ''} (limit {sign} {limit:.4g})" + ("" if passed else f", off by {by:.4g}")
     return Rule(name, passed, value, limit, 0.0 if passed else by, text)
-
-
-def score_table(path: Path) -> pd.DataFrame:
-    """Read scores.csv; floats exactly as written."""
-    import pandas as pd
-
-    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str})
