@@ -169,18 +169,18 @@ def test_refusals():
 @pytest.mark.parametrize("width", [1, 4])
 def test_small_and_thin_defects_survive_the_reduction(side, width):
     """Each would vanish, or fall into pieces that AU-PRO counts one by one, were it to cover half a pixel."""
-    from panda_ad.stages.evaluate import reduced
+    from panda_ad.stages.evaluate import reduce_mask
 
     rng = np.random.default_rng(side + width)
     for _ in range(10):
         y, x = rng.integers(0, side - width, 2)
         mask = np.zeros((side, side), bool)
         mask[y : y + width, x : x + width] = True
-        small = reduced(mask, (384, 384))
+        small = reduce_mask(mask, (384, 384))
         at = np.argwhere(small)
         assert len(at) >= 1
         assert np.abs((at + 0.5) * side / 384 - [y + width / 2, x + width / 2]).max() <= 2 * side / 384
     scratch = np.zeros((side, side), bool)
     scratch[np.arange(100, 900), (np.arange(100, 900) * 0.37).astype(int)] = True
-    assert ndimage.label(reduced(scratch, (384, 384)), np.ones((3, 3)))[1] == 1
-    assert not reduced(np.zeros((side, side), bool), (384, 384)).any()
+    assert ndimage.label(reduce_mask(scratch, (384, 384)), np.ones((3, 3)))[1] == 1
+    assert not reduce_mask(np.zeros((side, side), bool), (384, 384)).any()

@@ -148,14 +148,14 @@ def nearest(queries: Tensor, gallery: Iterable[Packed], basis: Basis) -> Tensor:
     best = torch.full((len(queries),), torch.inf)
     rotated = (queries - basis.mean) @ basis.axes
     squared = rotated.square().sum(1)
-    narrow = {precision: _narrow(rotated, basis.rank, precision) for precision in (torch.float32, torch.bfloat16)}
     for part in gallery:
+        narrow = _narrow(rotated, basis.rank, part.keys.dtype)
         constant = squared - queries.shape[1] * 1.2e-7 * (squared.sqrt() + part.longest).square()
         for i in range(0, len(queries), QUERIES):
             j = slice(i, i + QUERIES)
             step = max(1, _BOUNDS // len(queries[j]))  # blocks
             for k in range(0, len(part.blocks), step):
-                low = _block_minima(part.keys[k * BLOCK : (k + step) * BLOCK], narrow[part.keys.dtype][j], constant[j])
+                low = _block_minima(part.keys[k * BLOCK : (k + step) * BLOCK], narrow[j], constant[j])
                 _search(queries[j], low, part.blocks[k : k + step], best[j], basis)
     return best.sqrt()
 

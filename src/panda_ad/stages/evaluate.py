@@ -140,11 +140,11 @@ def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
         scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
         size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
         mask = read_mask(root / row.mask) if row.mask else np.zeros(size, bool)
-        masks.append(mask if mask.shape == size else reduced(mask, size))
+        masks.append(mask if mask.shape == size else reduce_mask(mask, size))
     return masks
 
 
-def reduced(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """bool (H, W) -> bool `size`, not larger: true where any of the pixels behind is."""
     return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
 

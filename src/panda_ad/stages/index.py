@@ -63,8 +63,10 @@ def main(category: str) -> None:
         detector.whitenings = [fit_whitening(matrix) for matrix in plain]
         matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, plain, strict=True)]
     detector.galleries, kept, members = build_galleries(matrices, params.gallery, params.seed)
-    left_out = left_out_scores(plain, params.gallery, detector.config["whiten"], params.seed)
-    if detector.config["whiten"]:  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
+    whitened, left_out = detector.config["whiten"], None
+    if whitened or params.verdict.score == "both":
+        left_out = left_out_scores(plain, params.gallery, whitened, params.seed)
+    if whitened and left_out is not None:  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
         detector.train_means = left_out.mean(axis=1)
     else:
         detector.train_means = np.array([normal_mean(g, m, kept, members, params.gallery.k) for g, m in zip(detector.galleries, matrices, strict=True)])

@@ -26,7 +26,7 @@ def add_localizer(
     activations: Activations,
     train: Sequence[Item],
     matrices: Sequence[np.ndarray],
-    left_out: np.ndarray,
+    left_out: np.ndarray | None,
     params: Params,
 ) -> None:
     """The localiser, and what the image score needs of it.
@@ -34,7 +34,7 @@ def add_localizer(
     Parameters
     ----------
     matrices : features of the training images under each head, S times (M, D), whitened where the model whitens.
-    left_out : kNN scores (S, M) of `left_out_scores`.
+    left_out : kNN scores (S, M) of `left_out_scores`; looked at with score `both` only.
     """
     from panda_ad.localize import build_localizer
 
@@ -47,6 +47,7 @@ def add_localizer(
     normal = left_out_maps(detector, maps, matrices[-1], params.seed)
     detector.usual = fit_usual(normal)
     if params.verdict.score == "both":
+        assert left_out is not None
         whole = detector.combined(left_out, matrices[-1])[0]
         detector.scales = (fit_scale(whole), fit_scale(left_out_peaks(normal)))
 
