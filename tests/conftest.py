@@ -1,5 +1,6 @@
 """Fixtures shared by the tests."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +85,15 @@ def empty_store(tmp_path_factory):
         connect()
     assert [p.name for p in folder.iterdir()] == ["mlflow.db"]
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, empty_store):
+    """A repository ready to publish, with spaces in its path, and an empty registry of its own; the working directory."""
+    from registry_project import make_project
+
+    folder = make_project(tmp_path / "my plant")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    return folder

@@ -31,16 +31,6 @@ from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
-    """A repository ready to publish, with spaces in its path; the working directory."""
-    folder = make_project(tmp_path / "my plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def test_publish_puts_everything_on_record(project, monkeypatch):
     monkeypatch.setenv("PANDA_PREFECT_RUN", "f00d")
     monkeypatch.setenv("PREFECT_API_URL", "http://user:secret@127.0.0.1:4200/api")

@@ -1,10 +1,9 @@
 """Cleaning the registry: what is in use stays and still loads, what is not goes with its files."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from registry_project import NAME, aliases, make_project, moves, retrained
+from registry_project import NAME, aliases, moves, retrained
 from typer.testing import CliRunner
 
 from panda_ad.cli import app
@@ -17,25 +16,21 @@ from panda_ad.registry.publish import main as publish
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
+def project(project):
     """Six versions: 1 and 2 promoted, 3 promoted and rolled back, 4 to 6 published only; version 4 is monitored, 2 is @staging."""
-    folder = make_project(tmp_path / "my plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
     for version in range(1, 7):
-        retrained(folder, weights=f"weights {version}".encode())
+        retrained(project, weights=f"weights {version}".encode())
         publish("fabric")
         if version <= 3:
             promote()
         if version == 3:
             rollback("fabric")
-    report = folder / "report.html"
+    report = project / "report.html"
     report.write_text("<html></html>")
     check = {"checked": "2026-01-01T00:00:00", "window": 30, "drifted": False, "findings": [], "tests": []}
     for version in ("2", "4"):
         record_check("sample", NAME, version, check, [report])
-    return folder
+    return project
 
 
 def versions():

@@ -1,9 +1,8 @@
 """Small steps down, each within the margin, come to an end."""
 
-import shutil
 
 import pytest
-from registry_project import NAME, aliases, make_project, read_rows, retrained, set_gate, write_rows
+from registry_project import NAME, aliases, read_rows, retrained, set_gate, write_rows
 
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect, find_version
@@ -15,16 +14,12 @@ MARGIN = 0.1
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
+def project(project):
     """A repository with a faultless version 1 at staging and a gate that looks at image AUROC alone; the working directory."""
-    folder = make_project(tmp_path / "plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
-    set_gate(folder, margin=MARGIN, recall_margin=None, decision_margin=None, confidence=0.5, min_image_auroc=None, false_alarm_risk=None)
+    set_gate(project, margin=MARGIN, recall_margin=None, decision_margin=None, confidence=0.5, min_image_auroc=None, false_alarm_risk=None)
     publish("fabric")
     promote()
-    return folder
+    return project
 
 
 def creep(folder):

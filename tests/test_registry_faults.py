@@ -21,16 +21,6 @@ from panda_ad.registry.publish import main as publish
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
-    """A repository ready to publish, with spaces in its path; the working directory."""
-    folder = make_project(tmp_path / "my plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
-    return folder
-
-
 class Killed(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
 

@@ -9,22 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from registry_project import NAME, ROOT, aliases, make_project, moves, retrained, write_json
+from registry_project import NAME, ROOT, aliases, moves, retrained, write_json
 
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.publish import main as publish
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
-    """A repository ready to publish; the working directory."""
-    folder = make_project(tmp_path / "my plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def published():

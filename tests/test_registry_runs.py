@@ -1,11 +1,10 @@
 """What runs hold: many categories and many checks of one version, and categories of which one fails."""
 
-import shutil
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
-from registry_project import NAME, make_project, the_run
+from registry_project import NAME, the_run
 
 from panda_ad.monitor import check
 from panda_ad.registry import runs
@@ -15,14 +14,10 @@ from panda_ad.registry.publish import main as publish
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch, empty_store):
+def project(project):
     """A repository with version 1 published; the working directory."""
-    folder = make_project(tmp_path / "plant")
-    shutil.copyfile(empty_store, folder / "mlflow.db")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(folder)
     publish("fabric")
-    return folder
+    return project
 
 
 def uploads(monkeypatch):
