@@ -12,8 +12,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from panda_ad.files import digest_file
 from panda_ad.registry import audit
-from panda_ad.registry.change import digest_file
 from panda_ad.registry.connection import connect
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from panda_ad.bundle import load_bundle, save_bundle
 from panda_ad.cli import app
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
+from panda_ad.files import digest_file
 from panda_ad.monitor import inbox
 from panda_ad.monitor.check import check_category, model_at, record, reference_of
 from panda_ad.monitor.drift import TooFew
@@ -32,7 +33,6 @@ from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG, NothingLogged, read_window
 from panda_ad.monitor.statistics import NAMES, image_statistics
 from panda_ad.params import load_params
-from panda_ad.registry.change import digest_file
 from panda_ad.registry.connection import connect
 
 NAME = "panda-sample-fabric"

@@ -18,10 +18,10 @@ from panda_ad.backbones import in_micro_batches, load_backbone, preprocess, trun
 from panda_ad.bundle import load_bundle
 from panda_ad.data.images import decode, read_image
 from panda_ad.detector import resize_map
+from panda_ad.files import digest_file
 from panda_ad.localize import build_localizer
 from panda_ad.localize.tiling import boxes, grid, image_tiles
 from panda_ad.params import LocalizeParams, load_params
-from panda_ad.registry.change import digest_file
 
 SIZE = (64, 64)
 
