@@ -1,6 +1,9 @@
 """What a user sees of a mistake: one line, an exit code, nothing left behind."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -50,3 +53,11 @@ def test_an_error_of_our_own_keeps_its_trace(monkeypatch):
     monkeypatch.setattr("sys.argv", ["panda-ad", "score", "x"])
     with pytest.raises(OSError, match="no error of"):
         cli.main()
+
+
+def test_each_line_is_written_at_once_into_a_file_too(tmp_path):
+    program = "import atexit, sys; atexit.register(lambda: print(sys.stdout.line_buffering, file=sys.stderr)); from panda_ad.cli import main; sys.argv = ['panda-ad', '--help']; main()"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open(tmp_path / "out", "w") as out:
+        done = subprocess.run([sys.executable, "-c", program], env=env, stdout=out, stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr.strip() == "True"

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -228,6 +229,8 @@ def benchmark(
 
 def main() -> None:
     """Entry point: a user's mistake is one line and its exit code, never a stack trace."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into a file or a service's journal too, `ui` says at once where it listens
     try:
         app()
     except UserError as e:
