@@ -42,8 +42,33 @@ def agree(function, x, weight, stride, padding, tolerance):
 
 @settings(max_examples=40, deadline=None)
 @given(h=st.integers(1, 14), w=st.integers(1, 14), c=st.integers(1, 9), out=st.integers(1, 9), b=st.integers(1, 4))
-def test_minimal_filtering_is_convolution_over_maps_of_any_shape(h, w, c, out, b):
-    agree(FilteredConvolution.apply, values(b, c, h, w), values(out, c, 3, 3), 1, 1, 2e-5)
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2**-5)])
+def test_minimal_filtering_is_convolution_over_maps_of_any_shape(precision, tolerance, h, w, c, out, b):
+    agree(lambda x, kernel: FilteredConvolution.apply(x, kernel, precision, None), values(b, c, h, w), values(out, c, 3, 3), 1, 1, tolerance)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_filters_are_kept_while_no_gradient_is_asked_for_and_the_weight_stays(side):
+    x, layer = values(2, 4, side, side).detach(), torch.nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    with small_convolutions() as mode:
+        assert layer(x).requires_grad and not mode._filters
+        with torch.no_grad():
+            first, again = layer(x), layer(x)
+            assert len(mode._filters) == 1 and torch.equal(first, again)
+            layer.weight.mul_(2)
+            torch.testing.assert_close(layer(x), 2 * first)
+            layer.load_state_dict({"weight": torch.ones(6, 4, 3, 3)})
+            torch.testing.assert_close(layer(x), F.conv2d(x, torch.ones(6, 4, 3, 3), padding=1))
+
+
+def test_bfloat16_filtering_errs_about_twice_as_much_as_the_direct_sum():
+    for side in (2, 4, 8):
+        x, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(side)) for shape in ((8, 64, side, side), (64, 64, 3, 3)))
+        exact = F.conv2d(x.double(), weight.double(), padding=1)
+        direct = UnrolledConvolution.apply(x, weight, 1, 1, torch.bfloat16)
+        filtered = FilteredConvolution.apply(x, weight, torch.bfloat16, None)
+        errors = [float((y - exact).norm() / exact.norm()) for y in (direct, filtered)]
+        assert 0 < errors[1] < 2.5 * errors[0], (side, errors)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
@@ -92,12 +117,11 @@ def test_only_small_plain_convolutions_are_taken(monkeypatch):
             layer._conv_forward(x, weight, None)
         return taken.copy()
 
-    side = int(POSITIONS[torch.float32] ** 0.5)
+    side = int(POSITIONS**0.5)
     assert names(values(2, 4, side, side), values(4, 4, 3, 3)) == ["FilteredConvolution"]
     assert names(values(2, 4, 4, 4), values(4, 4, 3, 3), stride=2) == ["UnrolledConvolution"]
     assert names(values(2, 4, 4, 4), values(4, 4, 1, 1), padding=0) == ["UnrolledConvolution"]
-    assert names(values(2, 4, 4, 4), values(4, 4, 3, 3), precision=torch.bfloat16) == ["UnrolledConvolution"]
-    assert names(values(2, 4, 5, 5), values(4, 4, 3, 3), precision=torch.bfloat16) == []
+    assert names(values(2, 4, 4, 4), values(4, 4, 3, 3), precision=torch.bfloat16) == ["FilteredConvolution"]
     assert names(values(2, 4, 4, 4).double(), values(4, 4, 3, 3).double()) == []
     assert names(values(2, 4, side + 1, side + 1), values(4, 4, 3, 3)) == []
     assert names(values(2, 4, 4, 4), values(4, 2, 3, 3), groups=2) == []

@@ -7,8 +7,8 @@ padding too, and its weight gradient takes up to four times as long as the forwa
   Convolutional Neural Networks, CVPR 2016, section 4.1): Y = A [(G w G') . (B x B')] A'. Two outputs of a row of three taps take 4
   multiplications instead of 6, so a 2 x 2 tile takes 16 instead of 36; four outputs take 6 instead of 12. A row of only two positions,
   its surroundings known to be zero, takes 3 (a 2 x 2 Toeplitz matrix), so a 2 x 2 map takes 9. The gradients are the same products
-  with the matrices transposed. In float32 only: in bfloat16 the transforms of the weights cost what their products save, and the
-  sums of rounded products lose bits.
+  with the matrices transposed. In bfloat16 a tile is at most 2 x 2: results err twice as much as directly summed ones, with larger
+  tiles many times as much.
 - otherwise: one product of patches and weights (Chellapilla et al., High Performance Convolutional Neural Networks for Document
   Processing, IWFHR 2006: 'unrolling').
 
@@ -28,7 +28,7 @@ from torch.amp import custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-POSITIONS = {torch.float32: 64, torch.bfloat16: 16}
+POSITIONS = 64
 """Largest map, in output positions, that is taken; over larger ones the library is as fast."""
 
 _Tile = tuple[list[list[float]], list[list[float]], list[list[float]]]
@@ -45,7 +45,7 @@ _F4: _Tile = (
 )
 # rows of one and of two positions between zeros
 _ALONE: _Tile = ([[1]], [[0, 1, 0]], [[0, 1, 0]])
-_PAIR: _Tile = ([[1, 1, 0], [1, 0, 1]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]], [[0, 1, 1, 0], [0, 0, 1, 0], [0, 1, 0, 0]])
+_PAIR: _Tile = ([[0, 1, 1], [1, 1, 0]], [[1, -1, 0], [0, 1, 0], [0, -1, 1]], [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]])
 
 
 class small_convolutions(TorchFunctionMode):
@@ -56,12 +56,22 @@ class small_convolutions(TorchFunctionMode):
 
     Parameters
     ----------
-    precision : of the matrix products, float32, or bfloat16 (unrolled only); results are float32.
+    precision : of the matrix products, float32 or bfloat16; results are float32.
     """
 
     def __init__(self, precision: torch.dtype = torch.float32):
         super().__init__()
         self.precision = precision
+        self._filters: dict[tuple[int, int, int], tuple[Tensor, int, Tensor]] = {}
+
+    def kept_filters(self, weight: Tensor, h: int, w: int) -> Tensor | None:
+        """`filters_of` a weight that no gradient is asked for, made once while its values stay; else None."""
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return None
+        key = (id(weight), h, w)
+        if key not in self._filters or self._filters[key][1] != weight._version:
+            self._filters[key] = (weight, weight._version, filters_of(weight, h, w, self.precision))
+        return self._filters[key][2]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -72,11 +82,11 @@ class small_convolutions(TorchFunctionMode):
             plain = square and bias is None and groups == 1 and tuple(dilation) == (1, 1)
             if plain and x.device.type == "cpu" and weight.dtype == torch.float32:
                 h, w = out_shape(x.shape[2], x.shape[3], k, s, p)
-                if h * w <= POSITIONS[self.precision]:
+                if h * w <= POSITIONS:
                     if weight.is_leaf and not torch.is_inference_mode_enabled():
                         weight.data = taps_first(weight.data).permute(3, 2, 0, 1)
-                    if (k, s, p) == (3, 1, 1) and self.precision == torch.float32:
-                        return FilteredConvolution.apply(x, weight)
+                    if (k, s, p) == (3, 1, 1):
+                        return FilteredConvolution.apply(x, weight, self.precision, self.kept_filters(weight, h, w))
                     return UnrolledConvolution.apply(x, weight, s, p, self.precision)
         if func is F.batch_norm and kwargs.get("training") is False and len(args) == 3 and args[0].dim() == 4 and kwargs["weight"] is not None:
             return fixed_batch_norm(*args, kwargs["weight"], kwargs["bias"], kwargs["eps"])
@@ -115,45 +125,74 @@ def filtering(n: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.cache
-def filtering_2d(h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`filtering` along both axes at once, by the tiles that were measured to be fastest: A (h w, m m T T), G (m m, 9), B (m m T T, h w); T may differ between the axes, and so may m."""
-    # over 4 x 4, tiles of 4 x 4 lose to the transforms of their weights what their products save over 4 x 2
-    (ay, gy, by), (ax, gx, bx) = filtering(h, 4), filtering(w, 4 if max(h, w) > 4 else 2)
+def filtering_2d(h: int, w: int, precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`filtering` along both axes at once: A (h w, m m T T) and B (m m T T, h w) in `precision`, G (m m, 9) in float32.
+
+    T may differ between the axes, and so may m.
+    """
+    # as measured: over 4 x 4, tiles of 4 x 4 lose to the transforms of their weights what their products save over 4 x 2
+    tall, wide = (2, 2) if precision == torch.bfloat16 else (4, 4 if max(h, w) > 4 else 2)
+    (ay, gy, by), (ax, gx, bx) = filtering(h, tall), filtering(w, wide)
     a = torch.einsum("pit,qjs->pqijts", ay, ax).reshape(h * w, -1)
     b = torch.einsum("itp,jsq->ijtspq", by, bx).reshape(-1, h * w)
-    return a, torch.kron(gy, gx), b
+    return a.to(precision), torch.kron(gy, gx), b.to(precision)  # bfloat16 holds what A and B of 2 x 2 tiles hold, -1, 0 and 1
+
+
+def filters_of(weight: Tensor, h: int, w: int, precision: torch.dtype) -> Tensor:
+    """G w, (C', C, 3, 3) -> (m m, C, C') in `precision`."""
+    taps, g = taps_first(weight), filtering_2d(h, w, precision)[1]
+    if (h, w) == (2, 2):  # _PAIR in place, in half the time
+        taps = taps.to(precision, copy=True)
+        taps[0::2].sub_(taps[1])
+        taps[:, 0::2].sub_(taps[:, 1:2])
+    else:
+        taps = g @ taps.view(9, -1)
+    return taps.to(precision).view(len(g), *weight.shape[1::-1])
+
+
+def weights_of(filters: Tensor, h: int, w: int) -> Tensor:
+    """G' u, the transpose of `filters_of`: (m m, C, C'), overwritten -> float32 (C', C, 3, 3)."""
+    m, c, _ = filters.shape
+    taps, g = filters.float(), filtering_2d(h, w, filters.dtype)[1]
+    if (h, w) == (2, 2):
+        taps = taps.view(3, 3, c, -1)
+        taps[1].sub_(taps[0]).sub_(taps[2])
+        taps[:, 1].sub_(taps[:, 0]).sub_(taps[:, 2])
+    else:
+        taps = (g.t() @ taps.view(m, -1)).view(3, 3, c, -1)
+    return taps.permute(3, 2, 0, 1)
 
 
 class FilteredConvolution(torch.autograd.Function):
-    """conv2d(x, weight, padding=1): (B, C, h, w), (C', C, 3, 3) -> float32 (B, C', h, w)."""
+    """conv2d(x, weight, padding=1): (B, C, h, w), (C', C, 3, 3) -> float32 (B, C', h, w); `filters`: those of the weight, where they are known."""
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: torch.dtype, filters: Tensor | None) -> Tensor:
         b, c, h, w = x.shape
-        ctx.shape, ctx.matrices = x.shape, filtering_2d(h, w)
-        to_outputs, to_weights, to_inputs = ctx.matrices
-        m = len(to_weights)
-        inputs = (to_inputs @ positions_first(x).view(h * w, -1)).view(m, -1, c)  # (m m, T T B, C)
-        weights = (to_weights @ taps_first(weight).view(9, -1)).view(m, c, -1)  # (m m, C, C')
-        ctx.save_for_backward(inputs, weights)
-        products = torch.bmm(inputs, weights)  # (m m, T T B, C')
-        return (to_outputs @ products.view(to_outputs.shape[1], -1)).view(h, w, b, -1).permute(2, 3, 0, 1)
+        ctx.shape, ctx.matrices = x.shape, filtering_2d(h, w, precision)
+        to_outputs, _, to_inputs = ctx.matrices
+        if filters is None:
+            filters = filters_of(weight, h, w, precision)
+        inputs = (to_inputs @ positions_first(x).to(precision).view(h * w, -1)).view(len(filters), -1, c)  # (m m, T T B, C)
+        ctx.save_for_backward(inputs, filters)
+        products = torch.bmm(inputs, filters)  # (m m, T T B, C')
+        return (to_outputs @ products.view(to_outputs.shape[1], -1)).float().view(h, w, b, -1).permute(2, 3, 0, 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-        inputs, weights = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        inputs, filters = ctx.saved_tensors
         b, c, h, w = ctx.shape
-        to_outputs, to_weights, to_inputs = ctx.matrices
-        m = len(to_weights)
-        products = (to_outputs.t() @ positions_first(gradient).view(h * w, -1)).view(m, -1, weights.shape[2])
-        for_weights = torch.bmm(inputs.transpose(1, 2), products)  # (m m, C, C')
-        for_weight = (to_weights.t() @ for_weights.view(m, -1)).view(3, 3, c, -1).permute(3, 2, 0, 1)
+        to_outputs, _, to_inputs = ctx.matrices
+        g = positions_first(gradient).to(filters.dtype).view(h * w, -1)
+        products = (to_outputs.t() @ g).view(len(filters), -1, filters.shape[2])  # (m m, T T B, C')
+        for_weight = weights_of(torch.bmm(inputs.transpose(1, 2), products), h, w)
         if not ctx.needs_input_grad[0]:
-            return None, for_weight
-        for_inputs = torch.bmm(products, weights.transpose(1, 2))  # (m m, T T B, C)
-        return (to_inputs.t() @ for_inputs.view(len(to_inputs), -1)).view(h, w, b, c).permute(2, 3, 0, 1), for_weight
+            return None, for_weight, None, None
+        for_inputs = torch.bmm(products, filters.transpose(1, 2))  # (m m, T T B, C)
+        for_x = (to_inputs.t() @ for_inputs.view(len(to_inputs), -1)).float().view(h, w, b, c)
+        return for_x.permute(2, 3, 0, 1), for_weight, None, None
 
 
 class UnrolledConvolution(torch.autograd.Function):
