@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from panda_ad.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
 from panda_ad.localize import build_localizer, load_localizer
-from panda_ad.localize.patch_memory import greedy_coreset, patch_features
+from panda_ad.localize.patch_memory import choose, patch_features
 from panda_ad.localize.tiling import blend, boxes, tiles
 from panda_ad.params import LocalizeParams
 
@@ -149,22 +149,22 @@ def test_memory_size_follows_the_parameters(world):
 
 def test_coreset_is_greedy_seeded_and_skips_copies():
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    chosen = greedy_coreset(rows, 40, torch.Generator().manual_seed(1)).tolist()
-    assert chosen == greedy_coreset(rows, 40, torch.Generator().manual_seed(1)).tolist()
+    chosen = choose(rows, 40, torch.Generator().manual_seed(1)).tolist()
+    assert chosen == choose(rows, 40, torch.Generator().manual_seed(1)).tolist()
     assert len(set(chosen)) == 40
     away = torch.full((300,), torch.inf)
     for i, (last, following) in enumerate(zip(chosen, chosen[1:], strict=False)):
         away = torch.minimum(away, (rows - rows[last]).square().sum(1))
         assert away[following] == pytest.approx(float(away.max()), rel=1e-4), i
     copies = rows[:5].repeat(20, 1)
-    assert sorted(i % 5 for i in greedy_coreset(copies, 50, torch.Generator().manual_seed(0)).tolist()) == [0, 1, 2, 3, 4]
-    assert len(greedy_coreset(torch.ones(10, 4), 5, torch.Generator().manual_seed(0))) == 1
+    assert sorted(i % 5 for i in choose(copies, 50, torch.Generator().manual_seed(0)).tolist()) == [0, 1, 2, 3, 4]
+    assert len(choose(torch.ones(10, 4), 5, torch.Generator().manual_seed(0))) == 1
 
 
 def test_coreset_covers_better_than_chance():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(2000, 64)) * (rng.random((2000, 1)) > 0.98) * 5 + rng.normal(size=(2000, 64))).half()
-    chosen = greedy_coreset(rows, 100, torch.Generator().manual_seed(0))
+    chosen = choose(rows, 100, torch.Generator().manual_seed(0))
     radius = pairwise(rows.float(), rows[chosen].float()).max()
     assert radius < 0.8 * pairwise(rows.float(), rows[:100].float()).max()
 

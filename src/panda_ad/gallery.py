@@ -10,6 +10,9 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
@@ -208,7 +211,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     if method == "none" or size >= len(features):
         return features, np.arange(len(features))
     if method == "coreset":
-        chosen = greedy_coreset(features, size, seed)
+        chosen = greedy_coreset(torch.from_numpy(features), size, int(np.random.default_rng(seed).integers(len(features))))[0].numpy()
         return features[chosen], chosen
     # nredo: the best of five starts; min_points: no warning for few images; max_points: no subsampling
     options = {"niter": 25, "nredo": 5, "seed": seed % 2**31, "min_points_per_centroid": 1, "max_points_per_centroid": len(features)}
@@ -218,18 +221,27 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     return centres, Gallery(features).search(centres, 1)[1][:, 0]
 
 
-def greedy_coreset(features: np.ndarray, size: int, seed: int = 0) -> np.ndarray:
-    """Indices (size,) int64: a seeded first one, then always the feature farthest from those chosen. Memory (M, D) + (M,)."""
-    centred = features - features.mean(axis=0)
-    norms = np.square(centred).sum(axis=1)
-    chosen = np.empty(size, dtype=np.int64)
-    chosen[0] = np.random.default_rng(seed).integers(len(features))
-    nearest = np.full(len(features), np.inf, dtype=np.float32)
-    for i in range(size):
-        if i:
-            chosen[i] = nearest.argmax()
-        latest = chosen[i]
-        np.minimum(nearest, norms + norms[latest] - 2 * (centred @ centred[latest]), out=nearest)
-        np.maximum(nearest, 0, out=nearest)  # float32 may put duplicates at less than 0
-        nearest[chosen[: i + 1]] = -1
-    return chosen
+def greedy_coreset(rows: Tensor, size: int, first: int) -> tuple[Tensor, Tensor]:
+    """Greedy k-centre choice: `first`, then always the row farthest from all that are chosen.
+
+    Parameters
+    ----------
+    rows : (M, D) float32.
+    size : 1 to M.
+
+    Returns
+    -------
+    chosen (size,) int64, each once, and their squared distances (size,) float32 to the nearest chosen before: not increasing, 0 for a copy.
+    """
+    x = rows - rows.mean(dim=0)
+    norms = x.square().sum(dim=1)
+    away, latest = torch.full((len(x),), torch.inf), torch.empty(len(x))
+    chosen, distances = torch.full((size,), first), torch.full((size,), torch.inf)
+    for i in tqdm(range(1, size), desc="coreset", unit="row", disable=None, leave=False):
+        last = int(chosen[i - 1])
+        torch.addmv(norms, x, x[last], alpha=-2, out=latest)
+        torch.minimum(away, latest.add_(norms[last]).clamp_(min=0), out=away)  # float32 may put copies at less than 0
+        away[last] = -torch.inf
+        chosen[i] = away.argmax()
+        distances[i] = away[chosen[i]]
+    return chosen, distances

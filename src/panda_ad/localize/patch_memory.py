@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panda_ad.files import write_json
+from panda_ad.gallery import greedy_coreset
 from panda_ad.localize.maps import BATCH, Maps, positions, smooth, upsample
 from panda_ad.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
 from panda_ad.localize.tiling import blend, grid
@@ -64,7 +65,7 @@ class PatchMemory:
                 parts.append(rows[drawn])
                 sources += [j // tiles**2] * len(drawn)
         pool = torch.cat(parts)
-        chosen = greedy_coreset(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)
+        chosen = choose(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)
         values = pool[chosen]
         basis = fit_basis(values)
         return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles, torch.tensor(sources)[chosen])
@@ -120,27 +121,11 @@ def patch_features(maps: dict[str, Tensor]) -> Tensor:
     return torch.cat(out)
 
 
-def greedy_coreset(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Farthest-point choice: each time the row farthest from all chosen ones; indices (at most `size`,) int64.
-
-    Distances are taken in a Gaussian random projection to 32 dimensions. Stops early where all that is left are copies of chosen rows.
-    """
+def choose(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """`greedy_coreset` in a Gaussian random projection to 32 dimensions, without copies of chosen rows: indices (at most `size`,) int64."""
     x = rows.float()
     x = x - x.mean(0)
     if x.shape[1] > _PROJECTED:
         x = x @ torch.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
-    norms = x.square().sum(1)
-    copy = 1e-6 * float(norms.max())
-    away = torch.full((len(x),), torch.inf)  # squared distance to the nearest chosen row
-    buffer = torch.empty(len(x))
-    chosen = [int(torch.randint(len(x), (1,), generator=generator))]
-    for _ in range(size - 1):
-        last = chosen[-1]
-        torch.addmv(norms, x, x[last], alpha=-2, out=buffer)
-        torch.minimum(away, buffer.add_(norms[last]), out=away)
-        away[last] = -torch.inf
-        farthest = int(away.argmax())
-        if away[farthest] <= copy:
-            break
-        chosen.append(farthest)
-    return torch.tensor(chosen)
+    chosen, distances = greedy_coreset(x, size, int(torch.randint(len(x), (1,), generator=generator)))
+    return chosen[distances > 1e-6 * x.square().sum(1).max()]
