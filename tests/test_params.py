@@ -47,7 +47,7 @@ def test_a_bad_value_is_one_line_naming_its_key(raw, section, key, value, said):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "a@b", "../up", 'say "hi"', ".hidden"])
+@pytest.mark.parametrize("name", ["data", "", "a/b", "a@b", "../up", 'say "hi"', ".hidden"])
 def test_names_that_cannot_be_folders_or_stages_are_refused(raw, name):
     with pytest.raises(UserError, match="categories"):
         parse_params({**raw, "categories": [name]})

@@ -171,6 +171,8 @@ class Params(_Section):
         for name in names:
             if not name or name.startswith(".") or re.search(r"[/\\:%\"'@]", name):
                 raise ValueError(f"{name!r} cannot name a category: no '/', '\\', ':', '%', '@' or quotes")
+            if name == "data":
+                raise ValueError("'data' cannot name a category: an MLflow run keeps the files of the whole data set in a folder of that name")
         return names
 
 
