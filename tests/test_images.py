@@ -1,5 +1,6 @@
 """Decoding of untrusted image files."""
 
+import hashlib
 import io
 import itertools
 import struct
@@ -89,8 +90,33 @@ def test_sixteen_bit_grey_uses_the_full_range():
         p = picture(encode(Image.fromarray(values), kind), "x")
         np.testing.assert_array_equal(p.rgb, np.repeat(expected[:, :, None], 3, 2))
         assert p.mode.startswith("I;16")
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(every), "PNG"), "x")[:, :, 1], np.rint(every / 257))
     pgm = b"P5 4 1 65535\n" + values.astype(">u2").tobytes()
     np.testing.assert_array_equal(decode(pgm, "x")[:, :, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_tiff_in_which_white_is_zero_is_no_negative(dtype):
+    out = io.BytesIO()
+    Image.fromarray(np.array([[0, np.iinfo(dtype).max]], dtype)).save(out, "TIFF", tiffinfo={262: 0})
+    data = bytearray(out.getvalue())
+    with Image.open(out) as image:
+        assert image.tag_v2[262] == 0
+        (at,), _ = image.tag_v2[273], image.load()
+    size = np.dtype(dtype).itemsize
+    data[at : at + 2 * size] = bytes(size) + bytes([255] * size)  # as stored: 0, which is white, then black
+    np.testing.assert_array_equal(decode(bytes(data), "x")[:, :, 0], [[255, 0]])
+
+
+def test_a_file_that_has_changed_since_it_was_hashed_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(Image.new("L", (8, 8)), "PNG"))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_image(path, digest).shape == (8, 8, 3)
+    path.write_bytes(encode(Image.new("L", (8, 8), 9), "PNG"))
+    with pytest.raises(UserError, match=r"a.png: has changed since .validate. read it; run .dvc repro. again"):
+        read_image(path, digest)
 
 
 def test_twelve_bit_tiff_is_scaled_from_its_own_range():

@@ -151,6 +151,22 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
     assert not problems and set(rows["defect"]) == {"good", "crack", "scratch", "dent"}
 
 
+def test_files_whose_endings_say_nothing_have_masks_of_their_own(project, tmp_path, make_params):
+    drop, masks = tmp_path / "drop", tmp_path / "masks"
+    for n in (1, 2):
+        save(noise(77_100 + n), drop / f"a.{n}.png")
+        (drop / f"a.{n}.png").rename(drop / f"a.{n}.raw")
+        mask = np.zeros((16, 16), np.uint8)
+        mask[n : n + 4, 2:5] = 255
+        save(mask, masks / f"a.{n}_mask.png")
+    params = make_params(["nut"])
+    intake = take_in(params, "nut", sorted(drop.iterdir()), "defect", "scratch", masks=masks)
+    assert len(intake.added) == 2 and not intake.refused
+    rows, problems = build_manifest(params)
+    added = rows[rows["path"].isin([path for _, path in intake.added])]
+    assert not problems and len(set(added["mask"])) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,6 +13,7 @@ What is decided here, for every caller (pipeline, command line, REST):
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +88,8 @@ def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE) ->
             _refuse(image, name)
             mode = image.mode
             image.load()
-            rgb = _to_rgb(ImageOps.exif_transpose(image), _full_scale(image), background)
+            levels = _levels(image) if mode.startswith("I") else None
+            rgb = _to_rgb(ImageOps.exif_transpose(image), levels, background)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -112,18 +114,22 @@ def _refuse(image: Image.Image, name: str) -> None:
         raise UserError(f"{name}: holds {frames} frames or pages; save the one to inspect as a file of its own")
 
 
-def _full_scale(image: Image.Image) -> int:
-    """The value that stands for white in a 16-bit grey image."""
+def _levels(image: Image.Image) -> np.ndarray:
+    """uint8 (65536,): the grey that each value of a 16-bit image stands for."""
     tags: Any = getattr(image, "tag_v2", {})
-    return 4095 if tags.get(258, (16,)) == (12,) else 65535  # 258: BitsPerSample
+    full_scale = 4095 if tags.get(258, (16,)) == (12,) else 65535  # 258: BitsPerSample
+    levels = np.rint(np.arange(65536).clip(0, full_scale) * (255 / full_scale)).astype(np.uint8)
+    return 255 - levels if tags.get(262) == 0 else levels  # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
 
 
-def _to_rgb(image: Image.Image, full_scale: int, background: tuple[int, int, int]) -> np.ndarray:
+def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int, int, int]) -> np.ndarray:
     """uint8 (H, W, 3) from any of MODES."""
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        grey = np.rint(values.clip(0, full_scale) * (255 / full_scale)).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+    if levels is not None:
+        values = np.asarray(image)
+        rgb = np.empty((*values.shape, 3), np.uint8)
+        for row, out in zip(values, rgb, strict=True):  # row by row: an index takes eight bytes a pixel
+            out[:] = levels[row.clip(0, 65535)][:, None]
+        return rgb
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")
@@ -141,9 +147,12 @@ def read_bytes(path: Path | str, name: str | None = None) -> bytes:
         raise UserError(f"{name or path}: cannot be read ({e.strerror})") from None
 
 
-def read_image(path: Path | str) -> np.ndarray:
-    """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does."""
-    return decode(read_bytes(path), str(path))
+def read_image(path: Path | str, sha256: str | None = None) -> np.ndarray:
+    """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex)."""
+    data = read_bytes(path)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path}: has changed since `validate` read it; run `dvc repro` again")
+    return decode(data, str(path))
 
 
 def pixel_count(file: Path | bytes) -> int:

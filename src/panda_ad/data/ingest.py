@@ -256,7 +256,8 @@ class _Twins:
 
 
 def _name(file: Path, sha256: str) -> str:
-    return f"{plain_stem(file)}-{sha256[:16]}{image_suffix(file)}"
+    """Of characters that every file system takes, and without dots: what pairs images with masks ends the stem at the last one."""
+    return f"{plain_stem(file).replace('.', '_')}-{sha256[:16]}{image_suffix(file)}"
 
 
 def _write(path: Path, data: bytes) -> None:

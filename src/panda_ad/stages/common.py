@@ -113,7 +113,7 @@ def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
     from panda_ad.data.layouts import image_root
 
     root = image_root(params)
-    return [Item(key, functools.partial(read_image, f"{root}/{path}")) for key, path in zip(rows["sha256"], rows["path"], strict=True)]
+    return [Item(key, functools.partial(read_image, f"{root}/{path}", key)) for key, path in zip(rows["sha256"], rows["path"], strict=True)]
 
 
 def category_rows(category: str) -> dict[str, pd.DataFrame]:
