@@ -22,11 +22,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from panda_ad import backbones
 from panda_ad.backbones import Backbone, in_micro_batches, preprocess, trunk_activations
-from panda_ad.data import images
 
 LAYERS = ("layer1", "layer2")
+_RULES = ("backbones.py", "resnet.py", "data/images.py", "data/outliers.py")
 _CHUNK = 64  # images decoded, computed and written at a time
 _IN_USE = "in-use"  # a file of each cache that its users lock
 _LINE = 65  # a sha256 in hex and a newline
@@ -98,8 +97,8 @@ class Activations:
     def __init__(self, backbone: Backbone, size: tuple[int, int], precision: torch.dtype, root: Path, cache_gb: float):
         self.backbone, self.size, self.precision, self.root = backbone, size, precision, root
         self.budget = int(cache_gb * 1e9)
-        # what decodes and resizes is part of the key: a model must not compare pixels of two makes
-        rules = b"".join(Path(module.__file__ or "").read_bytes() for module in (images, backbones)) + PIL.__version__.encode()
+        # what decodes, resizes and computes is part of the key: a model must not compare features of two makes
+        rules = b"".join((Path(__file__).parent / name).read_bytes() for name in _RULES) + PIL.__version__.encode()
         key = f"{backbone.fingerprint}-{size}-{precision}-{hashlib.sha256(rules).hexdigest()}"
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
