@@ -117,6 +117,21 @@ def test_great_expectations_find_the_same(make_params):
     }
 
 
+def test_a_failure_without_a_reason_is_an_error_whatever_else_is_wrong(make_params, monkeypatch):
+    """The suite says more than the checks found: under quarantine too, beside a file with a reason of its own."""
+    make_mvtec(Path("data"), train=12)
+    BAD["truncated"][0]()
+    params = make_params(["nut"], data={"root": "data", "on_invalid": "quarantine"})
+    found = check(collect(params), params)
+    outcomes = validate(found, params, Path("docs"))
+    assert not all(e.success for e in outcomes) and all(e.explained for e in outcomes)
+    stage.judge(found, outcomes, params, Path("problems.csv"))
+    monkeypatch.setattr("panda_ad.data.validation.MIN_SIDE", 17)  # the images have 16
+    outcomes = validate(found, params, Path("more"))
+    with pytest.raises(UserError, match="breaks an expectation: Images are at least 17 pixels wide"):
+        stage.judge(found, outcomes, params, Path("problems.csv"))
+
+
 def test_clean_data_passes_everything(make_params):
     make_mvtec(Path("data"))
     make_mvtec(Path("data"), "bolt", masks=False, seed=1)

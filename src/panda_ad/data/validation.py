@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,19 @@ SHOWN = 200
 
 @dataclass(frozen=True)
 class Expectation:
-    """One expectation's outcome. `unexpected`: rows that break it (None for a table-level count)."""
+    """One expectation's outcome.
+
+    Attributes
+    ----------
+    unexpected : rows that break it (None for a table-level count).
+    explained : it holds among the rows for which no reason to leave them out was found.
+    """
 
     name: str
     description: str
     success: bool
     unexpected: int | None
+    explained: bool
 
 
 def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
@@ -64,6 +71,10 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     outcome = context.checkpoints.add(checkpoint).run(batch_parameters={"dataframe": _gx_rows(checked.rows)})
     results = next(iter(outcome.run_results.values())).results
     found = [_outcome(r) for r in results]
+    if checked.problems and not all(e.success for e in found):
+        usable = definition.run(batch_parameters={"dataframe": _gx_rows(checked.rows[checked.rows["problem"] == ""])})
+        held = {r.expectation_config.description: bool(r.success) for r in usable.results}
+        found = [replace(e, explained=held[e.description]) for e in found]
     _make_offline(docs, checked, params, found)
     return found
 
@@ -148,7 +159,7 @@ def _outcome(result: Any) -> Expectation:
     raised = any(info.get("raised_exception") for info in _exceptions(result.exception_info))
     if raised:
         raise RuntimeError(f"Great Expectations could not evaluate {config.type}: {result.exception_info}")
-    return Expectation(config.type, config.description or "", bool(result.success), result.result.get("unexpected_count"))
+    return Expectation(config.type, config.description or "", bool(result.success), result.result.get("unexpected_count"), bool(result.success))
 
 
 def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:

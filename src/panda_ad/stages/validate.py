@@ -82,8 +82,8 @@ def judge(checked: Checked, expectations: list[Expectation], params: Params, lis
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         hint = ", or set data.on_invalid: quarantine to go on without them" if not checked.blocking else ""
         raise UserError(f"{len(found)} problem{'s' if len(found) > 1 else ''} in the data: {shown}{more}. All are in {listed}{hint}")
-    unexplained = [e.description for e in expectations if not e.success]
-    if unexplained and not checked.problems:
+    unexplained = [e.description for e in expectations if not e.explained]
+    if unexplained:
         raise UserError(f"the data breaks an expectation: {'; '.join(unexplained)} (see {listed.parent / 'data_docs' / 'index.html'})")
 
 
