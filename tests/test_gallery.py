@@ -204,6 +204,13 @@ def test_the_mean_normal_score_is_of_images_that_do_not_find_themselves(features
     assert normal_mean(cluster_means(few, members), few, np.arange(11), members, 2) == pytest.approx(expected, rel=0.3)
 
 
+def test_more_neighbours_than_a_gallery_has_are_refused(features):
+    params = GalleryParams(k=17, normalize=False, whiten=True, compression="none", size=20)
+    assert left_out_scores([features[:30]], params, True, 0).shape == (1, 30)
+    with pytest.raises(UserError, match=r"gallery\.k: 17 neighbours are asked for, the gallery has 16; lower it"):
+        left_out_scores([features[:20]], params, True, 0)
+
+
 @pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
 def test_left_out_scores_are_those_of_new_images(compression):
     """Whitened, an image that shaped the whitening scores half of what a new one does; SES and the score's scale need the latter."""

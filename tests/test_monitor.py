@@ -256,6 +256,20 @@ def test_the_log_holds_each_image_once_per_version(tmp_path_factory, images, siz
             assert read_window("fabric", "m", version, last=last, log=log).sha256 == window.sha256[-last:]
 
 
+def test_the_newest_verdicts_are_found_in_the_files_of_scorers_that_ran_at_the_same_time(tmp_path):
+    append([entry(n, minutes=60 * n) for n in range(9)], tmp_path)  # a long run, written at its end
+    append([entry(100 + n, minutes=240 + n) for n in range(5)], tmp_path)  # a short one meanwhile
+    window = read_window("fabric", "m", "1", last=5, log=tmp_path)
+    assert window.paths == ["104.png", "5.png", "6.png", "7.png", "8.png"]
+
+
+def test_features_beyond_float16_stay_finite_in_the_log(tmp_path):
+    wild = dataclasses.replace(entry(1), features=np.array([1e7, -1e7, 1.0, 0.0, 65504.0]))
+    append([wild, entry(2)], tmp_path)
+    features = read_window("fabric", "m", "1", log=tmp_path).sample.features
+    np.testing.assert_array_equal(features[0], [65504, -65504, 1, 0, 65504])
+
+
 def test_the_log_gives_back_what_was_written(tmp_path):
     entries = [entry(i) for i in range(6)]
     path = append(entries[::-1], tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 from panda_ad.errors import UserError
 from panda_ad.files import atomic_file
 from panda_ad.monitor.drift import Sample
-from panda_ad.monitor.statistics import NAMES, statistics_matrix
+from panda_ad.monitor.statistics import NAMES, as_float16, statistics_matrix
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,13 +151,14 @@ def read_window(category: str, model: str, version: str, last: int | None = None
     import pyarrow as pa
 
     parts: list[pa.Table] = []
-    seen: set[str] = set()
-    for path in reversed(_files(log, category)):  # named by time, so the newest come first
+    found: dict[str, datetime] = {}
+    for newest, path in sorted(((_newest(path), path) for path in _files(log, category)), reverse=True):
+        if last is not None and len(found) >= last and newest < sorted(found.values())[-last]:
+            break  # scorers that ran at the same time have files whose times overlap
         for part in _read(path, model, version, None):
             parts.append(part)
-            seen.update(part["sha256"].to_pylist())
-        if last is not None and len(seen) >= last:
-            break
+            for sha256, time in zip(part["sha256"].to_pylist(), part["time"].to_pylist(), strict=True):
+                found[sha256] = min(time, found.get(sha256, time))
     if not parts:
         where = f"{log / category}: no verdict of {model} version {version}"
         raise NothingLogged(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
@@ -184,7 +185,7 @@ def _window(table: pa.Table, times: np.ndarray, category: str, model: str, versi
 def _table(entries: Sequence[Entry]) -> pa.Table:
     import pyarrow as pa
 
-    features = np.stack([e.features for e in entries]).astype(np.float16)
+    features = as_float16(np.stack([e.features for e in entries]))
     columns: dict[str, Any] = {
         "time": pa.array([e.time.astimezone(UTC) for e in entries], pa.timestamp("us", tz="UTC")),
         "path": [e.path for e in entries],
@@ -208,6 +209,23 @@ def _files(log: Path, category: str) -> list[Path]:
     return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
 
 
+def _newest(path: Path) -> datetime:
+    """Time of the newest verdict in a file, from its footer. UserError where it is damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+        groups = [metadata.row_group(i).column(0).statistics.max for i in range(metadata.num_row_groups)]  # `time` is the first column
+        return max(groups)
+    except (pa.ArrowException, OSError, AttributeError, ValueError) as e:
+        raise _damaged(path, e) from None
+
+
+def _damaged(path: Path, e: Exception) -> UserError:
+    return UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again")
+
+
 def _read(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
     """The rows of a model version (None: of all) in one file; nothing where there are none."""
     import pyarrow as pa
@@ -220,6 +238,6 @@ def _read(path: Path, model: str | None, version: str | None, columns: list[str]
         if model is not None:
             rows = rows.filter(pc.and_(pc.equal(rows["model"], model), pc.equal(rows["version"], version)))
     except (pa.ArrowException, OSError, KeyError) as e:
-        raise UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again") from None
+        raise _damaged(path, e) from None
     if len(rows):
         yield rows

@@ -73,13 +73,13 @@ def _data(reference: Sample, window: Window, rate: float, group: int, times: lis
     figures = {"score": _figure(reference.scores, window.sample.scores)}
     for i, statistic in enumerate(STATISTICS):
         figures[statistic.name] = _figure(reference.statistics[:, i], window.sample.statistics[:, i])
-    ends = range(group, len(window) + 1, group)
+    ends = [*range(group, len(window), group), len(window)]
     return {
         "threshold": window.threshold,
         "rate": rate,
         "calibration": reference.scores.tolist(),
         "scores": window.sample.scores.tolist(),
-        "alarms": [{"until": end, "share": float(window.alarms[end - group : end].mean())} for end in ends],
+        "alarms": [{"until": end, "share": float(window.alarms[start:end].mean())} for start, end in zip([0, *ends], ends, strict=False)],
         "times": times,
         "paths": window.paths,
         "figures": figures,

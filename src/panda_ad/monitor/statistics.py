@@ -49,6 +49,12 @@ STATISTICS: tuple[Statistic, ...] = (
 NAMES: tuple[str, ...] = tuple(s.name for s in STATISTICS)
 
 
+def as_float16(values: np.ndarray) -> np.ndarray:
+    """Rounded to float16; what lies beyond its range, as whitened features of a part that never varied may, at its end: infinity has no distance."""
+    limit = np.finfo(np.float16).max
+    return values.clip(-limit, limit).astype(np.float16)
+
+
 @dataclass(frozen=True)
 class Reference:
     """What a model's calibration images are like; their scores are the model's calibration.

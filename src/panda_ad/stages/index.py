@@ -18,7 +18,7 @@ from panda_ad.calibration import threshold
 from panda_ad.detector import Detector, with_state
 from panda_ad.files import atomic_folder
 from panda_ad.gallery import check_finite
-from panda_ad.monitor.statistics import Reference, image_statistics, statistics_matrix
+from panda_ad.monitor.statistics import Reference, as_float16, image_statistics, statistics_matrix
 from panda_ad.params import load_params
 from panda_ad.stages.common import (
     BUILD,
@@ -33,7 +33,7 @@ from panda_ad.stages.common import (
     score_items,
     threads,
 )
-from panda_ad.stages.index_gallery import build_galleries, left_out_scores, normal_mean
+from panda_ad.stages.index_gallery import build_galleries, check_neighbours, left_out_scores, normal_mean
 from panda_ad.stages.index_localizer import add_localizer
 from panda_ad.whitening import fit_whitening
 
@@ -63,6 +63,7 @@ def main(category: str) -> None:
         detector.whitenings = [fit_whitening(matrix) for matrix in plain]
         matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, plain, strict=True)]
     detector.galleries, kept, members = build_galleries(matrices, params.gallery, params.seed)
+    check_neighbours(params.gallery.k, detector.galleries[0])
     whitened, left_out = detector.config["whiten"], None
     if whitened or params.verdict.score == "both":
         left_out = left_out_scores(plain, params.gallery, whitened, params.seed)
@@ -150,7 +151,7 @@ def calibrate(detector: Detector, activations: Activations, calibration: Sequenc
             peaks.append(scores.heatmaps.max(axis=(1, 2)))
     detector.calibration = np.concatenate([part.score for part in held_out])
     statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
-    detector.reference = Reference(statistics.astype(np.float32), np.concatenate([part.features for part in held_out]).astype(np.float16))
+    detector.reference = Reference(statistics.astype(np.float32), as_float16(np.concatenate([part.features for part in held_out])))
     if detector.localizer is not None:
         detector.config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
 

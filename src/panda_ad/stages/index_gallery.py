@@ -31,6 +31,12 @@ def build_galleries(matrices: Sequence[np.ndarray], params: GalleryParams, seed:
     return [Gallery(m[kept]) if members is None else cluster_means(m, members) for m in matrices], kept, members
 
 
+def check_neighbours(k: int, gallery: Gallery) -> None:
+    """UserError where more neighbours are asked for than a gallery, of all images or of one part's, has."""
+    if k > len(gallery):
+        raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)}; lower it")
+
+
 def normal_mean(gallery: Gallery, features: np.ndarray, kept: np.ndarray, members: np.ndarray | None, k: int) -> float:
     """Mean score of the training images (M, D) that a gallery was built from, none being its own neighbour."""
     if members is None:
@@ -61,5 +67,6 @@ def left_out_scores(matrices: Sequence[np.ndarray], params: GalleryParams, white
         transforms = [fit_whitening(m[rest]) if whiten else (lambda x: x) for m in matrices]
         galleries = build_galleries([to(m[rest]) for to, m in zip(transforms, matrices, strict=True)], params, seed)[0]
         for s, (to, gallery, matrix) in enumerate(zip(transforms, galleries, matrices, strict=True)):
-            scores[s, fold] = gallery.score(to(matrix[fold]), min(params.k, len(gallery)))
+            check_neighbours(params.k, gallery)
+            scores[s, fold] = gallery.score(to(matrix[fold]), params.k)
     return scores
