@@ -1,6 +1,8 @@
 """Files that are whole or not there, and for whom."""
 
 import os
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -22,6 +24,32 @@ def test_a_model_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
     files = [f for f in (tmp_path / "bundle").rglob("*") if f.is_file()]
     assert len(files) == 2
     assert {f.stat().st_mode & 0o777 for f in files} == {mode}
+
+
+def test_a_folder_is_replaced_whole_and_what_a_killed_writer_left_is_removed(tmp_path, monkeypatch):
+    for n in range(2):
+        with atomic_folder(tmp_path / "bundle") as folder:
+            (folder / str(n)).touch()
+    assert [f.name for f in (tmp_path / "bundle").iterdir()] == ["1"]
+    removed, rmtree = [], shutil.rmtree
+
+    def watched(path, **options):
+        if path.exists():
+            removed.append([f.name for f in (tmp_path / "bundle").iterdir()])
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "2").touch()
+    assert removed == [["2"]]  # nothing is taken apart before the new one is in its place
+    monkeypatch.undo()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for word in ("", "old."):
+        (tmp_path / f".bundle.{word}{dead.pid}.tmp").mkdir(exist_ok=True)
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "3").touch()
+    assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_folder_whose_writer_fails_stays_as_it_was(tmp_path):

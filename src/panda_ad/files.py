@@ -37,12 +37,14 @@ def renamed_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Give an empty temporary folder beside `path`; it takes the place of `path` when the block ends well.
 
+    A folder cannot replace another in one step: for the moment between two renames there is none.
+
     Its files may be read by whoever the process's umask allows: safetensors makes them their owner's alone, and a model is for others too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, old = (path.with_name(f".{path.name}.{word}{os.getpid()}.tmp") for word in ("", "old."))
     temporary.mkdir()
     try:
         yield temporary
@@ -50,10 +52,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            os.rename(path, old)
         os.rename(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_left_behind(path: Path) -> None:
