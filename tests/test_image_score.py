@@ -117,10 +117,11 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles, monkeypatch):
+def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles, monkeypatch, tmp_path):
     """Although many are computed together, and only some images are chosen."""
     from panda_ad.stages import index_localizer as index
 
+    monkeypatch.setattr(index, "BUILD", tmp_path)
     size, gallery, pooled, _, _ = world
     count = 12 // tiles**2
     whole = build("patch_memory", (size, gallery, pooled[:count], None, None), memory_fraction=0.5, tiles=tiles if tiles > 1 else None)

@@ -7,6 +7,7 @@ What is usual is learnt from training images alone: calibration images must not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,18 +51,24 @@ class Usual:
     mean: np.ndarray
     spread: np.ndarray
 
-    def peaks(self, heatmaps: np.ndarray) -> np.ndarray:
+    def peaks(self, heatmaps: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """max over places of (map - mean) / spread: (N, H, W) float32 -> (N,) float64."""
         return np.array([((heatmap - self.mean) / self.spread).max() for heatmap in heatmaps], dtype=np.float64)
 
 
-def fit_usual(heatmaps: np.ndarray) -> Usual:
+def fit_usual(heatmaps: Sequence[np.ndarray] | np.ndarray) -> Usual:
     """Mean and standard deviation per place of maps (N, H, W) of normal images by a localiser that has not seen them.
 
     A place never counts as steadier than the median place does: of a few maps some places agree by chance.
     """
-    spread = heatmaps.std(axis=0, dtype=np.float64)
-    return Usual(heatmaps.mean(axis=0, dtype=np.float64).astype(np.float32), np.maximum(spread, float(np.median(spread)) or 1.0).astype(np.float32))
+    total, squares = np.zeros(heatmaps[0].shape), np.zeros(heatmaps[0].shape)
+    for heatmap in heatmaps:  # one at a time: joined maps of tiles are large
+        total += heatmap
+    mean = total / len(heatmaps)
+    for heatmap in heatmaps:
+        squares += np.square(heatmap - mean)
+    spread = np.sqrt(squares / len(heatmaps))
+    return Usual(mean.astype(np.float32), np.maximum(spread, float(np.median(spread)) or 1.0).astype(np.float32))
 
 
 def left_out_peaks(heatmaps: np.ndarray) -> np.ndarray:
@@ -69,7 +76,7 @@ def left_out_peaks(heatmaps: np.ndarray) -> np.ndarray:
     peaks = np.empty(len(heatmaps))
     for fold in np.array_split(np.arange(len(heatmaps)), min(FOLDS, len(heatmaps))):
         rest = np.setdiff1d(np.arange(len(heatmaps)), fold)
-        peaks[fold] = fit_usual(heatmaps[rest]).peaks(heatmaps[fold])
+        peaks[fold] = fit_usual([heatmaps[i] for i in rest]).peaks([heatmaps[i] for i in fold])
     return peaks
 
 

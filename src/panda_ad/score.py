@@ -165,8 +165,10 @@ def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Det
 
     start, full = detector.config["heatmap_range"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    strength = np.clip((heatmap - start) / max(full - start, 1e-12), 0, 1)[..., None]
-    colour = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=2)
-    blend = rgb * (1 - 0.65 * strength) + colour * 0.65 * strength
+    blend = np.empty_like(rgb)
+    for pixels, heat, out in zip(rgb, heatmap, blend, strict=True):  # row by row: in floating point a large image takes gigabytes
+        strength = np.clip((heat - start) / max(full - start, 1e-12), 0, 1)[:, None]
+        colour = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=1)
+        out[:] = pixels * (1 - 0.65 * strength) + colour * 0.65 * strength
     with atomic_file(path) as temporary:
-        Image.fromarray(blend.astype(np.uint8)).save(temporary, "JPEG", quality=90)
+        Image.fromarray(blend).save(temporary, "JPEG", quality=90)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def main(category: str) -> None:
         values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
-        maps = [resize_map(m, mask.shape) for m, mask in zip(scores.heatmaps, masks, strict=True)]
-        values |= pixel_figures(masks, maps, params)
+        from panda_ad.stages.evaluate_report import MapsAsMasks
+
+        values |= pixel_figures(masks, MapsAsMasks(scores.heatmaps, masks), params)
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
     table = rows[["path", "sha256", "label", "defect"]].assign(
@@ -114,7 +116,7 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dic
     return values
 
 
-def pixel_figures(masks: list[np.ndarray], maps: list[np.ndarray], params: Params) -> dict[str, float]:
+def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], params: Params) -> dict[str, float]:
     """Pixel AUROC, AU-PRO and best F1, exact, with bootstrap intervals by image."""
     values = {
         "pixel_auroc": pixel_metrics.pixel_auroc(masks, maps),

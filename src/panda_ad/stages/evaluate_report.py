@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from panda_ad import metrics, pixel_metrics
 from panda_ad.calibration import p_values
 from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root
-from panda_ad.detector import Detector, Scores
+from panda_ad.detector import Detector, Scores, resize_map
 from panda_ad.params import Params
 from panda_ad.report import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
 from panda_ad.stages.common import BUILD
@@ -31,6 +32,20 @@ HEADLINE = {
     "au_pro": ("AU-PRO", "overlap per defect, up to 30 % false positive pixels"),
     "pixel_f1": ("Best pixel F1", "at the best threshold for this test set"),
 }
+
+
+@dataclass(frozen=True)
+class MapsAsMasks(Sequence[np.ndarray]):
+    """Heat maps, N times float32 (h, w), each brought to the shape of its mask when it is asked for: together they take more than memory."""
+
+    maps: Sequence[np.ndarray] | np.ndarray
+    masks: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+        return resize_map(self.maps[i], self.masks[i].shape)
 
 
 def evaluation_report(
@@ -108,8 +123,6 @@ def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: floa
 
 def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: list[np.ndarray] | None, params: Params) -> list[DefectRow]:
     """Each kind of defect against all good test images."""
-    from panda_ad.detector import resize_map
-
     out = []
     for kind in sorted(set(defects[labels == 1])):
         chosen = np.flatnonzero((labels == 0) | (defects == kind))
@@ -118,7 +131,7 @@ def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: l
         pixel = pro = None
         if masks is not None and scores.heatmaps is not None and any(masks[i].any() for i in chosen):
             part = [masks[i] for i in chosen]
-            maps = [resize_map(scores.heatmaps[i], masks[i].shape) for i in chosen]
+            maps = MapsAsMasks([scores.heatmaps[i] for i in chosen], part)
             pixel, pro = pixel_metrics.pixel_auroc(part, maps), pixel_metrics.au_pro(part, maps)
         out.append(DefectRow(kind, int((y == 1).sum()), metrics.auroc(y, s), low, high, pixel, pro))
     return out

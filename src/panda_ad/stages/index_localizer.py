@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import numpy as np
 from panda_ad.backbones import MICRO_BATCH, in_micro_batches
 from panda_ad.detector import Detector
 from panda_ad.image_score import fit_scale, fit_usual, left_out_peaks
-from panda_ad.stages.common import layers_needed
+from panda_ad.stages.common import BUILD, layers_needed
 
 if TYPE_CHECKING:
     from panda_ad.activations import Activations, Item
@@ -53,7 +54,7 @@ def add_localizer(
 
 
 def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: int) -> np.ndarray:
-    """Heat maps (N, H, W) float32 of at most `_USUAL` training images, each as if the localiser had not seen it.
+    """Heat maps (N, H, W) float32, on disk, of at most `_USUAL` training images, each as if the localiser had not seen it.
 
     Parameters
     ----------
@@ -64,14 +65,19 @@ def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: in
     count, per_image = len(features), localizer.tiles**2
     chosen = np.sort(np.random.default_rng(seed).choice(count, min(count, _USUAL), replace=False))
     at_a_time = max(1, MICRO_BATCH // per_image)
-    found = []
+    found: np.ndarray | None = None
     for start in range(0, len(chosen), at_a_time):
         images = chosen[start : start + at_a_time]
         layers = maps((images[:, None] * per_image + np.arange(per_image)).ravel())
         for j, image in enumerate(images.tolist()):
             own = {name: values[j * per_image : (j + 1) * per_image] for name, values in layers.items()}
-            found.append(localizer.without(image).heatmaps(own, features[image : image + 1], detector.size)[0])
-    return np.stack(found)
+            heatmap = localizer.without(image).heatmaps(own, features[image : image + 1], detector.size)[0]
+            if found is None:  # joined maps of tiles may be larger together than memory
+                with tempfile.TemporaryFile(dir=BUILD) as file:
+                    found = np.memmap(file, np.float32, "w+", shape=(len(chosen), *heatmap.shape))
+            found[start + j] = heatmap
+    assert found is not None
+    return found
 
 
 def gallery_maps(detector: Detector, views: dict, index):
