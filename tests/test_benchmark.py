@@ -151,6 +151,18 @@ def test_other_settings_are_other_cells(run, tmp_path):
     assert len(list(folder.glob("none-*"))) == 1  # DN2 does not depend on epochs
 
 
+def test_a_folder_or_file_of_other_content_under_the_same_name_is_another_setting(params, tmp_path):
+    def key(family, **more):
+        return make_settings(params, [family], 8, 8, [f"{k}={v}" for k, v in more.items()], tmp_path, False).key(family)
+
+    for parent, size in (("one", 10), ("other", 11), ("copy", 10)):
+        (tmp_path / parent / "out").mkdir(parents=True)
+        (tmp_path / parent / "out" / "a.png").write_bytes(bytes(size))
+    for family, name in (("oe", "oe.outliers"), ("ewc", "ewc.fisher")):
+        one, other, copy = (key(family, **{name: tmp_path / parent / "out"}) for parent in ("one", "other", "copy"))
+        assert one == copy != other
+
+
 def test_leave_one_out_and_categories(run, tmp_path):
     run(["shapes"], ["none"], protocol="leave-one-out", train=8)
     cells = cells_of(tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from panda_ad.backbones import resolve_precision
 from panda_ad.benchmark.sources import FIRST_20, Images, Ref
 from panda_ad.errors import UserError
+from panda_ad.files import digest_file
 from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
 
 Protocol = Literal["one-vs-rest", "leave-one-out"]
@@ -59,6 +61,8 @@ class Settings:
         """The part that the cells of a family depend on, as JSON."""
         precision = str(resolve_precision(self.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
         backbone = self.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
+        if Path(str(backbone["weights"])).is_file():
+            backbone["weights"] = _content(Path(str(backbone["weights"])))
         facts: dict[str, Any] = {"backbone": backbone, "train": self.train, "test": self.test, "normalize": self.gallery.normalize}
         if family in ("raw", "trajectory", "ewc"):
             facts["k"] = self.gallery.k
@@ -67,14 +71,23 @@ class Settings:
             facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})
             facts["bf16"] = self.bf16
         if family == "ewc":
-            facts["fisher"] = self.fisher.name if self.fisher else None
+            facts["fisher"] = _content(self.fisher) if self.fisher else None
         if family == "oe":
-            facts["outliers"] = f"{self.outliers.name}, at the normal images' resolution" if self.outliers else None
+            facts["outliers"] = f"{_content(self.outliers)}, at the normal images' resolution" if self.outliers else None
         return facts
 
     def key(self, family: str) -> str:
         """Short hash of `facts`."""
         return hashlib.sha256(json.dumps(self.facts(family), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _content(path: Path) -> str:
+    """Name of a file or folder, with a hash of what it holds; of a folder, of its files' names and sizes."""
+    if path.is_dir():
+        listing = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+        return f"{path.name} ({hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]})"
+    return f"{path.name} ({digest_file(path)[:12]})"
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ def to_markdown(dataset: str, rows: Sequence[Row], cells: Sequence[Cell], settin
     protocol = ", ".join(sorted({c["protocol"] for c in cells}))
     lines = [
         f"{dataset}, {protocol}: ROC AUC in %, mean over classes. Backbone {b.name} ({b.weights}), {b.size[0]} x {b.size[1]} px. "
-        f"Training images per class: {counts[0]}; test images: {counts[1]}, shared by the classes; seed(s) {', '.join(map(str, seeds))}. "
+        f"Training images per class: {counts[0]}; test images: {counts[1]}{', shared by the classes' if protocol != 'category' else ''}; seed(s) {', '.join(map(str, seeds))}. "
         f"Intervals: {level}, bootstrap over test images (stratified by class, the classes themselves not resampled). "
         "Paper: ResNet-152, ImageNet weights, 224 px, all images.",
         "",
