@@ -447,6 +447,12 @@ def test_outline_encloses_the_mask():
     assert x / width == pytest.approx(0.5, abs=0.02) and y / height == pytest.approx(0.5, abs=0.02)
 
 
+def test_the_outline_of_a_speckled_mask_is_coarse_and_small():
+    specks = np.random.default_rng(0).random((512, 384)) > 0.5
+    assert 0 < len(outline(specks)[0]) < 5000
+    assert len(outline(np.random.default_rng(0).random((128, 128)) > 0.7)[0]) < 5000
+
+
 def test_heat_scale_is_shared_and_survives_flat_and_broken_maps(report):
     low, high = heat_scale(report.images)
     maxima = [image.heatmap.max() for image in report.images]

@@ -15,7 +15,7 @@ from panda_ad.report.content import ReportImage
 BUDGET = 8_500_000
 """Bytes of encoded pictures in one report; the rest of the page stays well under 1.5 MB for 500 images."""
 
-OUTLINE_SIDE = 128
+OUTLINE_SIDES, OUTLINE_BYTES = (128, 64, 32, 16), 4000
 NEIGHBOURS_SHOWN = 5
 
 
@@ -84,12 +84,21 @@ def outline(mask: np.ndarray) -> tuple[str, int, int] | None:
     """Boundary of a bool (h, w) mask as an SVG path of closed loops in a box of the returned (width, height); None if empty.
 
     The loops join the middles of the boundary's pixel edges (marching squares), in half pixels so that all numbers are whole.
+    A mask of many specks is traced more coarsely, so that no path takes much more than `OUTLINE_BYTES`.
     """
     if not mask.any():
         return None
+    for side in OUTLINE_SIDES:
+        traced = _traced(mask, side)
+        if len(traced[0]) <= OUTLINE_BYTES:
+            break
+    return traced
+
+
+def _traced(mask: np.ndarray, side: int) -> tuple[str, int, int]:
     picture = Image.fromarray(np.asarray(mask, np.uint8) * 255)
-    if max(picture.size) > OUTLINE_SIDE:
-        picture.thumbnail((OUTLINE_SIDE, OUTLINE_SIDE), Image.Resampling.BOX, reducing_gap=None)
+    if max(picture.size) > side:
+        picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     cover = np.asarray(picture)
     small = cover >= 64
     if not small.any():
