@@ -45,6 +45,14 @@ def test_what_the_operating_system_refuses_is_one_line(tmp_path, monkeypatch, ca
     assert said(monkeypatch, capsys, "score", tmp_path) == (2, f"panda-ad: {tmp_path}/file/overlays: Not a directory\n")
 
 
+def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys):
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("panda_ad.run.summary", stop)
+    assert said(monkeypatch, capsys, "summary") == (130, "panda-ad: stopped\n")
+
+
 def test_an_error_of_our_own_keeps_its_trace(monkeypatch):
     def fail(*_arguments):
         raise OSError("no error of the operating system")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn import metrics as sk
 
 from panda_ad import metrics
@@ -75,6 +76,22 @@ def test_interval_covers_the_true_auroc():
         low, high = metrics.bootstrap_interval(metrics.auroc, labels, rng.normal(labels, 1), n=200, seed=i)
         inside += low <= truth <= high
     assert 0.90 <= inside / 200 <= 0.99
+
+
+def test_separated_classes_have_an_interval_that_their_numbers_allow():
+    """Every resample of them has an AUROC of 1; Newcombe's equation holds at the lower end."""
+    scores = np.r_[np.zeros(11), np.ones(12)]
+    low, high = metrics.bootstrap_interval(metrics.auroc, scores, scores)
+    assert high == 1 and low == pytest.approx(0.8245, abs=1e-4)
+    m, n, z = 11, 12, 1.959964
+    variance = low * (1 - low) / (m * n) * (1 + ((m + n) / 2 - 1) * ((1 - low) / (2 - low) + low / (1 + low)))
+    assert (1 - low) ** 2 == pytest.approx(z**2 * variance, rel=1e-5)
+    assert metrics.bootstrap_interval(metrics.auroc, 1 - scores, scores) == (0.0, pytest.approx(1 - low))
+    more = np.repeat([0.0, 1.0], 200)
+    assert low < metrics.bootstrap_interval(metrics.auroc, more, more)[0] < 1
+    rng, small = np.random.default_rng(0), np.repeat([0.0, 1.0], (11, 12))
+    shift = 2**0.5 * norm.ppf(low)  # of an AUROC at the lower end, few sets of this size are separated
+    assert np.mean([metrics.auroc(small, rng.normal(shift * small)) == 1 for _ in range(2000)]) < 0.025
 
 
 def test_bootstrap_is_seeded_and_fast():

@@ -263,6 +263,14 @@ def test_the_newest_verdicts_are_found_in_the_files_of_scorers_that_ran_at_the_s
     assert window.paths == ["104.png", "5.png", "6.png", "7.png", "8.png"]
 
 
+def test_images_that_a_version_was_made_from_do_not_count(tmp_path):
+    append([entry(n) for n in range(8)], tmp_path)
+    seen = {f"{n:064x}" for n in (1, 6, 7)}
+    assert read_window("fabric", "m", "1", last=3, log=tmp_path, without=seen).paths == ["3.png", "4.png", "5.png"]
+    with pytest.raises(NothingLogged, match="version 1 has scored nothing yet but images that it was made from"):
+        read_window("fabric", "m", "1", log=tmp_path, without={f"{n:064x}" for n in range(8)})
+
+
 def test_features_beyond_float16_stay_finite_in_the_log(tmp_path):
     wild = dataclasses.replace(entry(1), features=np.array([1e7, -1e7, 1.0, 0.0, 65504.0]))
     append([wild, entry(2)], tmp_path)

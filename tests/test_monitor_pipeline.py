@@ -182,7 +182,7 @@ def test_what_cannot_be_checked_is_one_line(project, tmp_path):
     run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
     with pytest.raises(TooFew, match="panda-sample-fabric version 1: 5 images in the log, 8 are needed"):
         check_category("fabric")
-    with pytest.raises(UserError, match="no such registered model"):
+    with pytest.raises(UserError, match="no such model, version or alias"):
         check_category("fabric", "champion")
     code, _, said = run("score", "inbox", "--bundle", "build/bundle/fabric", "--log")
     assert code == 2 and said.startswith("--log needs --model")

@@ -156,6 +156,16 @@ def test_a_worse_version_is_refused_by_name_and_amount(project):
     assert "gate.staging.image AUROC not worse" not in connect().get_model_version(NAME, "2").tags
 
 
+def test_a_person_may_choose_what_the_gate_refused_and_is_told(project):
+    publish("fabric")
+    promote()
+    retrained(project, quality=0.1)
+    publish("fabric")
+    with pytest.raises(GateRefused):
+        promote()
+    assert rollback("fabric", 2).reason == "from version 1, asked for version 2, which the gate had refused"
+
+
 def test_a_misspelt_defect_does_not_switch_its_floor_off(project):
     set_gate(project, min_defect_recall={"holes": 0.9, "stain": 0.1})
     publish("fabric")
@@ -189,7 +199,7 @@ def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
     assert last["who"] and last["when"].endswith("+00:00") and last["why"] == "asked for version 3"
     with pytest.raises(UserError, match="version 3 is @staging already"):
         rollback("fabric", 3)
-    with pytest.raises(UserError, match="no such registered model"):
+    with pytest.raises(UserError, match="no such model, version or alias"):
         rollback("fabric", 99)
 
 
@@ -212,7 +222,7 @@ def test_explain_version_names_what_reproduces_it(project):
     assert facts["moves"][0]["to"] == "1" and facts["gate"]["staging"].startswith("promoted")
     assert facts["run_id"] == the_run().info.run_id and any("dvc repro" in c for c in facts["reproduce"])
     assert explain_version(NAME, "staging") == explain_version(NAME, 1) == facts
-    with pytest.raises(UserError, match="no such registered model"):
+    with pytest.raises(UserError, match="no such model, version or alias"):
         explain_version(NAME, 7)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from registry_project import NAME, aliases, moves, retrained
 from typer.testing import CliRunner
 
@@ -56,6 +57,16 @@ def test_what_is_in_use_stays_and_the_rest_goes_with_its_files(project):
     for version in stay:  # the runs that speak for them
         run = client.get_run(client.get_model_version(NAME, str(version)).tags["panda.run"])
         assert run.info.lifecycle_stage == "active"
+
+
+def test_categories_that_params_yaml_does_not_name_now_keep_versions_and_runs(project):
+    client = connect()
+    runs = {version.run_id for version in client.search_model_versions(f"name='{NAME}'")}
+    params = yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))
+    Path("params.yaml").write_text(yaml.safe_dump(params | {"categories": ["washer"]}), encoding="utf-8")
+    assert clean(1, delete=True) == []
+    assert versions() == {1, 2, 3, 4, 5, 6}
+    assert {client.get_run(run).info.lifecycle_stage for run in runs} == {"active"}
 
 
 def test_the_same_model_again_is_a_new_version_after_its_old_one_is_gone(project):

@@ -167,7 +167,7 @@ def test_images_come_from_the_remote_or_it_is_said_that_they_are_gone(project, c
 
 
 def test_what_cannot_be_reproduced_says_why(project):
-    with pytest.raises(UserError, match="no such registered model"):
+    with pytest.raises(UserError, match="no such model, version or alias"):
         reproduce(NAME, 7)
     client = connect()
     client.set_model_version_tag(NAME, "1", "panda.commit", "0123456789" * 4)

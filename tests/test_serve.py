@@ -188,6 +188,9 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
         assert [r["score"] for r in rows] == [score for _, score, _ in cases]
         assert [(r["anomalous"], r["decision"]) for r in rows] == [(a, "defect" if a else "good") for _, _, a in cases]
         assert all(0 < r["p_value"] <= 1 for r in rows)
+        encoded = [base64.b64encode(data).decode() for data, _, _ in cases]
+        for body in ({"inputs": encoded}, {"inputs": {"image": encoded}}, {"instances": encoded}, {"instances": [{"image": image} for image in encoded]}):
+            assert [r["score"] for r in answer(address, body)] == [score for _, score, _ in cases], list(body)
         (row,) = ask(address, [cases[-1][0]], heatmap=True)
         assert row["score"] == cases[-1][1]
         from panda_ad.data.images import decode
@@ -202,7 +205,11 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
 def ask(address, images, **params):
     """One row per image."""
     body = {"dataframe_split": {"columns": ["image"], "data": [[base64.b64encode(i).decode()] for i in images]}}
-    body |= {"params": params} if params else {}
+    return answer(address, body | ({"params": params} if params else {}))
+
+
+def answer(address, body):
+    """The predictions for a request's body."""
     request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.loads(answer.read())["predictions"]
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.loads(response.read())["predictions"]

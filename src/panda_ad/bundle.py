@@ -16,7 +16,7 @@ from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
 from panda_ad.backbones import Backbone
 from panda_ad.detector import Detector, with_state
 from panda_ad.errors import UserError
-from panda_ad.files import write_json
+from panda_ad.files import write_json, write_text
 from panda_ad.gallery import Gallery
 from panda_ad.image_score import Scale, Usual
 from panda_ad.monitor.statistics import NAMES, Reference
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = 4
 """Version of the bundle's layout; a bundle of a newer one is refused. 1 knew no whitening, 2 no tiles, 3 no score but the features'; the oldest
 that says all is written."""
+_SEEN = "seen.txt"
 
 
 def save_bundle(detector: Detector, folder: Path) -> None:
@@ -50,6 +51,8 @@ def save_bundle(detector: Detector, folder: Path) -> None:
         save_file(tensors, folder / "reference.safetensors", {"statistics": ",".join(NAMES)})
     if detector.usual is not None:
         save_file({k: torch.from_numpy(v) for k, v in vars(detector.usual).items()}, folder / "usual.safetensors")
+    if detector.seen:
+        write_text(folder / _SEEN, "".join(f"{key}\n" for key in sorted(detector.seen)))
     if detector.localizer is not None:
         (folder / "localizer").mkdir()
         detector.localizer.save(folder / "localizer")
@@ -88,6 +91,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         localizer = _load_localizer(folder / "localizer")
         usual = _load_usual(folder / "usual.safetensors", config.setdefault("score", "features") != "features")
         reference = _load_reference(folder / "reference.safetensors")
+        seen = frozenset((folder / _SEEN).read_text().split()) if (folder / _SEEN).exists() else frozenset()
         images, means = config.pop("images"), np.array(config.pop("train_means"))
         found = tuple(Scale(**scale) for scale in config.pop("scales", []))
         scales = (found[0], found[1]) if config["score"] == "both" else None
@@ -100,7 +104,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         raise UserError(f"{folder}: damaged bundle ({type(e).__name__}: {' '.join(str(e).split())[:120]}); build it again") from None
     thumbnails = [data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
     classifier = groups["classifier"] or None
-    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings, reference, usual, scales)
+    return Detector(config, backbone, heads, galleries, means, classifier, calibration, localizer, images, thumbnails, whitenings, reference, usual, scales, seen)
 
 
 def _load_reference(path: Path) -> Reference | None:

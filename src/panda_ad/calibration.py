@@ -22,6 +22,7 @@ class Threshold:
     ----------
     value : the threshold, in units of the score.
     rate : the false-alarm rate asked for, in (0, 1).
+    expected : the mean of the true false-alarm rate over draws of the calibration set, k / (M + 1); more than `rate` where n is not `enough`.
     interval : (low, high) in which the true false-alarm rate lies with 95 % confidence, given so many calibration scores.
     n : calibration scores.
     enough : whether n suffices to keep the rate (n + 1 >= 1 / rate).
@@ -30,6 +31,7 @@ class Threshold:
 
     value: float
     rate: float
+    expected: float
     interval: tuple[float, float]
     n: int
     enough: bool
@@ -87,7 +89,7 @@ def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) ->
             f"{n} calibration images are too few for a false-alarm rate of {rate:g}: at least {math.ceil(1 / rate - 1 - 1e-9)} are needed; "
             f"the threshold is their largest score, whose expected rate is {1 / (n + 1):.3g}"
         )
-    return Threshold(float(ordered[n - k]), float(rate), (low, high), n, bool(allowed), message)
+    return Threshold(float(ordered[n - k]), float(rate), k / (n + 1), (low, high), n, bool(allowed), message)
 
 
 def _finite(values: np.ndarray, what: str, empty: bool = False) -> np.ndarray:

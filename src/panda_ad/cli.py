@@ -242,9 +242,10 @@ def main() -> None:
         where = f"{e.filename}: " if e.filename else ""
         print(f"panda-ad: {where}{e.strerror}", file=sys.stderr)
         sys.exit(UserError.exit_code)
-    except KeyboardInterrupt:
-        print("panda-ad: stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # typer's for Ctrl-C, without a word
+            print("panda-ad: stopped", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

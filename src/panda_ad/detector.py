@@ -94,6 +94,7 @@ class Detector:
     images : path and sha256 of each gallery image.  thumbnails : its picture as JPEG bytes.
     usual : what the heat maps of normal images show at each place; None without a localiser and in bundles from before.
     scales : of the pooled features' scores and of the heat maps' peaks, for score 'both'.
+    seen : sha256 (hex) of the files of all training and calibration images; empty in bundles from before.
     """
 
     config: dict[str, Any]
@@ -110,6 +111,7 @@ class Detector:
     reference: Reference | None = None
     usual: Usual | None = None
     scales: tuple[Scale, Scale] | None = None
+    seen: frozenset[str] = frozenset()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def ingest(
     if opinion:
         print(f"panda-ad: warning: {opinion}" if doubtful else opinion, file=sys.stderr if doubtful else sys.stdout)
     if intake.added:
-        keep = "" if unversioned else f"   (git commit {tracked} keeps this version; dvc push sends its images to the remote)"
+        keep = "" if unversioned else f"   (git commit {tracked} keeps this version; dvc push {tracked} sends its images to the remote)"
         print(f"next: dvc repro{keep}")
 
 
@@ -136,13 +136,12 @@ def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
         found = [(f, v) for f, _, v in verdicts(detector, [root / path for path in added]) if not isinstance(v, str) and v.anomalous]
     except UserError as e:
         return f"the new images could not be compared with the present model: {e}", True
-    rate = detector.config["false_alarm_rate"]
     if not found:
         return f"{bundle} calls all new images good", False
     found.sort(key=lambda pair: -pair[1].score)
     names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + (f" and {len(found) - _SUSPECTS} more" if len(found) > _SUSPECTS else "")
     return (
-        f"of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {rate * len(added):.0f} are to be "
+        f"of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {detector.threshold().expected * len(added):.0f} are to be "
         f"expected by its false-alarm rate): {names}. Look at them before you train",
         True,
     )

@@ -78,11 +78,33 @@ def bootstrap_interval(
 
     Returns
     -------
-    (low, high). Where the classes are fully separated the interval has no width: the bootstrap cannot see what it has not seen.
+    (low, high). Where the classes are fully separated every resample is as the sample is: AUROC's interval is then Newcombe's,
+    that of any other metric has no width.
     """
     labels, scores = _checked(labels, scores)
+    if metric is auroc and (whole := auroc(labels, scores)) in (0.0, 1.0):
+        low = separated_low(int((labels == 0).sum()), int((labels == 1).sum()), confidence)
+        return (low, 1.0) if whole == 1 else (0.0, 1 - low)
     values = np.concatenate([_resampled(metric, labels, scores, counts) for counts in _resamples(labels, n, seed)])
     return percentiles(values, confidence)
+
+
+def separated_low(normal: int, anomalous: int, confidence: float) -> float:
+    """Lower end of the interval of an AUROC of 1 from so many images.
+
+    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, Statistics in Medicine 2006,
+    method 5: the t at which (1 - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    z2, pairs = norm.ppf((1 + confidence) / 2) ** 2, normal * anomalous
+    more = (normal + anomalous) / 2 - 1
+
+    def beyond(t: float) -> float:
+        return (1 - t) * pairs - z2 * t * (1 + more * ((1 - t) / (2 - t) + t / (1 + t)))
+
+    return float(brentq(beyond, 0, 1))
 
 
 def paired_bootstrap(

@@ -74,7 +74,7 @@ def summary(params: Params | None = None) -> str:
     with mlflow_errors():
         client = connect()
         models = {c: client.get_registered_model(model_name(params.dataset, c)) for c in params.categories}
-    table = [("category", "image AUROC [95 %]", "pixel AUROC", "AU-PRO", "threshold", "registered", "aliases")]
+    table = [("category", "image AUROC [95 %]", "caught", "false alarms", "pixel AUROC", "AU-PRO", "threshold", "registered", "aliases")]
     gate = []
     for category in params.categories:
         try:
@@ -86,7 +86,8 @@ def summary(params: Params | None = None) -> str:
         pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("pixel_auroc", "au_pro"))
         version = str(published["version"])
         aliases = ", ".join(f"@{a}" for a, v in sorted(models[category].aliases.items()) if str(v) == version)
-        table.append((category, auroc, pixel, pro, f"{m['threshold']:.4g}", f"{models[category].name} v{version}", aliases))
+        caught, alarms = f"{100 * m['recall']:.0f} %", f"{100 * m['false_alarm_rate']:.0f} %"
+        table.append((category, auroc, caught, alarms, pixel, pro, f"{m['threshold']:.4g}", f"{models[category].name} v{version}", aliases))
         decision = BUILD / "decisions" / f"{category}.json"
         if decision.exists():
             d = json.loads(decision.read_text())

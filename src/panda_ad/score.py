@@ -120,6 +120,8 @@ def score_files(files: list[Path], model: Model, out: Path | None, heatmaps: Pat
         raise UserError("--heatmaps: this model was built with localize.method: none and has no heat maps")
     if heatmaps is not None and heatmaps.exists() and not heatmaps.is_dir():
         raise UserError(f"--heatmaps {heatmaps}: is a file; give a folder")
+    if out is not None and (out.is_dir() or not out.name):
+        raise UserError(f"--out {out}: is a folder; give a file, e.g. {out / 'scores.csv'}")
     recorder = None
     fresh = files
     if log is not None:

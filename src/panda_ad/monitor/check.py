@@ -77,6 +77,8 @@ def reference_of(detector: Detector) -> Sample:
 def check_category(category: str, alias: str = "staging", log: Path = LOG, reports: Path = REPORTS, params: Params | None = None) -> Check:
     """Compare the newest images that the version at `alias` has scored with its calibration images; write report and figures.
 
+    Images that the version was made from do not count: it has seen them, and to it they look more normal than others.
+
     Raises
     ------
     TooFew
@@ -87,7 +89,7 @@ def check_category(category: str, alias: str = "staging", log: Path = LOG, repor
     params = params or load_params()
     model = model_at(category, alias, params)
     reference = reference_of(model.detector)
-    window = read_window(category, model.name, model.version, last=params.monitor.window, log=log)
+    window = read_window(category, model.name, model.version, last=params.monitor.window, log=log, without=model.detector.seen)
     rate = float(model.detector.config["false_alarm_rate"])
     try:
         drift = find_drift(reference, window.sample, rate, params.monitor, params.seed)

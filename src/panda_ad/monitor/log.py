@@ -7,7 +7,7 @@ Columns: time (UTC, microseconds), path, sha256 (of the image file), category, m
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,12 +134,15 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-def read_window(category: str, model: str, version: str, last: int | None = None, log: Path = LOG) -> Window:
+def read_window(
+    category: str, model: str, version: str, last: int | None = None, log: Path = LOG, without: Set[str] = frozenset()
+) -> Window:
     """The newest verdicts of a model version, each image once, oldest first.
 
     Parameters
     ----------
     last : at most so many images; None: all there are.
+    without : sha256 (hex) of images that do not count.
 
     Raises
     ------
@@ -156,10 +159,14 @@ def read_window(category: str, model: str, version: str, last: int | None = None
         if last is not None and len(found) >= last and newest < sorted(found.values())[-last]:
             break  # scorers that ran at the same time have files whose times overlap
         for part in _read(path, model, version, None):
+            if without:
+                part = part.filter([key not in without for key in part["sha256"].to_pylist()])
             parts.append(part)
             for sha256, time in zip(part["sha256"].to_pylist(), part["time"].to_pylist(), strict=True):
                 found[sha256] = min(time, found.get(sha256, time))
-    if not parts:
+    if not found:
+        if parts:
+            raise NothingLogged(f"{log / category}: {model} version {version} has scored nothing yet but images that it was made from")
         where = f"{log / category}: no verdict of {model} version {version}"
         raise NothingLogged(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
     table = pa.concat_tables(parts).sort_by([("time", "ascending"), ("sha256", "ascending")])

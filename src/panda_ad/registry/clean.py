@@ -24,7 +24,7 @@ _PAGE = 1000  # entries of one answer
 
 
 def clean(keep: int, delete: bool) -> list[str]:
-    """Delete this data set's versions but the newest `keep` of each category, and the runs that speak for none that stays; a line for each.
+    """Delete the versions of params.yaml's categories but the newest `keep` of each, and the data set's runs that speak for none that stays; a line for each.
 
     What an alias points to stays, and so do versions that were rolled back: the same model made again must be known as held back.
     Alias moves stay recorded on the registered model. `delete` false: only says what would go.
@@ -42,10 +42,10 @@ def clean(keep: int, delete: bool) -> list[str]:
         client = connect()
         gone: list[str] = []
         used: set[str] = set()
-        for category in params.categories:
-            name = model_name(params.dataset, category)
+        named = {model_name(params.dataset, category) for category in params.categories}
+        for name in sorted(model.name for model in _every(lambda token: client.search_registered_models(max_results=_PAGE, page_token=token))):
             for version, stays in _versions(client, name, keep):
-                if stays:
+                if stays or name not in named:  # a category that params.yaml does not name now, or another data set's, may be needed again
                     used |= {str(version.run_id), version.tags.get("panda.run", ""), f"{name} {version.version}"}
                     continue
                 gone.append(f"{name} version {version.version}")

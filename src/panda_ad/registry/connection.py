@@ -227,7 +227,19 @@ def find_version(client: MlflowClient, model: str) -> ModelVersion:
     except MlflowException as e:
         if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-        raise UserError(f"{model}: no such registered model at {without_credentials(tracking_uri())} ({first_line(e)})") from None
+        there = f"{model}: no such model, version or alias at {without_credentials(tracking_uri())}"
+        raise UserError(f"{there}{_aliases(client, name)} ({first_line(e)})") from None
+
+
+def _aliases(client: MlflowClient, name: str) -> str:
+    """'; NAME has @a, @b' for a model that there is, else ''."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = sorted(client.get_registered_model(name).aliases)
+    except MlflowException:
+        return ""
+    return f"; {name} has {', '.join(f'@{alias}' for alias in aliases) or 'no aliases'}"
 
 
 def download_version(model: str) -> tuple[str, str, Path]:

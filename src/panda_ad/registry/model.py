@@ -35,7 +35,7 @@ class PandaModel(PythonModel):
         if heatmap and self.detector.localizer is None:
             raise MlflowException("heatmap: this model was built without heat maps", error_code=INVALID_PARAMETER_VALUE)
         rows = []
-        for batch in batches(enumerate(map(bytes, model_input["image"])), lambda row: pixel_count(row[1])):
+        for batch in batches(enumerate(map(_file, model_input["image"])), lambda row: pixel_count(row[1])):
             try:
                 images = [decode(data, f"row {i}") for i, data in batch]
             except UserError as e:
@@ -45,6 +45,15 @@ class PandaModel(PythonModel):
                 rows.append([*row, _png(v.heatmap)] if heatmap else row)  # a heat map as it is takes more than its image
         columns = ["score", "p_value", "decision", "anomalous"] + (["heatmap"] if heatmap else [])
         return pd.DataFrame(rows, columns=columns, index=model_input.index)
+
+
+def _file(value):
+    """An image file's bytes: MLflow decodes base64 in `dataframe_split` and `dataframe_records` only, not in `inputs` and `instances`."""
+    data = value.encode() if isinstance(value, str) else bytes(value)
+    try:
+        return base64.b64decode(data, validate=True)  # no image file is base64
+    except ValueError:
+        return data
 
 
 def _png(heatmap):

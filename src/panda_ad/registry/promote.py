@@ -242,6 +242,8 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
             raise UserError(f"{name}: version {target} is @{alias} already")
         version = find_version(client, f"{name}/{target}")
         why = f"asked for version {target}" if to_version is not None else "asked for the version before"
+        if version.tags.get(f"gate.{alias}", "").startswith("refused"):
+            why += ", which the gate had refused"
         if current is not None:
             client.set_model_version_tag(name, current, f"{HELD_BACK}{alias}", audit.now())
         if f"{HELD_BACK}{alias}" in version.tags:

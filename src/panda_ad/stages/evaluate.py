@@ -74,6 +74,7 @@ def main(category: str) -> None:
     evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, masks)
     print(
         f"{category}: image AUROC {values['image_auroc']:.4f} [{values['image_auroc_low']:.4f}, {values['image_auroc_high']:.4f}]"
+        + f", caught {100 * values['recall']:.0f} % at {100 * values['false_alarm_rate']:.0f} % false alarms"
         + (f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}" if "pixel_auroc" in values else "")
     )
 

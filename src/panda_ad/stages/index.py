@@ -73,6 +73,7 @@ def main(category: str) -> None:
         detector.train_means = np.array([normal_mean(g, m, kept, members, params.gallery.k) for g, m in zip(detector.galleries, matrices, strict=True)])
     chosen = rows["train"].iloc[kept]
     detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
+    detector.seen = frozenset(rows["train"]["sha256"]) | frozenset(rows["calibration"]["sha256"])
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
     if params.localize.method != "none":
         add_localizer(detector, activations, train, matrices, left_out, params)
