@@ -137,8 +137,8 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
     save(mask, masks / "nobody.png")
     save(noise(77_009), drop / "bare.png")
     params = make_params(["nut"])
-    with pytest.raises(UserError, match="--masks"):
-        take_in(params, "nut", [drop], "defect", "dent")
+    with pytest.raises(UserError, match="--masks: no folder"):
+        take_in(params, "nut", [drop], "defect", "dent", masks=drop / "nowhere")
     intake = take_in(params, "nut", [drop], "defect", "dent", masks=masks)
     (path,) = [path for _, path in intake.added]
     stem = Path(path).stem
@@ -149,6 +149,14 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
     assert "empty" in why["part 1.png"] and "15 x 16" in why["part 2.png"] and why["bare.png"] == "has no mask"
     rows, problems = build_manifest(params)
     assert not problems and set(rows["defect"]) == {"good", "crack", "scratch", "dent"}
+
+
+def test_defects_may_come_without_masks_where_others_have_them(project, drop, make_params):
+    params = make_params(["nut"])
+    intake = take_in(params, "nut", [drop], "defect", "dent")
+    rows, problems = build_manifest(params)
+    added = rows[rows["path"].isin([path for _, path in intake.added])]
+    assert not problems and len(added) == len(intake.added) > 0 and (added["mask"] == "").all() and (rows["mask"] != "").any()
 
 
 def test_files_whose_endings_say_nothing_have_masks_of_their_own(project, tmp_path, make_params):

@@ -260,3 +260,23 @@ def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
     figures = evaluate.pixel_figures(masks, [resize_map(m, (72, 96)) for m in maps], load_params())
     full = json.loads((plants[1] / "build/evaluation/fabric/metrics.json").read_text())
     assert figures["pixel_auroc"] == pytest.approx(full["pixel_auroc"], abs=0.03)
+
+
+def test_a_defect_without_a_mask_counts_for_no_pixel_figure(plants, monkeypatch):
+    from panda_ad.stages import evaluate
+    from panda_ad.stages.evaluate_report import per_defect, with_masks
+
+    monkeypatch.chdir(plants[1])
+    table = pd.read_csv("build/features/fabric/rows.csv", keep_default_na=False)
+    rows = table[table["split"] == "test"].reset_index(drop=True)
+    bare = rows.index[rows["label"] == 1][0]
+    rows.loc[bare, "mask"] = ""
+    scores = evaluate.score_rows(load_bundle("build/bundle/fabric"), load_params(), table[table["split"] == "test"], "fabric")
+    masks = evaluate.load_masks(rows, load_params())
+    assert [i for i, mask in enumerate(masks) if mask is None] == [bare]
+    known, maps = with_masks(scores.heatmaps, masks)
+    assert len(known) == len(maps) == len(rows) - 1 and all(m.shape == mask.shape for m, mask in zip(maps, known, strict=True))
+    labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
+    assert sum(row.n for row in per_defect(labels, defects, scores, masks, load_params())) == labels.sum()
+    alone = [None if label else mask for label, mask in zip(labels, masks, strict=True)]  # of no defect is known where it is
+    assert all(row.au_pro is None for row in per_defect(labels, defects, scores, alone, load_params()))

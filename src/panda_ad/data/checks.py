@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.data.images import MODES
@@ -61,6 +60,10 @@ def check(rows: pd.DataFrame, params: Params) -> Checked:
         part = good[good["category"] == category]
         if modes := _mixed(part["mode"]):
             warnings.append(f"{category}: images of different pixel modes: {modes}")
+        defective = part[(part["label"] == 1) & (part["split"] == "test")]
+        without = defective.loc[defective["mask"] == "", "path"]
+        if 0 < len(without) < len(defective):
+            warnings.append(f"{category}: {len(without)} of {len(defective)} defective images have no mask, pixel figures leave them out: {_first(without)}")
         if part["width"].nunique() > 1 or part["height"].nunique() > 1:
             spans = (f"{part['width'].min()} to {part['width'].max()} wide", f"{part['height'].min()} to {part['height'].max()} high")
             warnings.append(f"{category}: images of different sizes, {spans[0]} and {spans[1]} (pixels); all are scaled to one")
@@ -83,14 +86,10 @@ def _modes(rows: pd.DataFrame) -> dict[int, str]:
 
 
 def _masks(rows: pd.DataFrame) -> dict[int, str]:
-    """Missing (where the category has masks at all), of another size than the image, or empty."""
+    """Of another size than the image, or empty."""
     found: dict[int, str] = {}
-    with_masks = set(rows.loc[rows["mask"] != "", "category"])
-    defective = rows[(rows["label"] == 1) & (rows["split"] == "test") & rows["category"].isin(with_masks)]
-    for r in _each(defective):
-        if not r.mask:
-            found[r.Index] = f"has no mask in {r.category}/ground_truth/{r.defect} (expected {Path(r.path).stem}_mask.png)"
-        elif (r.mask_width, r.mask_height) != (r.width, r.height):
+    for r in _each(rows[rows["mask"] != ""]):
+        if (r.mask_width, r.mask_height) != (r.width, r.height):
             found[r.Index] = f"its mask {r.mask} is {r.mask_width} x {r.mask_height} pixels, the image {r.width} x {r.height}"
         elif not r.mask_marked:
             hint = f": its largest value is {r.mask_largest}, marked is 128 and above (save masks as 0 and 255)" if r.mask_largest else ""
@@ -127,6 +126,11 @@ def _too_few(rows: pd.DataFrame, category: str, params: Params) -> list[tuple[st
         if not (test["label"] == label).any():
             found.append((test_folder, f"no usable {what} test images of {category}: without both kinds nothing can be evaluated"))
     return found
+
+
+def _first(paths: Iterable[str], most: int = 3) -> str:
+    names = list(paths)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _mixed(values: Iterable[str]) -> str:

@@ -79,8 +79,8 @@ def take_in(
     root = Path(params.data.root)
     has_images = (root / category).is_dir() if params.data.layout == "mvtec" else root.is_dir()
     known = known_images(params, category) if has_images else []
-    if label == "defect":
-        _check_masks(category, known, masks)
+    if label == "defect" and masks is not None and not masks.is_dir():
+        raise UserError(f"--masks: no folder {masks}")
     given = _masks_of(files, masks) if masks else {}
     twins = _Twins(known)
     intake = Intake(place.images)
@@ -182,18 +182,6 @@ def _files(paths: Iterable[Path], masks: Path | None) -> list[Path]:
     if not found:
         raise UserError(f"no files in {', '.join(map(str, paths))}")
     return list(dict.fromkeys(found))
-
-
-def _check_masks(category: str, known: list[tuple[Entry, Record]], masks: Path | None) -> None:
-    """All defective test images of a category have masks, or none has: anything between would not pass validation."""
-    defective = [e for e, _ in known if e.label and e.split == "test" and not e.problem]
-    without = sum(not e.mask for e in defective)
-    if masks is None and without < len(defective):
-        raise UserError(f"--masks: the defective images of {category} have masks; give the folder that holds those of the new ones")
-    if masks is not None and without:
-        raise UserError(f"--masks: {without} defective images of {category} in the set have no mask; add theirs first, or leave --masks out")
-    if masks is not None and not masks.is_dir():
-        raise UserError(f"--masks: no folder {masks}")
 
 
 def _mask_files(folder: Path) -> list[Path]:

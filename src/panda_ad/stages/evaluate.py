@@ -57,9 +57,9 @@ def main(category: str) -> None:
         values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
-        from panda_ad.stages.evaluate_report import MapsAsMasks
+        from panda_ad.stages.evaluate_report import with_masks
 
-        values |= pixel_figures(masks, MapsAsMasks(scores.heatmaps, masks), params)
+        values |= pixel_figures(*with_masks(scores.heatmaps, masks), params)
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
     table = rows[["path", "sha256", "label", "defect"]].assign(
@@ -130,16 +130,19 @@ def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], param
     return values
 
 
-def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray] | None:
-    """Ground truth per test image, bool (H, W), empty for good images; None where the category has no masks.
+def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray | None] | None:
+    """Ground truth per test image, bool (H, W), empty for good images, None for a defective one without a mask; None where the category has none.
 
     A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
     """
     if not (rows["mask"] != "").any():
         return None
     root: Path = image_root(params)
-    masks = []
+    masks: list[np.ndarray | None] = []
     for row in rows.itertuples():
+        if row.label and not row.mask:
+            masks.append(None)
+            continue
         scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
         size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
         mask = read_mask(root / row.mask) if row.mask else np.zeros(size, bool)

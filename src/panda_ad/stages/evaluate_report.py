@@ -48,6 +48,13 @@ class MapsAsMasks(Sequence[np.ndarray]):
         return resize_map(self.maps[i], self.masks[i].shape)
 
 
+def with_masks(maps: Sequence[np.ndarray] | np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[list[np.ndarray], MapsAsMasks]:
+    """Masks, and heat maps to compare with them, of the images whose defects are marked."""
+    known = [(heatmap, mask) for heatmap, mask in zip(maps, masks, strict=True) if mask is not None]
+    marked = [mask for _, mask in known]
+    return marked, MapsAsMasks([heatmap for heatmap, _ in known], marked)
+
+
 def evaluation_report(
     path: Path,
     category: str,
@@ -56,7 +63,7 @@ def evaluation_report(
     rows: pd.DataFrame,
     scores: Scores,
     values: Mapping[str, float],
-    masks: list[np.ndarray] | None,
+    masks: list[np.ndarray | None] | None,
 ) -> None:
     """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
     labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
@@ -121,7 +128,7 @@ def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: floa
     return np.argsort(-wrongness, kind="stable")
 
 
-def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: list[np.ndarray] | None, params: Params) -> list[DefectRow]:
+def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: list[np.ndarray | None] | None, params: Params) -> list[DefectRow]:
     """Each kind of defect against all good test images."""
     out = []
     for kind in sorted(set(defects[labels == 1])):
@@ -129,10 +136,10 @@ def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: l
         y, s = labels[chosen], scores.score[chosen]
         low, high = metrics.bootstrap_interval(metrics.auroc, y, s, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
         pixel = pro = None
-        if masks is not None and scores.heatmaps is not None and any(masks[i].any() for i in chosen):
-            part = [masks[i] for i in chosen]
-            maps = MapsAsMasks([scores.heatmaps[i] for i in chosen], part)
-            pixel, pro = pixel_metrics.pixel_auroc(part, maps), pixel_metrics.au_pro(part, maps)
+        if masks is not None and scores.heatmaps is not None:
+            known, maps = with_masks([scores.heatmaps[i] for i in chosen], [masks[i] for i in chosen])
+            if any(mask.any() for mask in known):
+                pixel, pro = pixel_metrics.pixel_auroc(known, maps), pixel_metrics.au_pro(known, maps)
         out.append(DefectRow(kind, int((y == 1).sum()), metrics.auroc(y, s), low, high, pixel, pro))
     return out
 
