@@ -40,7 +40,7 @@ def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
         files = image_files([folder]) if folder.is_dir() else []
     except UserError:  # an empty folder: nothing has arrived
         files = []
-    wanted = due(files, category, model.name, model.version, params.monitor.window)
+    wanted = due(files, category, model.name, model.version, params.monitor.window, model.detector.seen)
     done = score_files(wanted, model, out, log=LOG) if wanted else Scored(0, 0, 0, [])
     if not done.images:
         out.unlink(missing_ok=True)

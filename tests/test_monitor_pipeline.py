@@ -241,6 +241,23 @@ def test_after_a_promotion_the_flow_scores_what_is_new_and_the_newest_of_the_res
         assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 0
 
 
+def test_a_version_is_not_monitored_by_what_it_was_made_from(project):
+    drop(project, 12, seed=1)
+    files = sorted(Path("inbox/fabric").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    assert run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")[0] == 0
+    seen = {digest_file(file) for file in files[8:]}
+    assert due(files, "fabric", NAME, "2", 3, seen) == files[5:8]  # a promoted version, trained on the newest four
+    model = model_at("fabric", "staging", load_params())
+    with open("build/features/fabric/rows.csv", newline="") as f:
+        assert model.detector.seen == {row["sha256"] for row in csv.DictReader(f) if row["split"] != "test"}
+    shutil.rmtree("inbox")
+    shutil.copytree("data/fabric/train/good", "inbox/fabric")
+    shutil.rmtree("monitoring")
+    assert run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")[0] == 0
+    with pytest.raises(NothingLogged, match="nothing yet but images that it was made from"):
+        check_category("fabric")
+
+
 def test_an_image_that_stays_in_the_inbox_is_not_read_again(project, monkeypatch):
     drop(project, 4, seed=1)
     files = sorted(Path("inbox/fabric").iterdir())

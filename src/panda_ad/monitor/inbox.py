@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from panda_ad.files import digest_if_readable, write_text
@@ -13,8 +13,10 @@ CACHE = Path(".cache/inbox")
 """Per category what its images held when they were last read, by path, size and time of change; safe to delete."""
 
 
-def due(files: Iterable[Path], category: str, model: str, version: str, window: int, log: Path = LOG) -> list[Path]:
+def due(files: Iterable[Path], category: str, model: str, version: str, window: int, seen: Set[str] = frozenset(), log: Path = LOG) -> list[Path]:
     """The files whose content the log does not hold of any version, and of the newest `window` those that it does not hold of this one.
+
+    Of these, images that the version was made from (sha256 in `seen`) are no part: monitoring leaves them out.
 
     The second fill the drift window of a version that has just been promoted; scoring all there is anew would take hours, and say
     nothing of today. Oldest first, by the files' time of change, since the log's order is that of scoring; each content once. A file
@@ -30,7 +32,7 @@ def due(files: Iterable[Path], category: str, model: str, version: str, window: 
     by_content: dict[str, Path] = {}
     for file in sorted(found, key=lambda f: (found[f][1], f)):
         by_content.setdefault(digests[file] or f"unreadable {file}", file)
-    newest = set(list(by_content)[-window:])
+    newest = set([key for key in by_content if key not in seen][-window:])
     held = holders(category, log)
     return [
         file for key, file in by_content.items() if key not in held or (key in newest and (model, version) not in held[key])
