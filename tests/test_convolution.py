@@ -59,6 +59,14 @@ def test_filters_are_kept_while_no_gradient_is_asked_for_and_the_weight_stays(si
             torch.testing.assert_close(layer(x), 2 * first)
             layer.load_state_dict({"weight": torch.ones(6, 4, 3, 3)})
             torch.testing.assert_close(layer(x), F.conv2d(x, torch.ones(6, 4, 3, 3), padding=1))
+        version = layer.weight._version
+        layer(x).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
+        assert layer.weight._version == version, "the fused step counts as a change by itself"
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), F.conv2d(x.double(), layer.weight.double(), padding=1).float(), rtol=1e-3, atol=1e-3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), small_convolutions(torch.bfloat16):
+        torch.testing.assert_close(layer(x), layer(x))
 
 
 def test_bfloat16_filtering_errs_about_twice_as_much_as_the_direct_sum():

@@ -52,6 +52,23 @@ def test_a_folder_is_replaced_whole_and_what_a_killed_writer_left_is_removed(tmp
     assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "old").touch()
+    rename = os.rename
+
+    def fail(source, target):
+        if target == tmp_path / "bundle" and ".old." not in str(source):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "bundle") as folder:
+        (folder / "new").touch()
+    assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
+    assert [f.name for f in (tmp_path / "bundle").iterdir()] == ["old"]
+
+
 def test_a_folder_whose_writer_fails_stays_as_it_was(tmp_path):
     with atomic_folder(tmp_path / "bundle") as folder:
         (folder / "old").touch()

@@ -157,6 +157,14 @@ def test_defects_may_come_without_masks_where_others_have_them(project, drop, ma
     rows, problems = build_manifest(params)
     added = rows[rows["path"].isin([path for _, path in intake.added])]
     assert not problems and len(added) == len(intake.added) > 0 and (added["mask"] == "").all() and (rows["mask"] != "").any()
+    mask = np.zeros((16, 16), np.uint8)
+    mask[2:5, 2:5] = 255
+    for file, _ in intake.added:
+        save(mask, drop / "masks" / f"{file.stem}.png")
+    again = take_in(params, "nut", [file for file, _ in intake.added], "defect", "dent", masks=drop / "masks")  # drawn since
+    assert not again.added and not again.refused and all("which has its mask now" in twin for _, twin in again.known)
+    rows, problems = build_manifest(params)
+    assert not problems and (rows["mask"] != "").sum() == rows["label"].sum()
 
 
 def test_files_whose_endings_say_nothing_have_masks_of_their_own(project, tmp_path, make_params):

@@ -263,6 +263,14 @@ def test_the_newest_verdicts_are_found_in_the_files_of_scorers_that_ran_at_the_s
     assert window.paths == ["104.png", "5.png", "6.png", "7.png", "8.png"]
 
 
+def test_a_damaged_file_stops_only_who_needs_it(tmp_path):
+    append([entry(n) for n in range(8)], tmp_path)
+    (tmp_path / "fabric" / "20200101T000000.000000Z-00000000.parquet").write_bytes(b"junk")
+    assert read_window("fabric", "m", "1", last=3, log=tmp_path).paths == ["5.png", "6.png", "7.png"]
+    with pytest.raises(UserError, match="damaged log file"):
+        read_window("fabric", "m", "1", log=tmp_path)
+
+
 def test_images_that_a_version_was_made_from_do_not_count(tmp_path):
     append([entry(n) for n in range(8)], tmp_path)
     seen = {f"{n:064x}" for n in (1, 6, 7)}

@@ -59,6 +59,13 @@ def test_what_is_in_use_stays_and_the_rest_goes_with_its_files(project):
         assert run.info.lifecycle_stage == "active"
 
 
+def test_other_models_of_the_server_are_no_concern(project):
+    client = connect()
+    client.create_registered_model("bob's model")
+    client.create_model_version("bob's model", source=client.search_model_versions(f"name='{NAME}'")[0].source)
+    assert any(NAME in line for line in clean(1, delete=False))
+
+
 def test_categories_that_params_yaml_does_not_name_now_keep_versions_and_runs(project):
     client = connect()
     runs = {version.run_id for version in client.search_model_versions(f"name='{NAME}'")}

@@ -117,7 +117,7 @@ def plants(tmp_path_factory):
             (folder / "data" / row["mask"]).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(folder / "data" / row["mask"])
         Image.fromarray(pixels).save(path)
-        row.update(sha256=digest_file(path), width="200", height="150")
+        row.update(sha256=digest_file(path), width="200", height="150", mask_sha256=digest_file(folder / "data" / row["mask"]) if row["mask"] else "")
     write_rows(folder / "build/validation/manifest.csv", rows)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["adapt"]["method"] = "none"

@@ -52,9 +52,14 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(mode)
-        if path.exists():
+        if path.is_dir():
             os.rename(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
     finally:
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)

@@ -211,7 +211,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     if method == "none" or size >= len(features):
         return features, np.arange(len(features))
     if method == "coreset":
-        chosen = greedy_coreset(torch.from_numpy(features), size, int(np.random.default_rng(seed).integers(len(features))))[0].numpy()
+        chosen = greedy_coreset(torch.from_numpy(features), size, int(np.random.default_rng(seed).integers(len(features)))).numpy()
         return features[chosen], chosen
     # nredo: the best of five starts; min_points: no warning for few images; max_points: no subsampling
     options = {"niter": 25, "nredo": 5, "seed": seed % 2**31, "min_points_per_centroid": 1, "max_points_per_centroid": len(features)}
@@ -221,27 +221,29 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     return centres, Gallery(features).search(centres, 1)[1][:, 0]
 
 
-def greedy_coreset(rows: Tensor, size: int, first: int) -> tuple[Tensor, Tensor]:
+def greedy_coreset(rows: Tensor, size: int, first: int, least: float = -1.0) -> Tensor:
     """Greedy k-centre choice: `first`, then always the row farthest from all that are chosen.
 
     Parameters
     ----------
     rows : (M, D) float32.
     size : 1 to M.
+    least : ends earlier where all that is left lie at most this squared distance from a chosen row.
 
     Returns
     -------
-    chosen (size,) int64, each once, and their squared distances (size,) float32 to the nearest chosen before: not increasing, 0 for a copy.
+    chosen (size,) int64 or fewer, each once.
     """
     x = rows - rows.mean(dim=0)
     norms = x.square().sum(dim=1)
     away, latest = torch.full((len(x),), torch.inf), torch.empty(len(x))
-    chosen, distances = torch.full((size,), first), torch.full((size,), torch.inf)
+    chosen = torch.full((size,), first)
     for i in tqdm(range(1, size), desc="coreset", unit="row", disable=None, leave=False):
         last = int(chosen[i - 1])
         torch.addmv(norms, x, x[last], alpha=-2, out=latest)
         torch.minimum(away, latest.add_(norms[last]).clamp_(min=0), out=away)  # float32 may put copies at less than 0
         away[last] = -torch.inf
         chosen[i] = away.argmax()
-        distances[i] = away[chosen[i]]
-    return chosen, distances
+        if away[chosen[i]] <= least:
+            return chosen[:i]
+    return chosen

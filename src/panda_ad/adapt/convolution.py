@@ -65,8 +65,12 @@ class small_convolutions(TorchFunctionMode):
         self._filters: dict[tuple[int, int, int], tuple[Tensor, int, Tensor]] = {}
 
     def kept_filters(self, weight: Tensor, h: int, w: int) -> Tensor | None:
-        """`filters_of` a weight that no gradient is asked for, made once while its values stay; else None."""
+        """`filters_of` a weight that no gradient is asked for, made once while its values stay; else None.
+
+        The fused update of weights does not count as a change of theirs, but a pass with gradients comes before it.
+        """
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self._filters.clear()
             return None
         key = (id(weight), h, w)
         if key not in self._filters or self._filters[key][1] != weight._version:
@@ -172,8 +176,8 @@ class FilteredConvolution(torch.autograd.Function):
         b, c, h, w = x.shape
         ctx.shape, ctx.matrices = x.shape, filtering_2d(h, w, precision)
         to_outputs, _, to_inputs = ctx.matrices
-        if filters is None:
-            filters = filters_of(weight, h, w, precision)
+        # autocast brings tensors among the arguments to float32
+        filters = filters_of(weight, h, w, precision) if filters is None else filters.to(precision)
         inputs = (to_inputs @ positions_first(x).to(precision).view(h * w, -1)).view(len(filters), -1, c)  # (m m, T T B, C)
         ctx.save_for_backward(inputs, filters)
         products = torch.bmm(inputs, filters)  # (m m, T T B, C')

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,9 +80,10 @@ class Settings:
         return hashlib.sha256(json.dumps(self.facts(family), sort_keys=True).encode()).hexdigest()[:12]
 
 
-@functools.cache
 def _content(path: Path) -> str:
-    """Name of a file or folder, with a hash of what it holds; of a folder, of its files' names and sizes."""
+    """Name of a file or folder, with a hash of what it holds; of a folder, of its files' names and sizes. UserError where there is none."""
+    if not path.exists():
+        raise UserError(f"benchmark: {path}: no such file or folder")
     if path.is_dir():
         listing = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
         return f"{path.name} ({hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]})"

@@ -149,10 +149,14 @@ def read_bytes(path: Path | str, name: str | None = None) -> bytes:
 
 def read_image(path: Path | str, sha256: str | None = None) -> np.ndarray:
     """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex)."""
+    return decode(_known_bytes(path, sha256), str(path))
+
+
+def _known_bytes(path: Path | str, sha256: str | None) -> bytes:
     data = read_bytes(path)
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{path}: has changed since `validate` read it; run `dvc repro` again")
-    return decode(data, str(path))
+    return data
 
 
 def pixel_count(file: Path | bytes) -> int:
@@ -192,9 +196,9 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     return mask_levels(data, name) >= 128
 
 
-def read_mask(path: Path | str) -> np.ndarray:
-    """Read a mask file: bool (H, W), true where marked. Raises UserError as `decode` does."""
-    return decode_mask(read_bytes(path), str(path))
+def read_mask(path: Path | str, sha256: str | None = None) -> np.ndarray:
+    """Read a mask file: bool (H, W), true where marked. Raises UserError as `read_image` does."""
+    return decode_mask(_known_bytes(path, sha256), str(path))
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:

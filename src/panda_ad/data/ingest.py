@@ -67,12 +67,12 @@ def take_in(
     label : what the files are said to show. Defects go to test, never to train.
     kind : of defect, default 'defect'; for good images of a category with several normal classes (layout `folders`) the class.
     split : of good images, default train.
-    masks : folder with a mask for each image, <stem>_mask.* or <stem>.*.
+    masks : folder with a mask for each image, <stem>_mask.* or <stem>.*; known images without one get theirs. None: the images have none.
 
     Raises
     ------
     UserError
-        The request itself cannot be met (unknown category, masks of a category without masks, ...); nothing has been changed.
+        The request itself cannot be met (unknown category, masks of good images, ...); nothing has been changed.
     """
     place = _place(params, category, label, kind, split, masks)
     files = _files(paths, masks)
@@ -83,6 +83,7 @@ def take_in(
         raise UserError(f"--masks: no folder {masks}")
     given = _masks_of(files, masks) if masks else {}
     twins = _Twins(known)
+    unmasked = {entry.path for entry, _ in known if not entry.mask and entry.path.startswith(f"{place.images}/")}
     intake = Intake(place.images)
     for folder in (place.images, place.masks):
         for stale in (root / folder).glob(".*.tmp"):  # of a run that was killed; the repository's lock admits one writer
@@ -102,6 +103,15 @@ def take_in(
             path, other = twin
             if other != place.label:
                 intake.refused.append((file, f"the same picture as {path}, which has the other label"))
+            elif masks is not None and file in given and path in unmasked:  # drawn since
+                mask, held, problem = _mask(given[file], record)
+                if problem:
+                    intake.refused.append((file, problem))
+                    continue
+                mask_path = f"{place.masks}/{Path(path).stem}_mask{image_suffix(given[file])}"
+                _write(root / mask_path, mask)
+                read.append(("mask", mask_path, held))
+                intake.known.append((file, f"{path}, which has its mask now"))
             else:
                 intake.known.append((file, path))
             continue

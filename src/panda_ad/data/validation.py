@@ -218,7 +218,8 @@ def _index(checked: Checked, params: Params, found: list[Expectation]) -> str:
     bad: list[list[object]] = [list(p) for p in checked.blocking + checked.problems]
     links = '<li><a href="results.html">Results</a> and <a href="expectations.html">expectations</a> as Great Expectations shows them</li>'
     quarantined = bad and not checked.blocking and params.data.on_invalid == "quarantine"
-    status = '<b class="text-danger">failed</b>' if bad and not quarantined else '<b class="text-success">passed</b>'
+    unexplained = not all(e.explained for e in found)
+    status = '<b class="text-danger">failed</b>' if unexplained or (bad and not quarantined) else '<b class="text-success">passed</b>'
     status += ", bad files left out" if quarantined else ""
     outcomes: list[list[object]] = [["✓" if e.success else "✗", e.description, "" if e.unexpected is None else e.unexpected] for e in found]
     parts = [

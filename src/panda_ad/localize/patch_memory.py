@@ -127,5 +127,5 @@ def choose(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
     x = x - x.mean(0)
     if x.shape[1] > _PROJECTED:
         x = x @ torch.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
-    chosen, distances = greedy_coreset(x, size, int(torch.randint(len(x), (1,), generator=generator)))
-    return chosen[distances > 1e-6 * x.square().sum(1).max()]
+    first = int(torch.randint(len(x), (1,), generator=generator))
+    return greedy_coreset(x, size, first, least=1e-6 * float(x.square().sum(1).max()))

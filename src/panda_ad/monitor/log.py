@@ -217,7 +217,7 @@ def _files(log: Path, category: str) -> list[Path]:
 
 
 def _newest(path: Path) -> datetime:
-    """Time of the newest verdict in a file, from its footer. UserError where it is damaged."""
+    """Time of the newest verdict in a file, from its footer; of the oldest, from its name, where it is damaged: only who needs it must know."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -225,12 +225,11 @@ def _newest(path: Path) -> datetime:
         metadata = pq.read_metadata(path)
         groups = [metadata.row_group(i).column(0).statistics.max for i in range(metadata.num_row_groups)]  # `time` is the first column
         return max(groups)
-    except (pa.ArrowException, OSError, AttributeError, ValueError) as e:
-        raise _damaged(path, e) from None
-
-
-def _damaged(path: Path, e: Exception) -> UserError:
-    return UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again")
+    except (pa.ArrowException, OSError, AttributeError, ValueError):
+        try:
+            return datetime.strptime(path.name.partition("-")[0], "%Y%m%dT%H%M%S.%fZ").replace(tzinfo=UTC)
+        except ValueError:
+            return datetime.max.replace(tzinfo=UTC)
 
 
 def _read(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
@@ -245,6 +244,6 @@ def _read(path: Path, model: str | None, version: str | None, columns: list[str]
         if model is not None:
             rows = rows.filter(pc.and_(pc.equal(rows["model"], model), pc.equal(rows["version"], version)))
     except (pa.ArrowException, OSError, KeyError) as e:
-        raise _damaged(path, e) from None
+        raise UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again") from None
     if len(rows):
         yield rows

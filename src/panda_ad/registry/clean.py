@@ -43,9 +43,10 @@ def clean(keep: int, delete: bool) -> list[str]:
         gone: list[str] = []
         used: set[str] = set()
         named = {model_name(params.dataset, category) for category in params.categories}
-        for name in sorted(model.name for model in _every(lambda token: client.search_registered_models(max_results=_PAGE, page_token=token))):
+        registered = _every(lambda token: client.search_registered_models(max_results=_PAGE, page_token=token))
+        for name in sorted(model.name for model in registered if model.name.startswith(model_name(params.dataset, ""))):
             for version, stays in _versions(client, name, keep):
-                if stays or name not in named:  # a category that params.yaml does not name now, or another data set's, may be needed again
+                if stays or name not in named:  # a category that params.yaml does not name now may be needed again
                     used |= {str(version.run_id), version.tags.get("panda.run", ""), f"{name} {version.version}"}
                     continue
                 gone.append(f"{name} version {version.version}")

@@ -51,7 +51,7 @@ def _file(value):
     """An image file's bytes: MLflow decodes base64 in `dataframe_split` and `dataframe_records` only, not in `inputs` and `instances`."""
     data = value.encode() if isinstance(value, str) else bytes(value)
     try:
-        return base64.b64decode(data, validate=True)  # no image file is base64
+        return base64.b64decode(b"".join(data.split()), validate=True)  # in lines or not; no image file is base64
     except ValueError:
         return data
 

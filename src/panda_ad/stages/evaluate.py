@@ -145,7 +145,7 @@ def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray | None] | 
             continue
         scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
         size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
-        mask = read_mask(root / row.mask) if row.mask else np.zeros(size, bool)
+        mask = read_mask(root / row.mask, row.mask_sha256) if row.mask else np.zeros(size, bool)
         masks.append(mask if mask.shape == size else reduce_mask(mask, size))
     return masks
 

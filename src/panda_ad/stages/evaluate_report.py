@@ -28,7 +28,7 @@ HEADLINE = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
     "average_precision": ("Average precision", "over all thresholds"),
     "fpr_at_95_tpr": ("False alarms at 95 % recall", "share of good images"),
-    "pixel_auroc": ("Pixel AUROC", "over all pixels of the test images"),
+    "pixel_auroc": ("Pixel AUROC", "over all pixels of the test images, defects without a mask left out"),
     "au_pro": ("AU-PRO", "overlap per defect, up to 30 % false positive pixels"),
     "pixel_f1": ("Best pixel F1", "at the best threshold for this test set"),
 }
@@ -71,7 +71,7 @@ def evaluation_report(
     thumbs = [np.asarray(Image.open(io.BytesIO(data))) for data in detector.thumbnails]
     shown = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
     root = image_root(params)
-    paths = rows["path"].tolist()
+    paths, keys = rows["path"].tolist(), rows["sha256"].tolist()
     parts = detector.parts(scores)
     images = [
         ReportImage(
@@ -81,7 +81,7 @@ def evaluation_report(
             score=float(scores.score[i]),
             p_value=float(p[i]),
             snapshot=int(scores.snapshot[i]),
-            rgb=small(read_image(root / paths[i])),
+            rgb=small(read_image(root / paths[i], keys[i])),
             heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
             mask=None if masks is None else masks[i],
             parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),

@@ -57,7 +57,7 @@ def report(checked: Checked, expectations: list[Expectation], params: Params) ->
         counts[key[0]][key[1]][key[2]] = n
     return {
         "dataset": params.dataset,
-        "success": not fatal(checked, params),
+        "success": not fatal(checked, params) and all(e.explained for e in expectations),
         "on_invalid": params.data.on_invalid,
         "data_hash": data_hash(usable),
         "images": len(usable),
