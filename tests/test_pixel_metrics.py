@@ -169,7 +169,7 @@ def test_refusals():
 @pytest.mark.parametrize("width", [1, 4])
 def test_small_and_thin_defects_survive_the_reduction(side, width):
     """Each would vanish, or fall into pieces that AU-PRO counts one by one, were it to cover half a pixel."""
-    from panda_ad.stages.evaluate import reduce_mask
+    from panda_ad.stages.evaluate_masks import reduce_mask
 
     rng = np.random.default_rng(side + width)
     for _ in range(10):

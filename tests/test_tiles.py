@@ -246,10 +246,11 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
 
 
 def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
-    from panda_ad.stages import evaluate
+    from panda_ad.stages import evaluate, evaluate_masks
 
     monkeypatch.chdir(plants[1])
-    monkeypatch.setattr(evaluate, "PIXEL_SIDE", 96)
+    for module in (evaluate, evaluate_masks):
+        monkeypatch.setattr(module, "PIXEL_SIDE", 96)
     table = pd.read_csv("build/features/fabric/rows.csv", keep_default_na=False)
     rows = table[table["split"] == "test"]
     detector = load_bundle("build/bundle/fabric")
@@ -264,7 +265,8 @@ def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
 
 def test_a_defect_without_a_mask_counts_for_no_pixel_figure(plants, monkeypatch):
     from panda_ad.stages import evaluate
-    from panda_ad.stages.evaluate_report import per_defect, with_masks
+    from panda_ad.stages.evaluate_masks import with_masks
+    from panda_ad.stages.evaluate_report import per_defect
 
     monkeypatch.chdir(plants[1])
     table = pd.read_csv("build/features/fabric/rows.csv", keep_default_na=False)

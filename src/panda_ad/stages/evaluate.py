@@ -9,14 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch.nn.functional import adaptive_max_pool2d
 
 from panda_ad import metrics, pixel_metrics
 from panda_ad.bundle import load_bundle
 from panda_ad.calibration import p_values
-from panda_ad.data.images import read_mask
-from panda_ad.data.layouts import image_root
 from panda_ad.detector import Detector, Scores, resize_map
 from panda_ad.files import atomic_file, write_json
 from panda_ad.params import Params, load_params
@@ -31,9 +27,7 @@ from panda_ad.stages.common import (
     score_items,
     threads,
 )
-
-PIXEL_SIDE = 384
-"""Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""
+from panda_ad.stages.evaluate_masks import PIXEL_SIDE, load_masks, with_masks
 
 
 def main(category: str) -> None:
@@ -57,8 +51,6 @@ def main(category: str) -> None:
         values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
-        from panda_ad.stages.evaluate_report import with_masks
-
         values |= pixel_figures(*with_masks(scores.heatmaps, masks), params)
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
@@ -128,31 +120,6 @@ def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], param
     for name, (low, high) in intervals.items():
         values |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return values
-
-
-def load_masks(rows: pd.DataFrame, params: Params) -> list[np.ndarray | None] | None:
-    """Ground truth per test image, bool (H, W), empty for good images, None for a defective one without a mask; None where the category has none.
-
-    A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
-    """
-    if not (rows["mask"] != "").any():
-        return None
-    root: Path = image_root(params)
-    masks: list[np.ndarray | None] = []
-    for row in rows.itertuples():
-        if row.label and not row.mask:
-            masks.append(None)
-            continue
-        scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
-        size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
-        mask = read_mask(root / row.mask, row.mask_sha256) if row.mask else np.zeros(size, bool)
-        masks.append(mask if mask.shape == size else reduce_mask(mask, size))
-    return masks
-
-
-def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W) -> bool `size`, not larger: true where any of the pixels behind is."""
-    return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
 
 
 def histogram(labels: np.ndarray, scores: np.ndarray, bins: int = 30) -> pd.DataFrame:

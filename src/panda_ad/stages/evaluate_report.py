@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from panda_ad import metrics, pixel_metrics
 from panda_ad.calibration import p_values
 from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root
-from panda_ad.detector import Detector, Scores, resize_map
+from panda_ad.detector import Detector, Scores
 from panda_ad.params import Params
 from panda_ad.report import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
 from panda_ad.stages.common import BUILD
+from panda_ad.stages.evaluate_masks import Masks, with_masks
 
 METHODS = {"none": "DN2", "compactness": "PANDA (compactness)", "ses": "PANDA-SES", "ewc": "PANDA-EWC", "oe": "PANDA-OE"}
 """Methods as docs/results.md names them."""
@@ -28,31 +28,10 @@ HEADLINE = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
     "average_precision": ("Average precision", "over all thresholds"),
     "fpr_at_95_tpr": ("False alarms at 95 % recall", "share of good images"),
-    "pixel_auroc": ("Pixel AUROC", "over all pixels of the test images, defects without a mask left out"),
+    "pixel_auroc": ("Pixel AUROC", "over all pixels of the test images"),
     "au_pro": ("AU-PRO", "overlap per defect, up to 30 % false positive pixels"),
     "pixel_f1": ("Best pixel F1", "at the best threshold for this test set"),
 }
-
-
-@dataclass(frozen=True)
-class MapsAsMasks(Sequence[np.ndarray]):
-    """Heat maps, N times float32 (h, w), each brought to the shape of its mask when it is asked for: together they take more than memory."""
-
-    maps: Sequence[np.ndarray] | np.ndarray
-    masks: Sequence[np.ndarray]
-
-    def __len__(self) -> int:
-        return len(self.masks)
-
-    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
-        return resize_map(self.maps[i], self.masks[i].shape)
-
-
-def with_masks(maps: Sequence[np.ndarray] | np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[list[np.ndarray], MapsAsMasks]:
-    """Masks, and heat maps to compare with them, of the images whose defects are marked."""
-    known = [(heatmap, mask) for heatmap, mask in zip(maps, masks, strict=True) if mask is not None]
-    marked = [mask for _, mask in known]
-    return marked, MapsAsMasks([heatmap for heatmap, _ in known], marked)
 
 
 def evaluation_report(
@@ -63,7 +42,7 @@ def evaluation_report(
     rows: pd.DataFrame,
     scores: Scores,
     values: Mapping[str, float],
-    masks: list[np.ndarray | None] | None,
+    masks: Masks | None,
 ) -> None:
     """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
     labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
@@ -92,8 +71,12 @@ def evaluation_report(
         for i in shown
     ]
     gallery_2d, test_2d = project_2d(detector.galleries[-1].features, scores.features)
+    bare = sum(mask is None for mask in masks or [])
+    left_out = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
     headline = [
-        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note) for key, (name, note) in HEADLINE.items() if key in values
+        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note + left_out.get(key, ""))
+        for key, (name, note) in HEADLINE.items()
+        if key in values
     ]
     write_report(
         Report(
@@ -128,7 +111,7 @@ def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: floa
     return np.argsort(-wrongness, kind="stable")
 
 
-def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: list[np.ndarray | None] | None, params: Params) -> list[DefectRow]:
+def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: Masks | None, params: Params) -> list[DefectRow]:
     """Each kind of defect against all good test images."""
     out = []
     for kind in sorted(set(defects[labels == 1])):
