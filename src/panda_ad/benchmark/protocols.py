@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,12 +57,19 @@ class Settings:
     fisher: Path | None = None
     bf16: bool = False
 
+    @functools.cached_property
+    def contents(self) -> dict[str, str | None]:
+        """Name and hash of what weights, Fisher images and outliers hold, read once; of published weights their name."""
+        weights = self.backbone.weights
+        given = {"fisher": self.fisher, "outliers": self.outliers}
+        found = {name: None if path is None else _content(path) for name, path in given.items()}
+        return {"weights": _content(Path(weights)) if Path(weights).is_file() else weights, **found}
+
     def facts(self, family: str) -> dict[str, Any]:
         """The part that the cells of a family depend on, as JSON."""
         precision = str(resolve_precision(self.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
         backbone = self.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
-        if Path(str(backbone["weights"])).is_file():
-            backbone["weights"] = _content(Path(str(backbone["weights"])))
+        backbone["weights"] = self.contents["weights"]
         facts: dict[str, Any] = {"backbone": backbone, "train": self.train, "test": self.test, "normalize": self.gallery.normalize}
         if family in ("raw", "trajectory", "ewc"):
             facts["k"] = self.gallery.k
@@ -70,9 +78,9 @@ class Settings:
             facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})
             facts["bf16"] = self.bf16
         if family == "ewc":
-            facts["fisher"] = _content(self.fisher) if self.fisher else None
+            facts["fisher"] = self.contents["fisher"]
         if family == "oe":
-            facts["outliers"] = f"{_content(self.outliers)}, at the normal images' resolution" if self.outliers else None
+            facts["outliers"] = self.outliers and f"{self.contents['outliers']}, at the normal images' resolution"
         return facts
 
     def key(self, family: str) -> str:
