@@ -13,7 +13,7 @@ export DVC_NO_ANALYTICS = 1
 # a works network that looks into TLS has its certificate in the system's store; uv looks only into its own by default
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: run test ui lock lint check
+.PHONY: run test ui lock lint
 run: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad run
 
@@ -24,7 +24,7 @@ ui: $(VENV)/.ready
 	@PATH="$(BIN):$$PATH" panda-ad ui
 
 lint: $(VENV)/.ready-dev
-	@$(BIN)/ruff check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 # bytecode is compiled at installation: otherwise the first import of each library costs seconds in every stage
 $(VENV)/.ready: requirements.lock pyproject.toml

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 
 from benchmarks.textbook import LEARNING_RATE, textbook
-from panda_ad.backbones import resolve_precision
-from panda_ad.benchmark import make_settings, plan
 from panda_ad.benchmark.cells import Bench, read_cell
+from panda_ad.benchmark.runner import make_settings, plan
 from panda_ad.benchmark.sources import data_folder
+from panda_ad.features.backbones import resolve_precision
 from panda_ad.params import load_params, parse_params
 
 
-def ours(dataset: str, normal: str, size: int, epochs: int, snapshots: int, train: int | None, test: int | None, bf16: bool) -> dict:
+def ours(
+    dataset: str, normal: str, size: int, epochs: int, snapshots: int, train: int | None, test: int | None, bf16: bool
+) -> dict:
     """`ses` as the benchmark runs it, from image files, empty caches included: seconds, processor seconds and AUROC."""
     start, cpu = time.perf_counter(), time.process_time()
     values = load_params().model_dump()
@@ -48,12 +50,18 @@ def main() -> None:
     parser.add_argument("--class", dest="normal", default="airplane")
     parser.add_argument("--size", type=int, default=64, help="network input, pixels")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--snapshots", type=int, default=6, help="heads that `ses` keeps and scores with, the unadapted one included")
+    parser.add_argument(
+        "--snapshots", type=int, default=6, help="heads that `ses` keeps and scores with, the unadapted one included"
+    )
     parser.add_argument("--train", type=int, help="at most so many training images; default: all")
     parser.add_argument("--test-per-class", type=int, help="at most so many test images per class; default: all")
-    parser.add_argument("--textbook-epochs", type=int, help="run so many of the textbook's epochs and extrapolate; default: all of them")
+    parser.add_argument(
+        "--textbook-epochs", type=int, help="run so many of the textbook's epochs and extrapolate; default: all of them"
+    )
     parser.add_argument("--threads", type=int, help="threads of both; default: PyTorch's choice")
-    parser.add_argument("--fp32", action="store_true", help="ours trains its head in float32 even where the CPU has bfloat16")
+    parser.add_argument(
+        "--fp32", action="store_true", help="ours trains its head in float32 even where the CPU has bfloat16"
+    )
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
@@ -70,11 +78,17 @@ def main() -> None:
         more = (a.epochs - run) * (parts["train"] / run + parts["evaluate"] / (run + 1))
         seconds, cpu = seconds + more, cpu * (1 + more / slow["seconds"])
         print(f"textbook: {run} of {a.epochs} epochs were run ({slow['seconds']:.1f} s); its total is extrapolated")
-    print(f"{a.dataset} {a.normal}, {a.size} px, {a.epochs} epochs, {slow['train']} train, {slow['test']} test, {slow['threads']} threads")
+    print(
+        f"{a.dataset} {a.normal}, {a.size} px, {a.epochs} epochs, {slow['train']} train, {slow['test']} test, {slow['threads']} threads"
+    )
     after = np.round(100 * np.array(slow["auroc"][1:]), 2).tolist()
     head = "bfloat16" if bf16 else "float32"
-    print(f"textbook  {seconds:8.1f} s ({cpu:8.1f} s of processor)   SES {100 * slow['ses']:.2f}; DN2 {100 * slow['auroc'][0]:.2f}, after each epoch {after}")
-    print(f"panda-ad  {fast['seconds']:8.1f} s ({fast['cpu']:8.1f} s of processor)   SES {100 * fast['auroc']:.2f}; head trained with {head} convolutions")
+    print(
+        f"textbook  {seconds:8.1f} s ({cpu:8.1f} s of processor)   SES {100 * slow['ses']:.2f}; DN2 {100 * slow['auroc'][0]:.2f}, after each epoch {after}"
+    )
+    print(
+        f"panda-ad  {fast['seconds']:8.1f} s ({fast['cpu']:8.1f} s of processor)   SES {100 * fast['auroc']:.2f}; head trained with {head} convolutions"
+    )
     print(f"ratio     {fast['seconds'] / seconds:8.3f}   ({fast['cpu'] / cpu:8.3f})")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from panda_ad.processes import child_environment
+from panda_ad.system.processes import child_environment
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -35,7 +35,10 @@ SIDE = 160
 
 def pictures(count: int, first: int = 0) -> list[np.ndarray]:
     """`count` distinct uint8 (SIDE, SIDE, 3), numbers `first`, ... of one endless row."""
-    templates = [np.asarray(Image.fromarray(normal_image("fabric", image_rng(1, "fabric", "cost", i))).resize((SIDE, SIDE))) for i in range(16)]
+    templates = [
+        np.asarray(Image.fromarray(normal_image("fabric", image_rng(1, "fabric", "cost", i))).resize((SIDE, SIDE)))
+        for i in range(16)
+    ]
     found = []
     for number in range(first, first + count):
         rng = np.random.default_rng([11, number])
@@ -61,7 +64,9 @@ def call(project: Path, *command: str) -> tuple[float, float]:
     """Run a command; its wall-clock and processor seconds."""
     env = child_environment({"PYTHONPATH": str(project / "src")})
     start, used = time.perf_counter(), processor_seconds()
-    done = subprocess.run(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}")
     return time.perf_counter() - start, processor_seconds() - used
@@ -88,7 +93,10 @@ def make_project(folder: Path, images: int, size: int | None = None) -> None:
 def run(folder: Path) -> dict[str, float]:
     """Seconds of `dvc repro extract` as a whole, and of the stages within."""
     total, processor = call(folder, "dvc", "repro", "extract")
-    stages = {s: json.loads((folder / "build" / "timings" / f"{s}.json").read_text())["seconds"] for s in ("validate", "extract")}
+    stages = {
+        s: json.loads((folder / "build" / "timings" / f"{s}.json").read_text())["seconds"]
+        for s in ("validate", "extract")
+    }
     return {**stages, "dvc": total - sum(stages.values()), "total": total, "processor": processor}
 
 
@@ -108,8 +116,14 @@ def main() -> None:
         ingest, ingest_processor = call(folder, "panda-ad", "ingest", "drop", "--category", "fabric")
         again = run(folder)
     print(f"{options.images} images of {SIDE} pixels, then {new} more; seconds")
-    print("| run | validate | extract | dvc's own | all three | processor time | ingest | processor time |\n|" + " --- |" * 8)
-    for name, t, more in (("all images", full, "- | -"), (f"{new} new", again, f"{ingest:.1f} | {ingest_processor:.1f}")):
+    print(
+        "| run | validate | extract | dvc's own | all three | processor time | ingest | processor time |\n|"
+        + " --- |" * 8
+    )
+    for name, t, more in (
+        ("all images", full, "- | -"),
+        (f"{new} new", again, f"{ingest:.1f} | {ingest_processor:.1f}"),
+    ):
         figures = " | ".join(f"{t[k]:.1f}" for k in ("validate", "extract", "dvc", "total", "processor"))
         print(f"| {name} | {figures} | {more} |")
     for what, key, more_seconds in (("wall-clock", "total", ingest), ("processor time", "processor", ingest_processor)):

@@ -23,12 +23,12 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from panda_ad.backbones import in_micro_batches, load_backbone, resolve_precision, trunk_activations
-from panda_ad.localize import build_localizer, load_localizer
-from panda_ad.localize.maps import positions
-from panda_ad.localize.patch_memory import PatchMemory, patch_features
-from panda_ad.localize.spade import LAYERS, Spade
+from panda_ad.features.backbones import in_micro_batches, load_backbone, resolve_precision, trunk_activations
 from panda_ad.params import LocalizeParams
+from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
+from panda_ad.scoring.localize.maps import positions
+from panda_ad.scoring.localize.patch_memory import PatchMemory, patch_features
+from panda_ad.scoring.localize.spade import LAYERS, Spade
 
 SAMPLE = 48  # positions per layer timed in the plain implementation
 
@@ -56,12 +56,18 @@ def build(folder: Path, count: int, size: int) -> None:
         maps, pooled[i : i + 20] = features(random_images(1000 + i, min(20, count - i), size))
         for name, value in maps.items():
             if name not in arrays:
-                arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float16, (count, *value.shape[1:]))
+                arrays[name] = np.lib.format.open_memmap(
+                    folder / f"{name}.npy", "w+", np.float16, (count, *value.shape[1:])
+                )
             arrays[name][i : i + len(value)] = value.numpy()
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
-        params = LocalizeParams(method=method, neighbours=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None)
-        localizer = build_localizer(params, lambda i: {k: torch.from_numpy(np.array(v[i])) for k, v in arrays.items()}, pooled, 0)
+        params = LocalizeParams(
+            method=method, neighbours=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
+        )
+        localizer = build_localizer(
+            params, lambda i: {k: torch.from_numpy(np.array(v[i])) for k, v in arrays.items()}, pooled, 0
+        )
         (folder / method).mkdir()
         localizer.save(folder / method)
         print(f"built {method} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -103,7 +109,7 @@ def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> 
 
 def searches(localizer, maps: dict[str, Tensor], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(queries, gallery rows, our distances) of each search that the first image needs."""
-    from panda_ad.localize.search import nearest, pack
+    from panda_ad.scoring.localize.search import nearest, pack
 
     if isinstance(localizer, PatchMemory):
         queries = positions(patch_features({k: v[:1] for k, v in maps.items()}))[0]
@@ -142,12 +148,24 @@ def main() -> None:
 
     def step(*words: str) -> str:
         sizes = [f"--{name}={getattr(args, name)}" for name in ("gallery", "size", "repeats")]
-        return subprocess.run([sys.executable, __file__, *sizes, "--step", *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+        return subprocess.run(
+            [sys.executable, __file__, *sizes, "--step", *words], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
 
     with tempfile.TemporaryDirectory() as folder:
         step(folder, "both", "build")
         print(f"{args.gallery} gallery images at {args.size} px, {torch.get_num_threads()} threads\n")
-        head = ("ms/image", "CPU ms", "peak MB", "plain ms", "CPU ms", "plain MB", "faster", "(CPU)", "largest difference")
+        head = (
+            "ms/image",
+            "CPU ms",
+            "peak MB",
+            "plain ms",
+            "CPU ms",
+            "plain MB",
+            "faster",
+            "(CPU)",
+            "largest difference",
+        )
         print(f"{'method':<13}" + "".join(f"{name:>10}" for name in head))
         for method in ("spade", "patch_memory"):
             ours, plain = (json.loads(step(folder, method, what)) for what in ("ours", "plain"))

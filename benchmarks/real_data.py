@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from panda_ad.processes import child_environment
+from panda_ad.system.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = """| data | category | method | heat maps | image AUROC [95 %] | features alone | heat map alone | pixel AUROC | AU-PRO | train / test | seconds |
@@ -34,12 +34,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", default=["none", "ses", "ewc"])
-    parser.add_argument("--localize", nargs="+", default=["patch_memory"], help="where there are masks: none, spade, patch_memory")
+    parser.add_argument(
+        "--localize", nargs="+", default=["patch_memory"], help="where there are masks: none, spade, patch_memory"
+    )
     parser.add_argument("--classes", nargs="+", help="only these categories or normal classes")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--limit-train", type=int)
     parser.add_argument("--limit-test", type=int)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other parameters; adapt's default here to the paper's")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="other parameters; adapt's default here to the paper's",
+    )
     parser.add_argument("--publish", action="store_true", help="run the whole pipeline, publish and promotion included")
     options = parser.parse_args()
     print(HEADER, flush=True)
@@ -84,7 +92,9 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
         environment = child_environment({"PYTHONPATH": str(repo / "src")})
         start = time.perf_counter()
         command = ["panda_ad.cli", "run"] if options.publish else ["dvc", "repro", "evaluate"]
-        done = subprocess.run([sys.executable, "-m", *command], cwd=repo, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=repo, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             sys.exit(f"{folder.name}, {method}, {localize}: failed\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         seconds = time.perf_counter() - start
@@ -93,11 +103,16 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
             report = json.loads((repo / "build" / "validation" / "report.json").read_text())
             counts = report["categories"][category]
             train = sum(sum(counts[split].values()) for split in ("train", "calibration"))
-            features, peak, pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("features_auroc", "heatmap_auroc", "pixel_auroc", "au_pro"))
+            features, peak, pixel, pro = (
+                f"{m[k]:.4f}" if k in m else "-" for k in ("features_auroc", "heatmap_auroc", "pixel_auroc", "au_pro")
+            )
             auroc = f"{m['image_auroc']:.4f} [{m['image_auroc_low']:.4f}, {m['image_auroc_high']:.4f}]"
             tested = m["test_good"] + m["test_defect"]
             figures = f"{auroc} | {features} | {peak} | {pixel} | {pro}"
-            print(f"| {folder.name} | {category} | {method} | {localize} | {figures} | {train} / {tested} | {seconds / len(categories):.0f} |", flush=True)
+            print(
+                f"| {folder.name} | {category} | {method} | {localize} | {figures} | {train} / {tested} | {seconds / len(categories):.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import rankdata
 
-from panda_ad.backbones import Backbone, in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.features.backbones import Backbone, in_micro_batches, load_backbone, preprocess, trunk_activations
 
 Images = list[NDArray[np.uint8]]
 RAW_LIMIT = 0.75
@@ -41,7 +41,9 @@ def auroc(normal: NDArray[np.float64], defective: NDArray[np.float64]) -> float:
 
 def pixels(images: Images, side: int) -> NDArray[np.float32]:
     """Raw pixels of the images resized to `side` x `side`, 0..1, (N, side * side * 3)."""
-    resized = [np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BOX), np.float32) for rgb in images]
+    resized = [
+        np.asarray(Image.fromarray(rgb).resize((side, side), Image.Resampling.BOX), np.float32) for rgb in images
+    ]
     return np.stack(resized).reshape(len(images), -1) / np.float32(255)
 
 
@@ -57,7 +59,9 @@ def read(folder: Path) -> Images:
     return [np.array(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
 
 
-def evaluate(category: Path, methods: dict[str, Callable[[Images], NDArray[np.float32]]]) -> dict[str, tuple[float, dict[str, float]]]:
+def evaluate(
+    category: Path, methods: dict[str, Callable[[Images], NDArray[np.float32]]]
+) -> dict[str, tuple[float, dict[str, float]]]:
     """AUROC over all defects, and per kind of defect, of each method."""
     train, good = read(category / "train" / "good"), read(category / "test" / "good")
     kinds = {p.name: read(p) for p in sorted((category / "test").iterdir()) if p.name != "good"}
@@ -73,7 +77,9 @@ def evaluate(category: Path, methods: dict[str, Callable[[Images], NDArray[np.fl
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description="Image AUROC of kNN on raw pixels and on pretrained features of the sample data.")
+    parser = argparse.ArgumentParser(
+        description="Image AUROC of kNN on raw pixels and on pretrained features of the sample data."
+    )
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96, 128, 160], help="network input sizes")
     options = parser.parse_args()

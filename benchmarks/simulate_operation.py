@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from panda_ad.processes import child_environment
+from panda_ad.system.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -68,7 +68,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="panda-ad-") as temporary:
         plant = Plant(options.keep or Path(temporary) / "plant", options.category)
-        print("| week | what happens | alarms on good / bad parts | drift found | retrained | AUROC: new, in place | caught less false alarms: new, in place | gate | at staging |\n|---|---|---|---|---|---|---|---|---|", flush=True)
+        print(
+            "| week | what happens | alarms on good / bad parts | drift found | retrained | AUROC: new, in place | caught less false alarms: new, in place | gate | at staging |\n|---|---|---|---|---|---|---|---|---|",
+            flush=True,
+        )
         weeks = [plant.start()] + [plant.week(number) for number in range(1, options.weeks + 1)]
         print(f"\n{sum(week.seconds for week in weeks):.0f} s in all")
         for week in weeks:
@@ -110,7 +113,10 @@ class Plant:
             week.event = f"a new kind of defect, {NEW_KIND[self.category]}"
         start = time.perf_counter()
         good = self.photograph_good(number, light)
-        bad = {kind: self.photograph_bad(number, kind, light, BAD // len(kinds) + (kind == NEW_KIND[self.category]) * 6) for kind in kinds}
+        bad = {
+            kind: self.photograph_bad(number, kind, light, BAD // len(kinds) + (kind == NEW_KIND[self.category]) * 6)
+            for kind in kinds
+        }
         self.score(week, good, bad)
         self.monitor(week)
         poison = number == POISONED
@@ -121,21 +127,36 @@ class Plant:
             week.notes.append(f"{SESSION} more good parts were photographed under the new lamp and labelled")
         trained = TRAINED + len(good) - GOOD
         self.panda("ingest", *map(str, good[:trained]), "--category", self.category, "--label", "good")
-        self.panda("ingest", *map(str, good[trained : trained + TESTED]), "--category", self.category, "--label", "good", "--split", "test")
+        self.panda(
+            "ingest",
+            *map(str, good[trained : trained + TESTED]),
+            "--category",
+            self.category,
+            "--label",
+            "good",
+            "--split",
+            "test",
+        )
         for kind, pictures in bad.items():
             masks = self.inbox(number) / "masks" / kind
             self.panda("ingest", *map(str, pictures[:2] if kind != NEW_KIND[self.category] else pictures), "--category", self.category,
                        "--label", "defect", "--kind", kind, "--masks", str(masks))  # fmt: skip
         self.commit(f"Week {number}: what the inspectors labelled")
         if poison:
-            wrong = [p for i, kind in enumerate(kinds) for p in self.photograph_bad(100 + i, kind, light, MISLABELLED // len(kinds))]
+            wrong = [
+                p
+                for i, kind in enumerate(kinds)
+                for p in self.photograph_bad(100 + i, kind, light, MISLABELLED // len(kinds))
+            ]
             said = self.panda("ingest", *map(str, wrong), "--category", self.category, "--label", "good")
             week.notes += [line for line in said.splitlines() if "defect" in line][:2]
             self.commit(f"Week {number}: a batch with the wrong label")
             batch = subprocess.check_output(["git", "-C", str(self.folder), "rev-parse", "HEAD"], text=True).strip()
         self.retrain(week)
         if poison and "refused" in week.gate:  # what the people do when the gate has told them
-            subprocess.run(["git", "-C", str(self.folder), "revert", "--no-edit", batch], check=True, capture_output=True)
+            subprocess.run(
+                ["git", "-C", str(self.folder), "revert", "--no-edit", batch], check=True, capture_output=True
+            )
             self.call("dvc", "checkout", "--quiet", "data.dvc")
             week.notes.append("the batch was taken back: git revert, dvc checkout")
         week.seconds += time.perf_counter() - start
@@ -159,7 +180,9 @@ class Plant:
             f.mkdir(parents=True)
         files = []
         for i in range(count):
-            rgb, mask = defective_image(self.category, kind, image_rng(SEED, self.category, f"week {number}/{kind}", i), light)
+            rgb, mask = defective_image(
+                self.category, kind, image_rng(SEED, self.category, f"week {number}/{kind}", i), light
+            )
             files.append(save(rgb, folder / f"{number}-{kind}-{i:03d}.jpg"))
             Image.fromarray(mask).save(masks / f"{number}-{kind}-{i:03d}_mask.png")
         return files
@@ -168,13 +191,17 @@ class Plant:
         """Verdicts of the version in place, into the log."""
         verdicts = self.folder / "verdicts.csv"
         everything = [*good, *(p for pictures in bad.values() for p in pictures)]
-        self.panda("score", *map(str, everything), "--model", f"models:/{self.model}@staging", "--log", "--out", str(verdicts))
+        self.panda(
+            "score", *map(str, everything), "--model", f"models:/{self.model}@staging", "--log", "--out", str(verdicts)
+        )
         called = dict(line.split(",")[0:4:3] for line in verdicts.read_text().splitlines()[1:])
         rates = [np.mean([called[str(p)] == "defect" for p in pictures]) for pictures in (good, sum(bad.values(), []))]
         week.alarms = f"{rates[0]:.0%} / {rates[1]:.0%}"
         new = NEW_KIND[self.category]
         if week.number == NEW_KIND_FROM:
-            week.notes.append(f"of the new kind {np.mean([called[str(p)] == 'defect' for p in bad[new]]):.0%} were called defect before it was ever seen")
+            week.notes.append(
+                f"of the new kind {np.mean([called[str(p)] == 'defect' for p in bad[new]]):.0%} were called defect before it was ever seen"
+            )
 
     def monitor(self, week: Week) -> None:
         """What the week's photographs have that the calibration images have not."""
@@ -215,7 +242,9 @@ class Plant:
         environment = child_environment({"PYTHONPATH": str(self.folder / "src")})
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in expect:
-            sys.exit(f"{' '.join(command[:6])}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            sys.exit(
+                f"{' '.join(command[:6])}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
         return done.stdout + done.stderr
 
     def commit(self, subject: str, *files: str) -> None:
@@ -232,7 +261,17 @@ def save(rgb: np.ndarray, path: Path) -> Path:
 
 def told(week: Week) -> Week:
     """Print a week's row."""
-    cells = (str(week.number), week.event, week.alarms or "-", week.drift or "-", week.retrained, week.auroc, week.decisions, week.gate, week.staging)
+    cells = (
+        str(week.number),
+        week.event,
+        week.alarms or "-",
+        week.drift or "-",
+        week.retrained,
+        week.auroc,
+        week.decisions,
+        week.gate,
+        week.staging,
+    )
     print("| " + " | ".join(cells) + " |", flush=True)
     return week
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models import get_model
 
-import panda_ad.backbones
+import panda_ad.features.backbones
 
 LEARNING_RATE = 1e-2  # the paper's
 
@@ -56,7 +56,7 @@ class Images(Dataset):
 def load_network(name: str, weights: str) -> nn.Module:
     """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D). `embedded` is the ResNet-18 inside panda-ad."""
     if name == "embedded":
-        state = {k: v.float() for k, v in load_file(panda_ad.backbones.EMBEDDED).items()}
+        state = {k: v.float() for k, v in load_file(panda_ad.features.backbones.EMBEDDED).items()}
         network = get_model("resnet18", num_classes=state["fc.weight"].shape[0])
         network.load_state_dict(state, strict=False)
     else:
@@ -87,7 +87,9 @@ def listing(root: Path, split: str, name: str, limit: int | None) -> list[Path]:
     return paths[:limit]
 
 
-def textbook(root: Path, normal: str, size: int, epochs: int, train: int | None, test: int | None, name: str, weights: str) -> dict:
+def textbook(
+    root: Path, normal: str, size: int, epochs: int, train: int | None, test: int | None, name: str, weights: str
+) -> dict:
     """Run it; `train` and `test` limit the images per class. Returns AUROC of each evaluation, of SES, and seconds of each part."""
     torch.manual_seed(0)
     seconds = {"train": 0.0, "evaluate": 0.0}
@@ -125,7 +127,12 @@ def textbook(root: Path, normal: str, size: int, epochs: int, train: int | None,
         evaluate()
     ses = float(roc_auc_score(labels, np.max(scaled, axis=0)))
     total, cpu = time.perf_counter() - start, time.process_time() - cpu
-    counts = {"train": len(train_images), "test": len(test_images), "epochs": epochs, "threads": torch.get_num_threads()}
+    counts = {
+        "train": len(train_images),
+        "test": len(test_images),
+        "epochs": epochs,
+        "threads": torch.get_num_threads(),
+    }
     return {"seconds": total, "cpu": cpu, "parts": seconds, **counts, "auroc": aurocs, "ses": ses}
 
 

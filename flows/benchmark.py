@@ -30,7 +30,9 @@ def bench_of(settings: Settings, data: Path, out: Path, cache: Path) -> Bench:
 
     import torch
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # a Dask worker per core: more threads would fight
+    torch.set_num_threads(
+        int(os.environ.get("OMP_NUM_THREADS", "1"))
+    )  # a Dask worker per core: more threads would fight
     holder = _bench(repr(settings), data, out, cache)
     if not holder:
         holder.append(Bench(settings, data, out, cache))
@@ -78,7 +80,9 @@ def dask_runner(address: str | None = None, **cluster_kwargs: Any):
             runner = DaskTaskRunner(cluster_kwargs=local)
         groups = [list(group) for group in jobs]
         with _prefect_server():
-            run_on_cluster.with_options(task_runner=runner)(groups, settings, data.resolve(), out.resolve(), cache.resolve())
+            run_on_cluster.with_options(task_runner=runner)(
+                groups, settings, data.resolve(), out.resolve(), cache.resolve()
+            )
 
     return run
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 from panda_ad.errors import Busy, UserError
-from panda_ad.processes import Group, child_environment
+from panda_ad.system.processes import Group, child_environment
 
 HINTS = {
     "",

@@ -27,7 +27,7 @@ from prefect.workers.process import ProcessWorker
 from pydantic import SecretStr
 
 from panda_ad.errors import UserError
-from panda_ad.processes import child_environment
+from panda_ad.system.processes import child_environment
 
 POOL = "panda"
 WEBHOOK = "PANDA_WEBHOOK_URL"
@@ -80,7 +80,10 @@ def crash_silent_runs() -> Automation:
         ),
         actions=[
             ChangeFlowRunState(
-                name=None, state=StateType.CRASHED, force=False, message="No heartbeat: its process, worker or machine died."
+                name=None,
+                state=StateType.CRASHED,
+                force=False,
+                message="No heartbeat: its process, worker or machine died.",
             )
         ],
     )
@@ -98,7 +101,14 @@ def retrain_on_drift(deployment_id: UUID) -> Automation:
             posture=Posture.Reactive,
             threshold=1,
         ),
-        actions=[RunDeployment(source="selected", deployment_id=deployment_id, parameters={"categories": [category]}, job_variables=None)],
+        actions=[
+            RunDeployment(
+                source="selected",
+                deployment_id=deployment_id,
+                parameters={"categories": [category]},
+                job_variables=None,
+            )
+        ],
     )
 
 

@@ -61,7 +61,10 @@ def log_check(found: Check) -> None:
     record(found, load_params().dataset)
 
 
-@flow(name="monitor", description="Tests each category's recent images for drift. Beyond the limits, event panda.drift runs retrain.")
+@flow(
+    name="monitor",
+    description="Tests each category's recent images for drift. Beyond the limits, event panda.drift runs retrain.",
+)
 def monitor(
     categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
     alias: Alias = "staging",
@@ -76,7 +79,9 @@ def monitor(
         chosen = chosen_categories(categories, load_params())
     except UserError as e:
         return Failed(message=str(e))
-    states: dict[str, State] = {c: check.with_options(task_run_name=f"check {c}")(c, alias, return_state=True) for c in chosen}
+    states: dict[str, State] = {
+        c: check.with_options(task_run_name=f"check {c}")(c, alias, return_state=True) for c in chosen
+    }
     failed = {c: str(s.message) for c, s in states.items() if not s.is_completed()}
     checks: list[Check] = [s.result() for s in states.values() if s.name in ("Drift", "Steady")]
     for found in checks:
@@ -101,7 +106,10 @@ def monitor(
 def summary(found: Check) -> str:
     """Markdown: the findings, and every test as a table."""
     lines = [f"**{found.category}: {cell(found.drift.headline)}**", ""]
-    lines += [f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; {found.report}", ""]
+    lines += [
+        f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; {found.report}",
+        "",
+    ]
     lines += ["| what | calibration | recent | shift | p | finding |", "| --- | --- | --- | --- | --- | --- |"]
     for t in found.drift.tests:
         before, after = ("" if v is None else f"{v:.4g}" for v in (t.before, t.after))

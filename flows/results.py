@@ -31,7 +31,9 @@ class GateResult:
         if state is None:
             return cls(category, "not asked", "promotion was switched off for this run")
         return cls(
-            category, str(state.name).lower() if state.is_final() else "not asked", " ".join(str(state.message or "").split())
+            category,
+            str(state.name).lower() if state.is_final() else "not asked",
+            " ".join(str(state.message or "").split()),
         )
 
 
@@ -43,7 +45,9 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     earlier run.
     """
     finished = {
-        g.category for g in gates if all(s.is_completed() for name, s in states.items() if name.endswith(f"@{g.category}"))
+        g.category
+        for g in gates
+        if all(s.is_completed() for name, s in states.items() if name.endswith(f"@{g.category}"))
     }
     rows = [_row(gate, gate.category in finished) for gate in gates]
     create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
@@ -52,11 +56,15 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
     lines += [f"| {name} | {state.name} | {cell(str(state.message or ''))} |" for name, state in states.items()]
     links = {category: link for category in sorted(finished) if (link := _mlflow_link(category))}
-    lines += [""] + [f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()]
+    lines += [""] + [
+        f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()
+    ]
     create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
         text = f"MLflow: registered version of {category}"
-        create_link_artifact(link, link_text=text, key=f"mlflow-{artifact_key(category)}", description="Card, figures and report.")
+        create_link_artifact(
+            link, link_text=text, key=f"mlflow-{artifact_key(category)}", description="Card, figures and report."
+        )
     for gate in gates:
         if gate.decision in ("promoted", "refused"):
             rules = _read(Path("build/decisions") / f"{gate.category}.json").get("rules", [])
@@ -64,7 +72,9 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
                 {"rule": r["name"], "passed": "yes" if r["passed"] else "NO", "figures": r["text"], **_rounded(r)}
                 for r in rules
             ]
-            create_table_artifact(table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}")
+            create_table_artifact(
+                table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}"
+            )
 
 
 def _row(gate: GateResult, finished: bool) -> dict[str, Any]:

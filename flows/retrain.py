@@ -15,10 +15,10 @@ from prefect.states import Completed, Failed, State
 
 from flows.common import Stage, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
-from panda_ad.changed_params import changed_params
 from panda_ad.errors import GateRefused, Unavailable, UserError
-from panda_ad.lock import repository_lock
 from panda_ad.params import load_params
+from panda_ad.system.changed_params import changed_params
+from panda_ad.system.lock import repository_lock
 
 BACKOFF: list[float] = [5, 20, 60]
 """Seconds before the first, second and any further retry of what talks to servers."""
@@ -66,10 +66,14 @@ def record_experiment(name: str) -> State:
     status, last = run_logged(["dvc", "exp", "save", "--name", name], get_run_logger(), {})
     if status:
         return Failed(message=f"dvc exp save failed (exit status {status}): {last}")
-    return Completed(message=f"experiment {name}: `dvc exp show` lists it, `dvc exp apply {name}` makes it the repository's")
+    return Completed(
+        message=f"experiment {name}: `dvc exp show` lists it, `dvc exp apply {name}` makes it the repository's"
+    )
 
 
-@flow(name="retrain", description="The pipeline of dvc.yaml, one task per stage, then the gate and promotion to staging.")
+@flow(
+    name="retrain", description="The pipeline of dvc.yaml, one task per stage, then the gate and promotion to staging."
+)
 def retrain(
     categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
     method: Method = "as in params.yaml",

@@ -15,13 +15,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.retrain import BACKOFF
+from panda_ad.commands.score import Scored, score_files
 from panda_ad.data.images import image_files
 from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
 from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG
 from panda_ad.params import load_params
-from panda_ad.score import Scored, score_files
 
 VERDICTS = Path("monitoring/verdicts")
 """A CSV per category and run with new images."""
@@ -50,7 +50,10 @@ def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
     return row | {"unreadable": len(done.problems), "verdicts": str(out) if done.images else ""}
 
 
-@flow(name="score", description="Scores what is new in a drop folder with the registered models and appends to the verdict log.")
+@flow(
+    name="score",
+    description="Scores what is new in a drop folder with the registered models and appends to the verdict log.",
+)
 def score(
     inbox: str = "inbox",
     categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
@@ -70,14 +73,17 @@ def score(
     except UserError as e:
         return Failed(message=str(e))
     states: dict[str, State] = {
-        c: score_category.with_options(task_run_name=f"score {c}")(c, Path(inbox) / c, alias, return_state=True) for c in chosen
+        c: score_category.with_options(task_run_name=f"score {c}")(c, Path(inbox) / c, alias, return_state=True)
+        for c in chosen
     }
     rows: list[dict[str, Any]] = [state.result() for state in states.values() if state.is_completed()]
     if rows:
         create_table_artifact(rows, key="score-results", description="Images scored in this run, per category.")
     if failed := [f"{c}: {state.message}" for c, state in states.items() if not state.is_completed()]:
         return Failed(message="; ".join(failed))
-    return Completed(message=f"{sum(r['scored'] for r in rows)} images scored, {sum(r['called defect'] for r in rows)} called defect")
+    return Completed(
+        message=f"{sum(r['scored'] for r in rows)} images scored, {sum(r['called defect'] for r in rows)} called defect"
+    )
 
 
 if __name__ == "__main__":

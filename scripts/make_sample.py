@@ -56,7 +56,9 @@ def normal_image(category: str, rng: np.random.Generator, light: float = 0.0) ->
     return photograph(reduce(module.render(scene)), camera)
 
 
-def defective_image(category: str, defect: str, rng: np.random.Generator, light: float = 0.0) -> tuple[RGB, NDArray[np.bool_]]:
+def defective_image(
+    category: str, defect: str, rng: np.random.Generator, light: float = 0.0
+) -> tuple[RGB, NDArray[np.bool_]]:
     """A defective part and its mask, uint8 (SIZE, SIZE, 3) and bool (SIZE, SIZE).
 
     It is the part and photograph that `normal_image` makes from an equal `rng`, with the defect; both are the same farther
@@ -71,7 +73,9 @@ def defective_image(category: str, defect: str, rng: np.random.Generator, light:
             return photograph(image, camera), mask
 
 
-def normal_images(category: str, count: int, seed: int, part: str = "train", light: float = 0.0, first: int = 0) -> Iterator[RGB]:
+def normal_images(
+    category: str, count: int, seed: int, part: str = "train", light: float = 0.0, first: int = 0
+) -> Iterator[RGB]:
     """`count` good parts, numbers `first`, `first` + 1, ... of a seed and part."""
     for index in range(first, first + count):
         yield normal_image(category, image_rng(seed, category, part, index), light)
@@ -139,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{out} exists; add --force to replace it, or name another folder with --out", file=sys.stderr)
         return 2
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:  # a killed run leaves no half-made data set
+    with tempfile.TemporaryDirectory(
+        prefix=f".{out.name}-", dir=out.parent
+    ) as scratch:  # a killed run leaves no half-made data set
         fresh = Path(scratch) / "new"
         count = write_dataset(fresh, seed=options.seed)
         if out.exists():

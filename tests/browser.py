@@ -21,7 +21,9 @@ ARGUMENTS = [
 
 def chromium() -> str | None:
     """Path of a Chromium, or None."""
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +45,15 @@ def browser() -> Iterator:
 
 def watch(page, log: list[str]) -> None:
     """Append every console error, page error and request other than file: and data: to `log`."""
-    page.on("console", lambda message: log.append(f"console: {message.text}") if message.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda message: log.append(f"console: {message.text}") if message.type in ("error", "warning") else None,
+    )
     page.on("pageerror", lambda error: log.append(f"error: {error}"))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else log.append(f"request: {request.url}"))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(("file:", "data:")) else log.append(f"request: {request.url}"),
+    )
 
 
 def file_url(path: Path) -> str:

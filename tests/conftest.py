@@ -35,7 +35,15 @@ def save(pixels: np.ndarray, path: Path) -> Path:
     return path
 
 
-def make_mvtec(root: Path, category: str = "nut", train: int = 10, good: int = 3, defective: int = 3, masks: bool = True, seed: int = 0) -> Path:
+def make_mvtec(
+    root: Path,
+    category: str = "nut",
+    train: int = 10,
+    good: int = 3,
+    defective: int = 3,
+    masks: bool = True,
+    seed: int = 0,
+) -> Path:
     """A tiny data set in MVTec layout, 16 x 16 pixels of noise, defects 'crack' and 'scratch'; returns the category's folder."""
     folder = root / category
     seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))

@@ -1,6 +1,6 @@
 """Run stages in children that are killed at their n-th change to the file system; a program of its own, so that it can fork.
 
-    python tests/kill_points.py undisturbed|killed     (in a project's folder)
+python tests/kill_points.py undisturbed|killed     (in a project's folder)
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ def changes_here(event: str, arguments: tuple[object, ...], root: str) -> bool:
     """Whether an audit event is a change below `root` (a path opened for writing, a rename, ...)."""
     if event == "open":
         mode, flags = arguments[1], arguments[2]
-        writes = isinstance(mode, str) and any(c in mode for c in "wax+") or isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+        writes = (
+            isinstance(mode, str)
+            and any(c in mode for c in "wax+")
+            or isinstance(flags, int)
+            and bool(flags & (os.O_WRONLY | os.O_RDWR))
+        )
     else:
         writes = event in CHANGES
     path = arguments[0] if arguments else None

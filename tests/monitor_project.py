@@ -16,8 +16,8 @@ from registry_project import make_project, set_gate
 def make_monitored(folder: Path) -> Path:
     """A project of category fabric, 32 px, its model built by the real stages, published and at @staging; monitor.min_images is 8."""
     from panda_ad.registry.promote import promote
-    from panda_ad.registry.publish import main as publish
     from panda_ad.stages import adapt, evaluate, extract, index
+    from panda_ad.stages.publish import main as publish
 
     make_project(folder)
     for name in ("adapt", "bundle", "evaluation"):

@@ -49,13 +49,23 @@ stages:
 def clean_environment() -> dict[str, str]:
     """The environment without servers, locks and settings of whoever runs the tests."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "PANDA_", "DVC_"))}
-    return kept | {"PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]), "DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "true"}
+    return kept | {
+        "PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]),
+        "DVC_NO_ANALYTICS": "1",
+        "DO_NOT_TRACK": "true",
+    }
 
 
 def call(*command: str, cwd: Path, check: bool = True) -> str:
     """Run a command to its end; stdout and stderr together."""
     result = subprocess.run(
-        command, cwd=cwd, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=cwd,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     assert not check or result.returncode == 0, result.stdout
     return result.stdout
@@ -115,12 +125,16 @@ class Prefect:
     def press_run(self, **parameters):
         deployment = self.get("/deployments/name/retrain/retrain")["id"]
         return self.post(
-            f"/deployments/{deployment}/create_flow_run", parameters={"promote": False, **parameters}, state={"type": "SCHEDULED"}
+            f"/deployments/{deployment}/create_flow_run",
+            parameters={"promote": False, **parameters},
+            state={"type": "SCHEDULED"},
         )["id"]
 
     def run_by_hand(self, **parameters):
         """`python -m flows.retrain` with parameters; returns the finished flow run."""
-        code = f"from flows.retrain import retrain\nretrain(return_state=True, **{ ({'promote': False} | parameters)!r})"
+        code = (
+            f"from flows.retrain import retrain\nretrain(return_state=True, **{ ({'promote': False} | parameters)!r})"
+        )
         environment = clean_environment() | {
             "PREFECT_API_URL": f"{self.address}/api",
             "PREFECT_HOME": str(self.project / ".prefect"),
@@ -129,7 +143,9 @@ class Prefect:
             [sys.executable, "-c", code], cwd=self.project, env=environment, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr
-        (run,) = self.post("/flow_runs/filter", sort="START_TIME_DESC", limit=1, flow_runs={"deployment_id": {"is_null_": True}})
+        (run,) = self.post(
+            "/flow_runs/filter", sort="START_TIME_DESC", limit=1, flow_runs={"deployment_id": {"is_null_": True}}
+        )
         return run
 
     def wait(self, run, states=frozenset(ENDED), seconds=90.0):
@@ -148,14 +164,17 @@ class Prefect:
         limit = time.monotonic() + seconds
         while True:
             found = self.post("/task_runs/filter", flow_runs={"id": {"any_": [run]}})
-            settled = len(found) >= count and all(t["state_type"] in ENDED or t["state_name"] == "NotReady" for t in found)
+            settled = len(found) >= count and all(
+                t["state_type"] in ENDED or t["state_name"] == "NotReady" for t in found
+            )
             if settled or time.monotonic() > limit:
                 return {t["name"]: t for t in found}
             time.sleep(0.3)
 
     def logs(self, run):
         return [
-            entry["message"] for entry in self.post("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
+            entry["message"]
+            for entry in self.post("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
         ]
 
     def wait_for_line(self, run, line, seconds=60.0):

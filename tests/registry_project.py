@@ -12,9 +12,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from panda_ad.files import digest_file
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.system.files import digest_file
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -48,9 +48,14 @@ def make_project(folder: Path, categories: tuple[str, ...] = ("fabric",)) -> Pat
     write(folder / "build/validation/data_docs/index.html", "<html>docs</html>")
     for stage, category in [("validate", None), ("extract", None), *(("adapt", c) for c in categories)]:
         name = stage if category is None else f"{stage}-{category}"
-        write_json(folder / f"build/timings/{name}.json", {"stage": stage, "category": category, "seconds": 1.5, "peak_mb": 300})
+        write_json(
+            folder / f"build/timings/{name}.json",
+            {"stage": stage, "category": category, "seconds": 1.5, "peak_mb": 300},
+        )
     for category in categories:
-        write_rows(folder / f"build/adapt/{category}/history.csv", [{"step": i, "loss": 1 / (i + 1)} for i in range(20)])
+        write_rows(
+            folder / f"build/adapt/{category}/history.csv", [{"step": i, "loss": 1 / (i + 1)} for i in range(20)]
+        )
         write_json(folder / f"build/adapt/{category}/adapt.json", {"method": "ses", "steps": [0, 5]})
         write_bundle(folder, category, b"weights 1")
         write_scores(folder, category)
@@ -72,7 +77,11 @@ def write_bundle(folder: Path, category: str, weights: bytes) -> None:
 
 def write_scores(folder: Path, category: str, quality: float = 1.0) -> None:
     """Test scores and metrics of a model that separates by `quality`: 1 fully, 0 not at all."""
-    rows = [r for r in read_rows(folder / "build/validation/manifest.csv") if r["category"] == category and r["split"] == "test"]
+    rows = [
+        r
+        for r in read_rows(folder / "build/validation/manifest.csv")
+        if r["category"] == category and r["split"] == "test"
+    ]
     rng = np.random.default_rng(5)
     table = []
     for row in rows:
@@ -84,7 +93,7 @@ def write_scores(folder: Path, category: str, quality: float = 1.0) -> None:
     for name in ("roc.csv", "histogram.csv"):
         write(evaluation / name, "a,b\n1,2\n")
     write(evaluation / "report.html", "<html>report</html>")
-    from panda_ad.metrics import auroc
+    from panda_ad.evaluation.image_metrics import auroc
 
     labels, scores = (np.array([float(r[k]) for r in table]) for k in ("label", "score"))
     value = auroc(labels, scores)
@@ -102,7 +111,9 @@ def set_gate(folder: Path, **changes: object) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
 
-def _image(folder: Path, category: str, name: str, split: str, defect: str, rng: np.random.Generator) -> dict[str, object]:
+def _image(
+    folder: Path, category: str, name: str, split: str, defect: str, rng: np.random.Generator
+) -> dict[str, object]:
     path = folder / "data" / category / name
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = rng.integers(90, 160, (32, 32, 3)).astype(np.uint8)

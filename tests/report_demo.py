@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from panda_ad.calibration import p_values, threshold
-from panda_ad.metrics import auroc
-from panda_ad.report import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d
+from panda_ad.evaluation.image_metrics import auroc
+from panda_ad.report.build import project_2d
+from panda_ad.report.content import DefectRow, Metric, Neighbour, Report, ReportImage
+from panda_ad.scoring.calibration import p_values, threshold
 
 KINDS = ("crack", "hole", "stain", "scratch", "missing thread")
 
@@ -46,7 +47,9 @@ def damage(rng: np.random.Generator, image: np.ndarray, kind: str, strength: flo
     return np.clip(image + mask[..., None] * change * strength, 0, 1), mask
 
 
-def demo(good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200), calibration: int = 60, seed: int = 0) -> Report:
+def demo(
+    good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200), calibration: int = 60, seed: int = 0
+) -> Report:
     """A report of `good + 5 per_kind` images; scores overlap, so that it has mistakes."""
     rng = np.random.default_rng(seed)
     gallery = [Neighbour(_bytes(weave(rng, 64, 84)), 0.0, f"train/good/{i:03d}.png") for i in range(80)]
@@ -71,7 +74,9 @@ def demo(good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200),
             labels.append(label)
             scores.append(score)
             images.append((path, label, kind, score, _bytes(picture), heat.astype(np.float32), mask, near))
-            features.append(rng.normal(0, 1, (1, 12)) + label * strength * 3 * (np.arange(12) == KINDS.index(kind) if label else 0))
+            features.append(
+                rng.normal(0, 1, (1, 12)) + label * strength * 3 * (np.arange(12) == KINDS.index(kind) if label else 0)
+            )
     labels_, scores_ = np.array(labels), np.array(scores)
     normals = np.exp(rng.normal(1.0, 0.25, calibration))
     p = p_values(normals, scores_)
@@ -82,9 +87,22 @@ def demo(good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200),
     for kind in KINDS:
         take = (kinds == kind) | (labels_ == 0)
         value = auroc(labels_[take], scores_[take])
-        rows.append(DefectRow(kind, per_kind, value, max(0, value - 0.05), min(1, value + 0.03), 0.957, 0.81 if kind != "stain" else None))
+        rows.append(
+            DefectRow(
+                kind,
+                per_kind,
+                value,
+                max(0, value - 0.05),
+                min(1, value + 0.03),
+                0.957,
+                0.81 if kind != "stain" else None,
+            )
+        )
     return Report(
-        dataset="demo", category="fabric", title="DN2 + SES, patch memory", created="2026-11-23 20:00 UTC",
+        dataset="demo",
+        category="fabric",
+        title="DN2 + SES, patch memory",
+        created="2026-11-23 20:00 UTC",
         headline=[
             Metric("Image AUROC", auroc(labels_, scores_), 0.921, 0.989, "one image, one score"),
             Metric("Average precision", 0.948, 0.911, 0.972),
@@ -92,13 +110,35 @@ def demo(good: int = 40, per_kind: int = 14, size: tuple[int, int] = (150, 200),
             Metric("Pixel AUROC", 0.953, 0.94, 0.964),
             Metric("AU-PRO", 0.842, 0.815, 0.868, "up to 30 % false positives"),
         ],
-        threshold=threshold(normals, 0.05), paths=paths, defects=defects, labels=labels_, scores=scores_, p_values=p,
+        threshold=threshold(normals, 0.05),
+        paths=paths,
+        defects=defects,
+        labels=labels_,
+        scores=scores_,
+        p_values=p,
         calibration_scores=normals,
-        images=[ReportImage(n, y, d, s, float(q), i % 4, rgb, heat, m, near, (s - 4.0, 4.0)) for i, ((n, y, d, s, rgb, heat, m, near), q) in enumerate(zip(images, p, strict=True))],
-        per_defect=rows, gallery_features_2d=gallery_2d, test_features_2d=test_2d, gallery_paths=[g.path for g in gallery],
+        images=[
+            ReportImage(n, y, d, s, float(q), i % 4, rgb, heat, m, near, (s - 4.0, 4.0))
+            for i, ((n, y, d, s, rgb, heat, m, near), q) in enumerate(zip(images, p, strict=True))
+        ],
+        per_defect=rows,
+        gallery_features_2d=gallery_2d,
+        test_features_2d=test_2d,
+        gallery_paths=[g.path for g in gallery],
         provenance={
-            "data": {"data set": "demo", "images": "240 train, 60 calibration, 110 test", "data.dvc": "9f2b6c0a8d1e4f7b9f2b6c0a8d1e4f7b.dir", "great expectations": "passed, 14 of 14"},
-            "model": {"backbone": "embedded (ResNet-18)", "input size": [128, 128], "adaptation": "ses, 4 snapshots, 15 epochs", "neighbours": 2, "localisation": "patch_memory"},
+            "data": {
+                "data set": "demo",
+                "images": "240 train, 60 calibration, 110 test",
+                "data.dvc": "9f2b6c0a8d1e4f7b9f2b6c0a8d1e4f7b.dir",
+                "great expectations": "passed, 14 of 14",
+            },
+            "model": {
+                "backbone": "embedded (ResNet-18)",
+                "input size": [128, 128],
+                "adaptation": "ses, 4 snapshots, 15 epochs",
+                "neighbours": 2,
+                "localisation": "patch_memory",
+            },
             "code": {"commit": "8814b2a", "seed": 0, "params": {"adapt.method": "ses", "gallery.k": 2}},
         },
     )

@@ -8,8 +8,8 @@ import PIL
 import pytest
 import torch
 
-from panda_ad.activations import Activations, Item
-from panda_ad.backbones import load_backbone
+from panda_ad.features.backbones import load_backbone
+from panda_ad.features.cache import Activations, Item
 
 SIZE = (32, 32)
 
@@ -60,7 +60,9 @@ def test_cut_off_files_lose_only_what_was_not_listed(backbone, tmp_path):
         f.write(b"half a record")
     again = make(backbone, tmp_path)
     assert again.warm(some) == 1
-    np.testing.assert_array_equal(make(backbone, tmp_path).view([unreadable(i) for i in some])[:], again.compute(some)["layer2"])
+    np.testing.assert_array_equal(
+        make(backbone, tmp_path).view([unreadable(i) for i in some])[:], again.compute(some)["layer2"]
+    )
 
 
 def test_over_budget_images_are_computed_at_use(backbone, tmp_path, capsys):
@@ -94,7 +96,7 @@ def test_both_layers_together(backbone, tmp_path):
 
 
 def test_pooled_features_are_computed_once(backbone, tmp_path):
-    from panda_ad.backbones import in_micro_batches
+    from panda_ad.features.backbones import in_micro_batches
 
     some = items(70)
     cache = make(backbone, tmp_path)
@@ -117,7 +119,9 @@ def test_pooled_features_beyond_the_budget_are_not_kept(backbone, tmp_path):
     cache = make(backbone, tmp_path, gb=8 * record / 1e9)
     parts = list(cache.pooled(some, batch=5))
     assert [len(part) for part in parts] == [5] * 4 and len(cache.features.row) == 8
-    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(list(make(backbone, tmp_path / "all").pooled(some))))
+    np.testing.assert_array_equal(
+        np.concatenate(parts), np.concatenate(list(make(backbone, tmp_path / "all").pooled(some)))
+    )
 
 
 def test_a_cache_that_is_open_is_not_deleted_for_room(backbone, tmp_path):

@@ -9,21 +9,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panda_ad.adapt import adapt, pack_snapshots, ses_scores, unpack_snapshots
 from panda_ad.adapt.collapse import feature_statistics
 from panda_ad.adapt.compactness import features_of
-from panda_ad.backbones import Backbone, in_micro_batches, load_backbone
+from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
+from panda_ad.adapt.train import adapt
 from panda_ad.errors import UserError
-from panda_ad.gallery import Gallery
+from panda_ad.features.backbones import Backbone, in_micro_batches, load_backbone
 from panda_ad.params import AdaptParams
+from panda_ad.scoring.gallery import Gallery
+from panda_ad.scoring.ses import ses_scores
 
 METHODS = ("compactness", "ses", "ewc", "oe")
 
 
 def params(method: str = "compactness", **changes) -> AdaptParams:
     """Four steps: 10 images, batches of 5, 2 epochs."""
-    values = {"method": method, "epochs": 2, "batch_size": 5, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-5, "clip_norm": 1e-3}
-    values |= {"snapshots": 3, "ewc_lambda": 1e4, "fisher": None, "fisher_samples": 2, "outliers": "folder", "on_collapse": "warn"}
+    values = {
+        "method": method,
+        "epochs": 2,
+        "batch_size": 5,
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 5e-5,
+        "clip_norm": 1e-3,
+    }
+    values |= {
+        "snapshots": 3,
+        "ewc_lambda": 1e4,
+        "fisher": None,
+        "fisher_samples": 2,
+        "outliers": "folder",
+        "on_collapse": "warn",
+    }
     return AdaptParams(**(values | changes))
 
 
@@ -133,7 +150,9 @@ def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
     fisher = {k: torch.ones_like(p) for k, p in backbone.head.named_parameters()}
 
     def distance(strength: float) -> float:
-        result = adapt(backbone, layer2, params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0), seed=0, fisher=fisher)
+        result = adapt(
+            backbone, layer2, params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0), seed=0, fisher=fisher
+        )
         base = backbone.head.state_dict()
         return float(sum((v - base[k]).square().sum() for k, v in result.snapshots[0].items()))
 
@@ -141,7 +160,9 @@ def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
     assert held < 0.5 * free
     plain = adapt(backbone, layer2, params(epochs=8, weight_decay=0.0), seed=0)
     base = backbone.head.state_dict()
-    assert free == pytest.approx(float(sum((v - base[k]).square().sum() for k, v in plain.snapshots[0].items())), rel=1e-6)
+    assert free == pytest.approx(
+        float(sum((v - base[k]).square().sum() for k, v in plain.snapshots[0].items())), rel=1e-6
+    )
 
 
 def test_outlier_exposure_learns_to_tell_them_apart(backbone, layer2, outliers):
@@ -171,7 +192,10 @@ def test_rows_come_by_integer_arrays_from_a_memory_map(backbone, layer2, adapted
 
 
 def test_bfloat16_training_goes_the_same_way(backbone, layer2):
-    states = [adapt(backbone, layer2, params(epochs=4), seed=0, precision=p).snapshots[0] for p in (torch.float32, torch.bfloat16)]
+    states = [
+        adapt(backbone, layer2, params(epochs=4), seed=0, precision=p).snapshots[0]
+        for p in (torch.float32, torch.bfloat16)
+    ]
     base = backbone.head.state_dict()
     a, b = (torch.cat([(s[k] - base[k]).flatten() for k in s]) for s in states)
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.95
@@ -202,7 +226,10 @@ def test_progress_counts_the_steps(backbone, layer2):
     assert ticks == [(i, 4) for i in range(1, 5)]
 
 
-@pytest.mark.parametrize(("method", "on_collapse", "kept"), [("ses", "warn", "all"), ("ses", "fallback", "good"), ("compactness", "fallback", "good")])
+@pytest.mark.parametrize(
+    ("method", "on_collapse", "kept"),
+    [("ses", "warn", "all"), ("ses", "fallback", "good"), ("compactness", "fallback", "good")],
+)
 def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collapse, kept):
     """Weight decay alone, far too strong, shrinks every feature; the head before that is kept."""
     settings_ = params(method, epochs=10, weight_decay=0.2, learning_rate=0.3, on_collapse=on_collapse)
@@ -216,21 +243,28 @@ def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collap
     before = [row for row in result.history if row["step"] == good][0]
     features = features_of(with_state(backbone, result.snapshots[-1]), layer2)
     centre = features_of(backbone.head, layer2).double().mean(dim=0).float()
-    assert feature_statistics(features, centre)["feature_variance"] == pytest.approx(before["feature_variance"], rel=1e-5)
+    assert feature_statistics(features, centre)["feature_variance"] == pytest.approx(
+        before["feature_variance"], rel=1e-5
+    )
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-9, 0))
 @settings(deadline=None, max_examples=50)
 def test_packing_keeps_the_differences_and_twice_is_as_once(seed, magnitude):
     rng = np.random.default_rng(seed)
-    base = {"w": torch.tensor(rng.normal(0, 10.0 ** rng.uniform(-6, 1), (4, 50)), dtype=torch.float32), "bn.running_mean": torch.ones(3)}
+    base = {
+        "w": torch.tensor(rng.normal(0, 10.0 ** rng.uniform(-6, 1), (4, 50)), dtype=torch.float32),
+        "bn.running_mean": torch.ones(3),
+    }
     spread = 10.0 ** (magnitude + rng.uniform(-3, 0, (4, 50)))
     moved = base["w"] + torch.tensor(rng.normal(size=(4, 50)) * spread, dtype=torch.float32)
     packed = pack_snapshots(base, [{**base, "w": moved}, base])
     once = unpack_snapshots(base, packed)
     delta, found = (moved - base["w"]).double(), (once[0]["w"] - base["w"]).double()
     ulp = np.spacing(np.maximum(base["w"].abs().numpy(), moved.abs().numpy())).astype(np.float64)
-    assert (np.abs((found - delta).numpy()) <= delta.abs().numpy() * 2.0**-11 + ulp + float(delta.abs().max()) * 2.0**-36).all()
+    assert (
+        np.abs((found - delta).numpy()) <= delta.abs().numpy() * 2.0**-11 + ulp + float(delta.abs().max()) * 2.0**-36
+    ).all()
     assert torch.equal(once[1]["w"], base["w"]) and torch.equal(once[0]["bn.running_mean"], base["bn.running_mean"])
     twice = unpack_snapshots(base, pack_snapshots(base, once))
     assert torch.equal(twice[0]["w"], once[0]["w"])

@@ -9,10 +9,17 @@ import torch
 from torch import nn
 
 from panda_ad.adapt import fisher as fisher_module
-from panda_ad.adapt.fisher import SOURCE_CLASSES, cached_fisher, estimate_fisher, load_fisher, save_fisher, source_labels
-from panda_ad.backbones import Backbone, Head, load_backbone
+from panda_ad.adapt.fisher import (
+    SOURCE_CLASSES,
+    cached_fisher,
+    estimate_fisher,
+    load_fisher,
+    save_fisher,
+    source_labels,
+)
 from panda_ad.errors import UserError
-from panda_ad.resnet import ResNet
+from panda_ad.features.backbones import Backbone, Head, load_backbone
+from panda_ad.features.resnet import ResNet
 
 
 class TwoParameters(nn.Module):
@@ -80,7 +87,9 @@ def test_it_is_no_squared_mean_gradient(backbone, layer2):
     name, parameter = "layer4.1.conv2.weight", head.layer4[1].conv2.weight
     each = []
     for row, label in zip(layer2, labels, strict=True):
-        loss = nn.functional.cross_entropy(backbone.fc(head(torch.from_numpy(row[None]).float())), torch.tensor([label]))
+        loss = nn.functional.cross_entropy(
+            backbone.fc(head(torch.from_numpy(row[None]).float())), torch.tensor([label])
+        )
         each.append(torch.autograd.grad(loss, parameter)[0])
     torch.testing.assert_close(found[name], torch.stack(each).square().mean(dim=0), rtol=1e-3, atol=1e-7)
     assert float(torch.stack(each).mean(dim=0).square().sum()) < 0.9 * float(found[name].sum())
@@ -122,14 +131,21 @@ def test_cache_is_keyed_by_content(backbone, layer2, tmp_path, monkeypatch):
         cached_fisher(tmp_path, backbone, other[0], other[1], samples=other[2], seed=other[3])
         assert len(list(tmp_path.iterdir())) == before + 1
     file.write_bytes(b"cut")
-    assert torch.equal(cached_fisher(tmp_path, backbone, layer2, samples=3, seed=0)["layer3.0.bn1.bias"], first["layer3.0.bn1.bias"])
+    assert torch.equal(
+        cached_fisher(tmp_path, backbone, layer2, samples=3, seed=0)["layer3.0.bn1.bias"], first["layer3.0.bn1.bias"]
+    )
 
 
 @pytest.fixture(scope="module")
 def whole(backbone) -> OrderedDict:
     """A Fisher value for every parameter of the network, in torchvision's order."""
     torch.manual_seed(0)
-    named = [*backbone.trunk.named_parameters(), *backbone.head.named_parameters(), ("fc.weight", backbone.fc.weight), ("fc.bias", backbone.fc.bias)]
+    named = [
+        *backbone.trunk.named_parameters(),
+        *backbone.head.named_parameters(),
+        ("fc.weight", backbone.fc.weight),
+        ("fc.bias", backbone.fc.bias),
+    ]
     return OrderedDict((name, torch.rand(p.shape)) for name, p in named)
 
 
@@ -170,8 +186,17 @@ def test_unusable_files(backbone, whole, tmp_path):
     torch.save({k: v for k, v in whole.items() if k != "layer3.0.conv1.weight"}, tmp_path / "missing.pth")
     torch.save({**whole, "layer3.0.conv1.weight": torch.ones(2)}, tmp_path / "shape.pth")
     torch.save({"code": fisher_module.estimate_fisher}, tmp_path / "code.pth")
-    expected = {"bad.pth": "bad.pth", "bad.safetensors": "cannot be read", "tensor.pth": "mapping", "short.pth": "holds 1 tensors"}
-    expected |= {"missing.pth": r"layer3\.0\.conv1\.weight is missing", "shape.pth": "another backbone", "code.pth": "not a file of plain tensors"}
+    expected = {
+        "bad.pth": "bad.pth",
+        "bad.safetensors": "cannot be read",
+        "tensor.pth": "mapping",
+        "short.pth": "holds 1 tensors",
+    }
+    expected |= {
+        "missing.pth": r"layer3\.0\.conv1\.weight is missing",
+        "shape.pth": "another backbone",
+        "code.pth": "not a file of plain tensors",
+    }
     for name, message in expected.items():
         with pytest.raises(UserError, match=message) as caught:
             load_fisher(tmp_path / name, backbone)
@@ -181,7 +206,9 @@ def test_unusable_files(backbone, whole, tmp_path):
 def test_source_labels():
     known = SOURCE_CLASSES.read_text().split()
     assert len(known) == 200
-    np.testing.assert_array_equal(source_labels([known[5], known[0], known[5]], 200, "folder"), [5, 0, 5])  # some suffice
+    np.testing.assert_array_equal(
+        source_labels([known[5], known[0], known[5]], 200, "folder"), [5, 0, 5]
+    )  # some suffice
     np.testing.assert_array_equal(source_labels(["b", "a", "c"], 3, "folder"), [1, 0, 2])
     with pytest.raises(UserError, match="folder has 2 class folders, .* 1000 classes"):
         source_labels(["a", "b"], 1000, "folder")

@@ -13,8 +13,9 @@ from panda_ad.adapt.collapse import collapsed, feature_statistics
 from panda_ad.adapt.compactness import compactness_loss, descend, minibatches
 from panda_ad.adapt.ewc import ElasticPenalty
 from panda_ad.adapt.oe import linear_head, outlier_loss
-from panda_ad.adapt.ses import ses_scores, snapshot_steps
+from panda_ad.adapt.snapshots import snapshot_steps
 from panda_ad.errors import UserError
+from panda_ad.scoring.ses import ses_scores
 
 
 def test_compactness_loss():
@@ -95,7 +96,9 @@ def test_outlier_loss_is_binary_cross_entropy():
     def probability(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
-    naive = [-math.log(1 - probability(x)) for x in logits[:2].tolist()] + [-math.log(probability(x)) for x in logits[2:].tolist()]
+    naive = [-math.log(1 - probability(x)) for x in logits[:2].tolist()] + [
+        -math.log(probability(x)) for x in logits[2:].tolist()
+    ]
     assert float(outlier_loss(logits, 2)) == pytest.approx(sum(naive) / 5, rel=1e-6)
 
 
@@ -115,7 +118,14 @@ def quadratic(start: list[float], scale: float = 1.0, **options):
         seen.append(since)
         return False
 
-    defaults = {"steps": 3, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5, "watch_at": [1, 2, 3]}
+    defaults = {
+        "steps": 3,
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "clip_norm": 0.5,
+        "watch_at": [1, 2, 3],
+    }
     descend([p], lambda: scale / 2 * p.square().sum(), watch=watch, **{**defaults, **options})
     return torch.stack(path), seen
 
@@ -182,7 +192,15 @@ def test_descent_stops_when_told_and_reports_means():
             assert since.loss == pytest.approx((1 + 0.9**2) / 2)
         return step == 4
 
-    descend([p], lambda: p.square().sum(), steps=9, watch_at=[2, 4, 9], watch=watch, progress=lambda *t: ticks.append(t), **sgd)
+    descend(
+        [p],
+        lambda: p.square().sum(),
+        steps=9,
+        watch_at=[2, 4, 9],
+        watch=watch,
+        progress=lambda *t: ticks.append(t),
+        **sgd,
+    )
     assert steps == [2, 4] and ticks == [(i, 9) for i in range(1, 5)]
 
 

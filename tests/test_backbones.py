@@ -10,9 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from panda_ad.backbones import EMBEDDED, Backbone, fingerprint, in_micro_batches, load_backbone, preprocess, trunk_activations
 from panda_ad.errors import UserError
-from panda_ad.resnet import NAMES, ResNet
+from panda_ad.features.backbones import (
+    EMBEDDED,
+    Backbone,
+    fingerprint,
+    in_micro_batches,
+    load_backbone,
+    preprocess,
+    trunk_activations,
+)
+from panda_ad.features.resnet import NAMES, ResNet
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +92,7 @@ def test_a_backbone_is_no_view_of_the_tensors_it_is_built_from():
 
 def test_torchvision_is_not_imported():
     """It brings PyTorch's compiler along: as long again as PyTorch, at each start of a stage."""
-    code = "import sys; from panda_ad.backbones import load_backbone; load_backbone('embedded'); print({'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules))"
+    code = "import sys; from panda_ad.features.backbones import load_backbone; load_backbone('embedded'); print({'torchvision', 'torch._dynamo', 'sympy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -162,4 +170,6 @@ def test_preprocess_keeps_the_whole_image_and_normalises():
     white = np.full((30, 60, 3), 255, np.uint8)
     out = preprocess(white, (32, 32))
     assert out.shape == (3, 32, 32)
-    torch.testing.assert_close(out[:, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+    torch.testing.assert_close(
+        out[:, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from panda_ad import baselines
+from panda_ad.benchmark import baselines
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panda_ad.benchmark import METHODS, benchmark, make_settings, plan
 from panda_ad.benchmark.cells import Bench, read_cell
 from panda_ad.benchmark.protocols import choose_test, train_refs
+from panda_ad.benchmark.runner import METHODS, benchmark, make_settings, plan
 from panda_ad.benchmark.sources import Images, as_item, read_set
 from panda_ad.benchmark.tables import build_table
 from panda_ad.data.outliers import is_grey
 from panda_ad.errors import UserError
-from panda_ad.metrics import auroc
+from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.params import Params, load_params, parse_params
-from panda_ad.processes import Group
 from panda_ad.registry.connection import connect
+from panda_ad.system.processes import Group
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("disc", "stripes", "blank")
@@ -95,7 +95,9 @@ def test_a_long_job_shows_its_progress_on_a_terminal_only(run, monkeypatch, term
 
 
 def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):
-    rows = run(["shapes"], METHODS, classes=["disc"], changes=[f"oe.outliers={data / 'outliers' / 'stripes'}"])["shapes"]
+    rows = run(["shapes"], METHODS, classes=["disc"], changes=[f"oe.outliers={data / 'outliers' / 'stripes'}"])[
+        "shapes"
+    ]
     assert [r.method for r in rows] == list(METHODS)
     cells = cells_of(tmp_path / "out")
     assert set(cells) == {f"disc {m}" for m in METHODS}
@@ -181,7 +183,9 @@ def test_raw_features_are_shared_among_classes(run, tmp_path, monkeypatch):
 
 
 def test_subsets_are_stratified_and_stable(data):
-    images = Images({"a": [np.full((2, 2, 3), i, np.uint8) for i in range(50)]}, list(range(100)), ["a"] * 80 + ["b"] * 20)
+    images = Images(
+        {"a": [np.full((2, 2, 3), i, np.uint8) for i in range(50)]}, list(range(100)), ["a"] * 80 + ["b"] * 20
+    )
     chosen = choose_test(images, 10)
     assert [images.test_class[i] for i in chosen].count("a") == 8 and len(set(chosen)) == 10
     assert (chosen == choose_test(images, 10)).all()
@@ -192,7 +196,15 @@ def test_subsets_are_stratified_and_stable(data):
 
 def cell(target: str, method: str, seed: int, labels: list[int], scores: list[float]) -> dict:
     value = auroc(np.array(labels), np.array(scores))
-    return {"target": target, "method": method, "seed": seed, "labels": labels, "scores": scores, "auroc": value, "protocol": "one-vs-rest"}
+    return {
+        "target": target,
+        "method": method,
+        "seed": seed,
+        "labels": labels,
+        "scores": scores,
+        "auroc": value,
+        "protocol": "one-vs-rest",
+    }
 
 
 def test_table_by_hand():
@@ -216,7 +228,9 @@ def test_table_by_hand():
 
 
 def test_table_is_a_run_in_mlflow(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the store and the artifacts lie beside params.yaml, here nowhere near the repository's
+    monkeypatch.chdir(
+        tmp_path
+    )  # the store and the artifacts lie beside params.yaml, here nowhere near the repository's
     (tmp_path / "params.yaml").touch()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (row,) = run(["shapes"], ["none"], mlflow=True)["shapes"]
@@ -267,8 +281,24 @@ def test_dask_cluster_gives_the_same_cells(data, tmp_path, monkeypatch):
         "DO_NOT_TRACK": "true",
         "OMP_NUM_THREADS": "1",
     }
-    options = ["-m", "none", "-m", "ses", "--size", "32", "--no-mlflow", "--set", "ses.epochs=1", "--out", str(tmp_path / "dask"), "--dask", "local"]
-    with Group([sys.executable, "-m", "panda_ad.cli", "benchmark", "shapes", *options], cwd=ROOT, env=environment) as group:
+    options = [
+        "-m",
+        "none",
+        "-m",
+        "ses",
+        "--size",
+        "32",
+        "--no-mlflow",
+        "--set",
+        "ses.epochs=1",
+        "--out",
+        str(tmp_path / "dask"),
+        "--dask",
+        "local",
+    ]
+    with Group(
+        [sys.executable, "-m", "panda_ad.cli", "benchmark", "shapes", *options], cwd=ROOT, env=environment
+    ) as group:
         output = list(group.lines())
         assert group.wait() == 0, "\n".join(output[-40:])
     values = load_params(ROOT / "params.yaml").model_dump()
@@ -282,7 +312,12 @@ def test_dask_cluster_gives_the_same_cells(data, tmp_path, monkeypatch):
 
 
 def test_outliers_for_grey_images_are_grey_whoever_came_before(data, params, tmp_path):
-    bench = Bench(make_settings(params, ["oe"], None, None, [f"oe.outliers={data / 'outliers'}"], data, False), data, tmp_path / "out", tmp_path / "c")
+    bench = Bench(
+        make_settings(params, ["oe"], None, None, [f"oe.outliers={data / 'outliers'}"], data, False),
+        data,
+        tmp_path / "out",
+        tmp_path / "c",
+    )
     files = sorted((data / "outliers" / "stripes").iterdir())
     colour = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     grey = np.repeat(colour[..., :1], 3, axis=2)
@@ -296,11 +331,18 @@ def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params,
     change = [f"oe.outliers={data / 'outliers' / 'stripes'}"]
     (job,), scores = plan(["shapes"], data, ["oe"], "one-vs-rest", ["disc"], [0])[0], []
     for n, given in enumerate((params, normalizing)):
-        bench = Bench(make_settings(given, ["oe"], None, None, change, data, False), data, tmp_path / f"out{n}", tmp_path / "cache")
+        bench = Bench(
+            make_settings(given, ["oe"], None, None, change, data, False),
+            data,
+            tmp_path / f"out{n}",
+            tmp_path / "cache",
+        )
         scores.append(read_cell(bench.run(job)[0])["scores"])
     assert scores[0] == scores[1]
 
 
 def test_what_collapse_leads_to_is_part_of_a_cell(params, data):
-    one, other = (make_settings(params, ["ses"], None, None, change, data, False) for change in ([], ["ses.on_collapse=fallback"]))
+    one, other = (
+        make_settings(params, ["ses"], None, None, change, data, False) for change in ([], ["ses.on_collapse=fallback"])
+    )
     assert one.key("trajectory") != other.key("trajectory")

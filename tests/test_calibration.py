@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from panda_ad.calibration import p_values, threshold
 from panda_ad.errors import UserError
+from panda_ad.scoring.calibration import p_values, threshold
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), max_size=10))

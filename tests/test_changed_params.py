@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from panda_ad.changed_params import LEFT, SAVED, changed_params
 from panda_ad.errors import UserError
-from panda_ad.lock import repository_lock
-from panda_ad.stages import common
+from panda_ad.system import stage
+from panda_ad.system.changed_params import LEFT, SAVED, changed_params
+from panda_ad.system.lock import repository_lock
 
 KILLED = """
 import os
@@ -118,9 +118,9 @@ def test_a_stage_that_dvc_chose_by_a_killed_runs_parameters_does_not_run(monkeyp
     kill_a_run()
     monkeypatch.setattr(sys, "argv", ["index"])
     ran: list[str] = []
-    assert common._run("index", lambda: ran.append("once")) == 2 and ran == []
+    assert stage._run("index", lambda: ran.append("once")) == 2 and ran == []
     assert capsys.readouterr().err.endswith("run `dvc repro` again\n")
-    assert common._run("index", lambda: ran.append("twice")) == 0 and ran == ["twice"]
+    assert stage._run("index", lambda: ran.append("twice")) == 0 and ran == ["twice"]
 
 
 def test_killed_at_any_moment_of_saving_and_putting_back():

@@ -27,7 +27,19 @@ def test_every_command_is_named_with_a_whole_sentence():
     assert [line for line in commands.values() if line.endswith("...")] == []
 
 
-@pytest.mark.parametrize("command", [["run"], ["summary"], ["ui"], ["monitor"], ["promote"], ["rollback", "fabric"], ["explain-version", "x"], ["score", "."]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run"],
+        ["summary"],
+        ["ui"],
+        ["monitor"],
+        ["promote"],
+        ["rollback", "fabric"],
+        ["explain-version", "x"],
+        ["score", "."],
+    ],
+)
 def test_a_wrong_folder_is_one_line_and_stays_empty(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     code, line = said(monkeypatch, capsys, *command)
@@ -41,7 +53,7 @@ def test_what_the_operating_system_refuses_is_one_line(tmp_path, monkeypatch, ca
     def write(*_arguments):
         (tmp_path / "file" / "overlays").mkdir()
 
-    monkeypatch.setattr("panda_ad.score.score_paths", write)
+    monkeypatch.setattr("panda_ad.commands.score.score_paths", write)
     assert said(monkeypatch, capsys, "score", tmp_path) == (2, f"panda-ad: {tmp_path}/file/overlays: Not a directory\n")
 
 
@@ -49,7 +61,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys):
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("panda_ad.run.summary", stop)
+    monkeypatch.setattr("panda_ad.commands.run.summary", stop)
     assert said(monkeypatch, capsys, "summary") == (130, "panda-ad: stopped\n")
 
 
@@ -57,7 +69,7 @@ def test_an_error_of_our_own_keeps_its_trace(monkeypatch):
     def fail(*_arguments):
         raise OSError("no error of the operating system")
 
-    monkeypatch.setattr("panda_ad.score.score_paths", fail)
+    monkeypatch.setattr("panda_ad.commands.score.score_paths", fail)
     monkeypatch.setattr("sys.argv", ["panda-ad", "score", "x"])
     with pytest.raises(OSError, match="no error of"):
         cli.main()
@@ -67,5 +79,7 @@ def test_each_line_is_written_at_once_into_a_file_too(tmp_path):
     program = "import atexit, sys; atexit.register(lambda: print(sys.stdout.line_buffering, file=sys.stderr)); from panda_ad.cli import main; sys.argv = ['panda-ad', '--help']; main()"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     with open(tmp_path / "out", "w") as out:
-        done = subprocess.run([sys.executable, "-c", program], env=env, stdout=out, stderr=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env, stdout=out, stderr=subprocess.PIPE, text=True, check=True
+        )
     assert done.stderr.strip() == "True"

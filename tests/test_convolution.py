@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panda_ad.adapt import adapt, convolution
+from panda_ad.adapt import convolution
 from panda_ad.adapt.convolution import (
     POSITIONS,
     FilteredConvolution,
@@ -19,13 +19,16 @@ from panda_ad.adapt.convolution import (
     fixed_batch_norm,
     small_convolutions,
 )
-from panda_ad.backbones import load_backbone
+from panda_ad.adapt.train import adapt
+from panda_ad.features.backbones import load_backbone
 from panda_ad.params import load_params
 
 
 def values(*shape):
     """What bfloat16 holds exactly, so that only the results' rounding differs."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().float().requires_grad_(True)
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16().float().requires_grad_(True)
+    )
 
 
 def agree(function, x, weight, stride, padding, tolerance):
@@ -44,7 +47,14 @@ def agree(function, x, weight, stride, padding, tolerance):
 @given(h=st.integers(1, 14), w=st.integers(1, 14), c=st.integers(1, 9), out=st.integers(1, 9), b=st.integers(1, 4))
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2**-5)])
 def test_minimal_filtering_is_convolution_over_maps_of_any_shape(precision, tolerance, h, w, c, out, b):
-    agree(lambda x, kernel: FilteredConvolution.apply(x, kernel, precision, None), values(b, c, h, w), values(out, c, 3, 3), 1, 1, tolerance)
+    agree(
+        lambda x, kernel: FilteredConvolution.apply(x, kernel, precision, None),
+        values(b, c, h, w),
+        values(out, c, 3, 3),
+        1,
+        1,
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("side", [2, 4])
@@ -64,14 +74,19 @@ def test_filters_are_kept_while_no_gradient_is_asked_for_and_the_weight_stays(si
         torch.optim.SGD(layer.parameters(), lr=0.1, fused=True).step()
         assert layer.weight._version == version, "the fused step counts as a change by itself"
         with torch.no_grad():
-            torch.testing.assert_close(layer(x), F.conv2d(x.double(), layer.weight.double(), padding=1).float(), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                layer(x), F.conv2d(x.double(), layer.weight.double(), padding=1).float(), rtol=1e-3, atol=1e-3
+            )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), small_convolutions(torch.bfloat16):
         torch.testing.assert_close(layer(x), layer(x))
 
 
 def test_bfloat16_filtering_errs_about_twice_as_much_as_the_direct_sum():
     for side in (2, 4, 8):
-        x, weight = (torch.randn(*shape, generator=torch.Generator().manual_seed(side)) for shape in ((8, 64, side, side), (64, 64, 3, 3)))
+        x, weight = (
+            torch.randn(*shape, generator=torch.Generator().manual_seed(side))
+            for shape in ((8, 64, side, side), (64, 64, 3, 3))
+        )
         exact = F.conv2d(x.double(), weight.double(), padding=1)
         direct = UnrolledConvolution.apply(x, weight, 1, 1, torch.bfloat16)
         filtered = FilteredConvolution.apply(x, weight, torch.bfloat16, None)
@@ -80,9 +95,19 @@ def test_bfloat16_filtering_errs_about_twice_as_much_as_the_direct_sum():
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
-@pytest.mark.parametrize(("h", "w", "k", "stride", "padding"), [(2, 2, 3, 1, 1), (4, 4, 3, 2, 1), (5, 3, 3, 2, 1), (4, 4, 1, 2, 0), (3, 4, 5, 1, 2), (1, 1, 3, 1, 1)])
+@pytest.mark.parametrize(
+    ("h", "w", "k", "stride", "padding"),
+    [(2, 2, 3, 1, 1), (4, 4, 3, 2, 1), (5, 3, 3, 2, 1), (4, 4, 1, 2, 0), (3, 4, 5, 1, 2), (1, 1, 3, 1, 1)],
+)
 def test_unrolling_equals_the_librarys_convolution(h, w, k, stride, padding, precision, tolerance):
-    agree(lambda x, kernel: UnrolledConvolution.apply(x, kernel, stride, padding, precision), values(3, 8, h, w), values(6, 8, k, k), stride, padding, tolerance)
+    agree(
+        lambda x, kernel: UnrolledConvolution.apply(x, kernel, stride, padding, precision),
+        values(3, 8, h, w),
+        values(6, 8, k, k),
+        stride,
+        padding,
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("outputs", [2, 4])
@@ -109,7 +134,9 @@ def test_batch_norm_with_fixed_statistics():
     wanted = torch.autograd.grad(expected, (x, norm.weight, norm.bias), toward)
     found = fixed_batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(found, (x, norm.weight, norm.bias), toward), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (x, norm.weight, norm.bias), toward), wanted, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_only_small_plain_convolutions_are_taken(monkeypatch):
@@ -136,15 +163,23 @@ def test_only_small_plain_convolutions_are_taken(monkeypatch):
     assert names(values(2, 4, 4, 4), values(4, 4, 3, 3), padding=2, dilation=2) == []
 
 
-@pytest.mark.parametrize(("side", "precision", "tolerance"), [(8, torch.float32, 1e-4), (16, torch.float32, 1e-4), (7, torch.float32, 1e-4), (8, torch.bfloat16, 0.04)])
+@pytest.mark.parametrize(
+    ("side", "precision", "tolerance"),
+    [(8, torch.float32, 1e-4), (16, torch.float32, 1e-4), (7, torch.float32, 1e-4), (8, torch.bfloat16, 0.04)],
+)
 def test_the_heads_features_and_gradient_are_the_librarys(side, precision, tolerance):
     backbone = load_backbone("embedded")
-    x = torch.rand(4, 128, side, side, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    x = torch.rand(4, 128, side, side, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
     found = []
     for products in (False, True):
         head = copy.deepcopy(backbone.head).eval().requires_grad_(True)
         if products:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), small_convolutions(precision):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
+                small_convolutions(precision),
+            ):
                 features = head(x)
         else:
             features = head(x)
@@ -158,7 +193,9 @@ def test_training_goes_where_the_librarys_convolutions_go(monkeypatch, repo_root
     """Twenty steps whose length hardly depends on rounding, each being clipped: the same weights to a few parts in a thousand of the way."""
     backbone = load_backbone("embedded")
     layer2 = torch.rand(40, 128, 8, 8, generator=torch.Generator().manual_seed(1)).half().numpy()
-    params = load_params(repo_root / "params.yaml").adapt.model_copy(update={"method": "compactness", "epochs": 10, "learning_rate": 0.5})
+    params = load_params(repo_root / "params.yaml").adapt.model_copy(
+        update={"method": "compactness", "epochs": 10, "learning_rate": 0.5}
+    )
     ours = adapt(backbone, layer2, params, seed=0).snapshots[-1]
     monkeypatch.setattr(convolution, "small_convolutions", lambda precision: nullcontext())
     plain = adapt(backbone, layer2, params, seed=0).snapshots[-1]

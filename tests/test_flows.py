@@ -11,10 +11,10 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect_project import ROOT, call, make_project, new_data
 
-from panda_ad.changed_params import changed_params
 from panda_ad.errors import Busy, UserError
-from panda_ad.processes import child_environment
 from panda_ad.registry.change import provenance
+from panda_ad.system.changed_params import changed_params
+from panda_ad.system.processes import child_environment
 
 sys.path.insert(0, str(ROOT))
 import flows.common
@@ -104,7 +104,12 @@ def test_a_dvc_process_that_is_dying_is_waited_for_and_another_named(project, mo
 
 
 def test_a_category_brings_what_it_depends_on():
-    stages = [Stage("validate", (), 0), Stage("a@x", ("validate",), 0), Stage("a@y", ("validate",), 0), Stage("b@y", ("a@y",), 0)]
+    stages = [
+        Stage("validate", (), 0),
+        Stage("a@x", ("validate",), 0),
+        Stage("a@y", ("validate",), 0),
+        Stage("b@y", ("a@y",), 0),
+    ]
     assert [s.name for s in select(stages, ["y"])] == ["validate", "a@y", "b@y"]
     assert select(stages, ["z"]) == []
 
@@ -114,7 +119,13 @@ def test_children_get_this_pythons_commands(project):
 
 
 def test_a_stages_own_last_line_is_the_message_and_dvcs_hints_are_not_logged():
-    lines = ["work", "panda-ad: adapt: no images", "", "Use `dvc push` to send your updates to remote storage.", "ERROR: failed to reproduce 'adapt'"]
+    lines = [
+        "work",
+        "panda-ad: adapt: no images",
+        "",
+        "Use `dvc push` to send your updates to remote storage.",
+        "ERROR: failed to reproduce 'adapt'",
+    ]
     logged: list[str] = []
     logger = logging.getLogger("test_flows")
     logger.setLevel(logging.INFO)

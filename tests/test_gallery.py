@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
-from panda_ad.files import write_json
-from panda_ad.gallery import Gallery, cluster_means, compress, score_left_out
 from panda_ad.params import GalleryParams
+from panda_ad.scoring.gallery import Gallery, cluster_means, compress, score_left_out
+from panda_ad.scoring.whitening import fit_whitening
 from panda_ad.stages.index_gallery import build_galleries, left_out_scores, normal_mean
-from panda_ad.whitening import fit_whitening
+from panda_ad.system.files import write_json
 
 
 def brute(gallery: np.ndarray, queries: np.ndarray, k: int, leave_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -38,7 +38,9 @@ def test_search_equals_brute_force(features):
     np.testing.assert_array_equal(indices, expected[1])
     np.testing.assert_allclose(distances, expected[0], rtol=1e-14)
     assert distances.dtype == np.float64 and indices.dtype == np.int64
-    np.testing.assert_allclose(Gallery(features).score(queries, 2), expected[0][:, :2].sum(axis=1), rtol=1e-14)  # DN2: k = 2
+    np.testing.assert_allclose(
+        Gallery(features).score(queries, 2), expected[0][:, :2].sum(axis=1), rtol=1e-14
+    )  # DN2: k = 2
 
 
 def test_exact_where_float32_is_blind():
@@ -53,7 +55,9 @@ def test_exact_among_more_near_ties_than_candidates():
     """All candidates equally far but for less than float32 resolves, and one far outlier that inflates the error bound."""
     rng = np.random.default_rng(0)
     directions = rng.normal(size=(200, 8))
-    features = (directions / np.linalg.norm(directions, axis=1, keepdims=True) * (1 + rng.normal(0, 3e-8, (200, 1)))).astype(np.float32)
+    features = (
+        directions / np.linalg.norm(directions, axis=1, keepdims=True) * (1 + rng.normal(0, 3e-8, (200, 1)))
+    ).astype(np.float32)
     features[17] = 1e4
     queries = np.zeros((25, 8), np.float32)
     np.testing.assert_array_equal(Gallery(features).search(queries, 3)[1], brute(features, queries, 3)[1])
@@ -238,9 +242,9 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     import yaml
     from registry_project import make_project
 
-    from panda_ad.backbones import preprocess, trunk_activations
-    from panda_ad.bundle import load_bundle
     from panda_ad.data.images import read_image
+    from panda_ad.features.backbones import preprocess, trunk_activations
+    from panda_ad.scoring.bundle import load_bundle
     from panda_ad.stages import adapt, extract, index
 
     folder = make_project(tmp_path / "plant")
@@ -256,7 +260,9 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     for stage in (adapt, index):
         stage.main("fabric")
     made = json.loads(Path("build/features/fabric/backbone.json").read_text())
-    write_json(Path("build/features/fabric/backbone.json"), made | {"fingerprint": "0" * 64})  # another file under the weights' name
+    write_json(
+        Path("build/features/fabric/backbone.json"), made | {"fingerprint": "0" * 64}
+    )  # another file under the weights' name
     for stage in (adapt, index):
         with pytest.raises(UserError, match="--single-item extract"):
             stage.main("fabric")
@@ -271,5 +277,7 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     assert len(detector.galleries[0]) == len(detector.images) == 5
     for gallery, under in zip(detector.galleries, features, strict=True):
         for cluster, image in enumerate(detector.images):
-            np.testing.assert_allclose(gallery.features[cluster], under[members == cluster].mean(axis=0), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                gallery.features[cluster], under[members == cluster].mean(axis=0), rtol=1e-5, atol=1e-6
+            )
             assert members[number[image["path"]]] == cluster

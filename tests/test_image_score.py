@@ -16,13 +16,13 @@ from registry_project import make_project
 from scipy.stats import iqr
 from test_localize import build, naive_spade, pairwise
 
-from panda_ad.bundle import load_bundle, save_bundle
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
-from panda_ad.image_score import FOLDS, Scale, Usual, fit_scale, fit_usual, image_scores, left_out_peaks
-from panda_ad.localize.maps import positions
-from panda_ad.localize.patch_memory import patch_features
 from panda_ad.params import parse_params
+from panda_ad.scoring.bundle import load_bundle, save_bundle
+from panda_ad.scoring.image_score import FOLDS, Scale, Usual, fit_scale, fit_usual, image_scores, left_out_peaks
+from panda_ad.scoring.localize.maps import positions
+from panda_ad.scoring.localize.patch_memory import patch_features
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
@@ -102,7 +102,12 @@ def test_spade_without_an_image_never_looks_at_it(world):
 def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
     """With tiles the gallery's maps count as the four tiles of three images."""
     size, gallery, pooled, _, _ = world
-    whole = build("patch_memory", (size, gallery, pooled[: 12 // tiles**2], None, None), memory_fraction=1.0, tiles=tiles if tiles > 1 else None)
+    whole = build(
+        "patch_memory",
+        (size, gallery, pooled[: 12 // tiles**2], None, None),
+        memory_fraction=1.0,
+        tiles=tiles if tiles > 1 else None,
+    )
     left = whole.without(1)
     rows = positions(patch_features(gallery))  # (12, P, C)
     own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].flatten(0, 1)}
@@ -124,11 +129,21 @@ def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles
     monkeypatch.setattr(index, "BUILD", tmp_path)
     size, gallery, pooled, _, _ = world
     count = 12 // tiles**2
-    whole = build("patch_memory", (size, gallery, pooled[:count], None, None), memory_fraction=0.5, tiles=tiles if tiles > 1 else None)
+    whole = build(
+        "patch_memory",
+        (size, gallery, pooled[:count], None, None),
+        memory_fraction=0.5,
+        tiles=tiles if tiles > 1 else None,
+    )
     monkeypatch.setattr(index, "_USUAL", count - 1)
     detector = SimpleNamespace(localizer=whole, size=size)
     found = index.left_out_maps(detector, lambda i: {k: v[i] for k, v in gallery.items()}, pooled[:count], 3)
-    each = [whole.without(i).heatmaps({k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}, pooled[i : i + 1], size)[0] for i in range(count)]
+    each = [
+        whole.without(i).heatmaps(
+            {k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}, pooled[i : i + 1], size
+        )[0]
+        for i in range(count)
+    ]
     chosen = [next(i for i, own in enumerate(each) if np.array_equal(own, heatmap)) for heatmap in found]
     assert len(found) == count - 1 and chosen == sorted(set(chosen))
 
@@ -164,7 +179,10 @@ def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_
     assert [v.score for v in plain] == [v.score for v in mapped] == rows["score"].tolist()
     if method == "both":
         assert [sum(v.parts) for v in plain] == pytest.approx(rows["score"].tolist())
-        assert plain[0].parts == (detector.scales[0](rows["features_score"][0]), detector.scales[1](rows["heatmap_peak"][0]))
+        assert plain[0].parts == (
+            detector.scales[0](rows["features_score"][0]),
+            detector.scales[1](rows["heatmap_peak"][0]),
+        )
     else:
         assert plain[0].parts is None
     assert plain[0].heatmap is None and mapped[0].heatmap is not None
@@ -172,13 +190,17 @@ def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_
     expected = {
         "features": rows["features_score"],
         "heatmap": rows["heatmap_peak"],
-        "both": sum(scale(rows[c]) for scale, c in zip(detector.scales or (), ("features_score", "heatmap_peak"), strict=False)),
+        "both": sum(
+            scale(rows[c]) for scale, c in zip(detector.scales or (), ("features_score", "heatmap_peak"), strict=False)
+        ),
     }[method]
     assert rows["score"].tolist() == expected.tolist()
     bundle = json.loads((folder / "build/bundle/fabric/bundle.json").read_text())
     assert bundle["format"] == (2 if method == "features" else 4)
     figures = json.loads((folder / "build/evaluation/fabric/metrics.json").read_text())
-    assert figures["image_auroc"] == figures.get({"features": "features_auroc", "heatmap": "heatmap_auroc"}.get(method, "image_auroc"))
+    assert figures["image_auroc"] == figures.get(
+        {"features": "features_auroc", "heatmap": "heatmap_auroc"}.get(method, "image_auroc")
+    )
 
 
 @pytest.mark.parametrize("whiten", [False, True])
@@ -186,14 +208,16 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
     """By hand: each fold against whitening and gallery of the others, by the loaded bundle's own heads; a seen image would look too normal."""
     import pandas as pd
 
-    from panda_ad.backbones import preprocess, trunk_activations
-    from panda_ad.whitening import fit_whitening
+    from panda_ad.features.backbones import preprocess, trunk_activations
+    from panda_ad.scoring.whitening import fit_whitening
 
     folder = make_plant(tmp_path / "plant", monkeypatch, {"whiten": whiten}, score="both")
     detector = load_bundle("build/bundle/fabric")
     manifest = pd.read_csv("build/features/fabric/rows.csv")
     train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] == "train"]["path"]]
-    _, layer2 = trunk_activations(detector.backbone, torch.stack([preprocess(i, detector.size) for i in train]), detector.precision)
+    _, layer2 = trunk_activations(
+        detector.backbone, torch.stack([preprocess(i, detector.size) for i in train]), detector.precision
+    )
     seen = detector.score_activations(layer2, heatmaps=True)
     detector.whitenings = []
     order = np.random.default_rng(0).permutation(len(train))

@@ -33,7 +33,9 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
 
 
 def refused(data: bytes, reason: str, name: str = "line 3/größe ü.png") -> str:
@@ -121,9 +123,20 @@ def test_a_file_that_has_changed_since_it_was_hashed_is_refused(tmp_path):
 
 def test_twelve_bit_tiff_is_scaled_from_its_own_range():
     packed = bytes([0xFF, 0xF0, 0x00])  # two 12-bit pixels: 4095, 0
-    entries = [(256, 3, 2), (257, 3, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 200), (277, 3, 1), (278, 3, 1), (279, 4, 3)]
+    entries = [
+        (256, 3, 2),
+        (257, 3, 1),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 200),
+        (277, 3, 1),
+        (278, 3, 1),
+        (279, 4, 3),
+    ]
     ifd = struct.pack("<H", len(entries)) + b"".join(
-        struct.pack("<HHI", tag, kind, 1) + (struct.pack("<HH", v, 0) if kind == 3 else struct.pack("<I", v)) for tag, kind, v in entries
+        struct.pack("<HHI", tag, kind, 1) + (struct.pack("<HH", v, 0) if kind == 3 else struct.pack("<I", v))
+        for tag, kind, v in entries
     )
     data = (b"II*\0" + struct.pack("<I", 8) + ifd + bytes(4)).ljust(200, b"\0") + packed
     np.testing.assert_array_equal(decode(data, "x")[0, :, 0], [255, 0])
@@ -150,7 +163,11 @@ def test_transparency_is_laid_over_white_and_in_masks_over_black():
     rgba[0, 0] = (10, 20, 30, 255)
     rgba[0, 1] = (0, 0, 0, 128)
     out = decode(encode(Image.fromarray(rgba)), "x")
-    assert out[0, 0].tolist() == [10, 20, 30] and out[1, 1].tolist() == [255, 255, 255] and abs(int(out[0, 1, 0]) - 127) <= 1
+    assert (
+        out[0, 0].tolist() == [10, 20, 30]
+        and out[1, 1].tolist() == [255, 255, 255]
+        and abs(int(out[0, 1, 0]) - 127) <= 1
+    )
 
     la = np.zeros((4, 4, 2), np.uint8)
     la[0, 0] = (200, 255)
@@ -226,7 +243,11 @@ SEEDS = [encode(Image.fromarray(RGB), kind) for kind in ("PNG", "JPEG", "BMP", "
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8), st.floats(0, 1))
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
+    st.floats(0, 1),
+)
 def test_damaged_bytes_decode_or_are_refused_in_one_line(seed, edits, keep):
     data = bytearray(seed)
     for position, value in edits:
@@ -253,4 +274,6 @@ def test_batches_hold_bounded_pixels_and_every_item_once(sizes):
     found = list(batches(sizes, lambda size: size))
     assert [size for batch in found for size in batch] == sizes
     assert all(0 < len(batch) <= 32 and (sum(batch) <= 64_000_000 or len(batch) == 1) for batch in found)
-    assert all(len(a) == 32 or sum(a) + b[0] > 64_000_000 for a, b in itertools.pairwise(found)), "no shorter than need be"
+    assert all(len(a) == 32 or sum(a) + b[0] > 64_000_000 for a, b in itertools.pairwise(found)), (
+        "no shorter than need be"
+    )

@@ -17,10 +17,10 @@ from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 from prefect_project import call
 
+from panda_ad.commands.ingest import _told, ingest
 from panda_ad.data import manifest, records
-from panda_ad.data.ingest import take_in
+from panda_ad.data.intake import take_in
 from panda_ad.errors import Busy, UserError
-from panda_ad.ingest import _told, ingest
 
 
 @pytest.fixture
@@ -122,9 +122,13 @@ def test_a_file_is_quarantined_once(project, drop, make_params):
     assert "2 quarantined (2 of them before)" in _told(again, "nut", project / "data")
     save(noise(6, (7, 9)), drop / "more.png")
     third = take_in(params, "nut", [drop])
-    assert set(reasons(third)) == {"more.png"} and third.quarantine != first.quarantine and third.quarantined_before == 2
+    assert (
+        set(reasons(third)) == {"more.png"} and third.quarantine != first.quarantine and third.quarantined_before == 2
+    )
     shutil.rmtree(first.quarantine)
-    assert set(reasons(take_in(params, "nut", [drop]))) == {"tiny.png", "again.png"}, "what was cleared away is copied again"
+    assert set(reasons(take_in(params, "nut", [drop]))) == {"tiny.png", "again.png"}, (
+        "what was cleared away is copied again"
+    )
 
 
 def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
@@ -143,7 +147,9 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
     (path,) = [path for _, path in intake.added]
     stem = Path(path).stem
     assert path.startswith("nut/test/dent/part_0-")
-    assert (project / f"data/nut/ground_truth/dent/{stem}_mask.png").read_bytes() == (masks / "part 0_mask.png").read_bytes()
+    assert (project / f"data/nut/ground_truth/dent/{stem}_mask.png").read_bytes() == (
+        masks / "part 0_mask.png"
+    ).read_bytes()
     why = {f.name: reason for f, reason in intake.refused}
     assert set(why) == {"part 1.png", "part 2.png", "bare.png", "nobody.png"}
     assert "empty" in why["part 1.png"] and "15 x 16" in why["part 2.png"] and why["bare.png"] == "has no mask"
@@ -156,12 +162,19 @@ def test_defects_may_come_without_masks_where_others_have_them(project, drop, ma
     intake = take_in(params, "nut", [drop], "defect", "dent")
     rows, problems = build_manifest(params)
     added = rows[rows["path"].isin([path for _, path in intake.added])]
-    assert not problems and len(added) == len(intake.added) > 0 and (added["mask"] == "").all() and (rows["mask"] != "").any()
+    assert (
+        not problems
+        and len(added) == len(intake.added) > 0
+        and (added["mask"] == "").all()
+        and (rows["mask"] != "").any()
+    )
     mask = np.zeros((16, 16), np.uint8)
     mask[2:5, 2:5] = 255
     for file, _ in intake.added:
         save(mask, drop / "masks" / f"{file.stem}.png")
-    again = take_in(params, "nut", [file for file, _ in intake.added], "defect", "dent", masks=drop / "masks")  # drawn since
+    again = take_in(
+        params, "nut", [file for file, _ in intake.added], "defect", "dent", masks=drop / "masks"
+    )  # drawn since
     assert not again.added and not again.refused and all("which has its mask now" in twin for _, twin in again.known)
     rows, problems = build_manifest(params)
     assert not problems and (rows["mask"] != "").sum() == rows["label"].sum()
@@ -230,7 +243,7 @@ def test_the_first_images_of_a_category(project, drop, make_params):
 def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path, make_params):
     for i in range(60):
         save(noise(88_000 + i, (200, 200)), tmp_path / "big" / f"{i:02d}.png")
-    code = "from pathlib import Path; from panda_ad.ingest import ingest; ingest([Path('../big')], 'nut')"
+    code = "from pathlib import Path; from panda_ad.commands.ingest import ingest; ingest([Path('../big')], 'nut')"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"})
     train = project / "data/nut/train/good"
     deadline = time.monotonic() + 60
@@ -251,7 +264,7 @@ def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path
 
 def test_one_at_a_time(project, drop, monkeypatch):
     code = (
-        "import time; from panda_ad.lock import repository_lock\n"
+        "import time; from panda_ad.system.lock import repository_lock\n"
         "with repository_lock('other'): print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:

@@ -46,7 +46,12 @@ def outputs(folder: Path) -> dict[str, str]:
 
 def run_stages(folder: Path, how: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(REPO / "tests/kill_points.py"), how], cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False
+        [sys.executable, str(REPO / "tests/kill_points.py"), how],
+        cwd=folder,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -95,7 +100,9 @@ def test_dvc_repro_resumes_after_a_killed_stage_and_a_killed_run(undisturbed, tm
                 if victim == "run":
                     os.killpg(repro.pid, signal.SIGKILL)
                 else:
-                    subprocess.run(["pkill", "-KILL", "-s", str(repro.pid), "-f", f"panda_ad.stages.{stage}"], check=True)
+                    subprocess.run(
+                        ["pkill", "-KILL", "-s", str(repro.pid), "-f", f"panda_ad.stages.{stage}"], check=True
+                    )
         assert repro.wait() != 0, said
         assert f"stages.{stage}" in said and "failed" in said or victim == "run"
     said = call("dvc", "repro", "evaluate", cwd=folder)
@@ -111,7 +118,12 @@ def on_a_full_disk(folder: Path, full: str, *command: str) -> subprocess.Complet
         pytest.skip("mounting a small file system is not allowed here")
     script = f'{mount} && exec "$@"'
     return subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *command], cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command],
+        cwd=folder,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -132,7 +144,7 @@ def test_a_full_disk_at_index_is_one_line_and_the_next_run_goes_on(undisturbed, 
 
 
 def test_a_full_disk_at_publish_is_one_line_and_registers_nothing(full_disk_project):
-    command = ["python", "-m", "panda_ad.registry.publish", "nut"]
+    command = ["python", "-m", "panda_ad.stages.publish", "nut"]
     done = on_a_full_disk(full_disk_project, "mlartifacts", *command)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "no space left on the disk" in done.stderr.strip().splitlines()[-1].lower()

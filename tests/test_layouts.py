@@ -58,7 +58,12 @@ def test_masks_may_be_named_as_their_images_and_hidden_files_are_passed_over(mak
     folder = make_mvtec(Path("data"))
     for mask in (folder / "ground_truth/crack").iterdir():
         mask.rename(mask.with_name(mask.name.replace("_mask", "")))
-    for junk in ("train/good/.DS_Store", "test/crack/Thumbs.db", "ground_truth/crack/.x.png", "train/.ipynb_checkpoints"):
+    for junk in (
+        "train/good/.DS_Store",
+        "test/crack/Thumbs.db",
+        "ground_truth/crack/.x.png",
+        "train/.ipynb_checkpoints",
+    ):
         (folder / junk).write_bytes(b"junk")
     rows, problems = build(make_params)
     assert problems == [] and (rows.loc[rows["label"] == 1, "mask"] != "").all()
@@ -66,7 +71,15 @@ def test_masks_may_be_named_as_their_images_and_hidden_files_are_passed_over(mak
 
 def test_odd_names_survive(make_params):
     folder = make_mvtec(Path("data"), "größe no 1")
-    names = ["a b.png", "ünïcødé 測試.png", "quote'd, \"x\".png", "new\nline.png", "carriage\rreturn.png", "NA.png", "  lead.png"]
+    names = [
+        "a b.png",
+        "ünïcødé 測試.png",
+        'quote\'d, "x".png',
+        "new\nline.png",
+        "carriage\rreturn.png",
+        "NA.png",
+        "  lead.png",
+    ]
     for i, name in enumerate(names):
         save(noise(900 + i), folder / "train/good" / name)
     rows, problems = build(make_params, ["größe no 1"])
@@ -95,7 +108,12 @@ def test_what_has_no_place_is_listed(make_params):
     save(noise(503), folder / "ground_truth/crack/099_mask.png")
     _, problems = build(make_params)
     found = dict(problems)
-    assert set(found) == {"nut/train/thread/000.png", "nut/train/loose.png", "nut/test/good/sub", "nut/ground_truth/crack/099_mask.png"}
+    assert set(found) == {
+        "nut/train/thread/000.png",
+        "nut/train/loose.png",
+        "nut/test/good/sub",
+        "nut/ground_truth/crack/099_mask.png",
+    }
     assert "defective image in train" in found["nut/train/thread/000.png"]
     assert "without an image" in found["nut/ground_truth/crack/099_mask.png"]
 
@@ -131,7 +149,9 @@ def test_one_against_the_rest(make_params):
 
 def test_normal_class_that_is_not_there(make_params):
     make_classes(Path("data"))
-    with pytest.raises(UserError, match=r"data.normal_classes.pets: no class 'fox' in data/train; found: cat, dog, eel"):
+    with pytest.raises(
+        UserError, match=r"data.normal_classes.pets: no class 'fox' in data/train; found: cat, dog, eel"
+    ):
         build(make_params, ["pets"], layout="folders", normal_classes={"pets": ["cat", "fox"]})
 
 
@@ -149,7 +169,9 @@ def test_limits_are_stratified_and_stable(make_params):
     for i, path in enumerate(sorted(Path("data/train/cat").iterdir())):
         path.rename(path.with_name(f"renamed {99 - i}.png"))
     renamed, _ = build(make_params, ["cat"], **limits)  # the choice goes by content, not by name
-    assert dict(zip(renamed["sha256"], renamed["split"], strict=True)) == dict(zip(after["sha256"], after["split"], strict=True))
+    assert dict(zip(renamed["sha256"], renamed["split"], strict=True)) == dict(
+        zip(after["sha256"], after["split"], strict=True)
+    )
 
 
 def test_calibration_is_stable_when_images_are_added(make_params):
@@ -164,7 +186,10 @@ def test_calibration_is_stable_when_images_are_added(make_params):
     assert len(changed) <= 5
 
 
-@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 200), min_size=1, max_size=8), st.integers(1, 500))
+@given(
+    st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 200), min_size=1, max_size=8),
+    st.integers(1, 500),
+)
 def test_apportion_is_fair(sizes, limit):
     seats = apportion(sizes, limit)
     total = sum(sizes.values())
@@ -181,7 +206,19 @@ NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"
 @settings(max_examples=60, deadline=None)
 @given(st.lists(NAMES, min_size=1, max_size=6, unique=True))
 def test_any_name_comes_back_from_the_csv(names):
-    row = {"sha256": "0", "width": 9, "height": 9, "mode": "L", "category": "c", "split": "test", "label": 0, "defect": "good", "mask": "", "pixels": "1", "mask_sha256": ""}
+    row = {
+        "sha256": "0",
+        "width": 9,
+        "height": 9,
+        "mode": "L",
+        "category": "c",
+        "split": "test",
+        "label": 0,
+        "defect": "good",
+        "mask": "",
+        "pixels": "1",
+        "mask_sha256": "",
+    }
     rows = pd.DataFrame([{"path": name, **row} for name in names], columns=COLUMNS)
     write_manifest(rows, "names.csv")
     assert load_manifest("names.csv")["path"].tolist() == names
@@ -189,7 +226,9 @@ def test_any_name_comes_back_from_the_csv(names):
 
 @given(st.integers(4, 60), st.floats(0.01, 0.99), st.integers(0, 5))
 def test_calibration_share(n, fraction, seed):
-    rows = pd.DataFrame({"category": "c", "split": ["train"] * n + ["test"] * 3, "sha256": [str(i) for i in range(n + 3)]})
+    rows = pd.DataFrame(
+        {"category": "c", "split": ["train"] * n + ["test"] * 3, "sha256": [str(i) for i in range(n + 3)]}
+    )
     out = split_calibration(rows, fraction, seed)
     assert (out["split"] == "calibration").sum() == int(np.ceil(fraction * n)) and (out["split"] == "test").sum() == 3
 
@@ -253,7 +292,12 @@ def test_fashion_mnist(make_params):
     params = make_params(["Trouser", "T-shirt-top"], data={"root": "raw", "layout": "fashion_mnist"})
     rows, problems = build_manifest(params)
     assert problems == []
-    assert Counter(zip(rows["category"], rows["label"], strict=True)) == {("Trouser", 0): 30, ("Trouser", 1): 10, ("T-shirt-top", 0): 30, ("T-shirt-top", 1): 10}
+    assert Counter(zip(rows["category"], rows["label"], strict=True)) == {
+        ("Trouser", 0): 30,
+        ("Trouser", 1): 10,
+        ("T-shirt-top", 0): 30,
+        ("T-shirt-top", 1): 10,
+    }
     pixels = read_image(image_root(params) / "train/Trouser/00003.png")
     np.testing.assert_array_equal(pixels, np.repeat(images[3][:, :, None], 3, 2))
     marker = image_root(params) / "train/Trouser/00003.png"
@@ -285,8 +329,13 @@ def test_cifar(layout, labels, make_params, monkeypatch):
     dataset = getattr(torchvision.datasets, name)
     base = Path("raw") / folder
     rng = np.random.default_rng(1)
-    batches = {file: rng.integers(0, 256, (30, 3072), dtype=np.uint8) for file, _ in dataset.train_list + dataset.test_list}
-    sums = {file: write_pickle(base / file, {"data": data, labels: [i % 3 for i in range(30)]}) for file, data in batches.items()}
+    batches = {
+        file: rng.integers(0, 256, (30, 3072), dtype=np.uint8) for file, _ in dataset.train_list + dataset.test_list
+    }
+    sums = {
+        file: write_pickle(base / file, {"data": data, labels: [i % 3 for i in range(30)]})
+        for file, data in batches.items()
+    }
     meta = dataset.meta["filename"]
     sums[meta] = write_pickle(base / meta, {dataset.meta["key"]: ["airplane", "bird", "cat"]})
     monkeypatch.setattr(dataset, "train_list", [[file, sums[file]] for file, _ in dataset.train_list])
@@ -307,8 +356,13 @@ def test_flowers(make_params, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise(i)).save(path, quality=90)
     scipy.io.savemat(base / "imagelabels.mat", {"labels": np.array([1 + i % 2 for i in range(40)])})
-    scipy.io.savemat(base / "setid.mat", {"trnid": np.arange(1, 13), "valid": np.arange(13, 25), "tstid": np.arange(25, 41)})
-    sums = {k: (f, hashlib.md5((base / f).read_bytes()).hexdigest() if (base / f).exists() else m) for k, (f, m) in torchvision.datasets.Flowers102._file_dict.items()}
+    scipy.io.savemat(
+        base / "setid.mat", {"trnid": np.arange(1, 13), "valid": np.arange(13, 25), "tstid": np.arange(25, 41)}
+    )
+    sums = {
+        k: (f, hashlib.md5((base / f).read_bytes()).hexdigest() if (base / f).exists() else m)
+        for k, (f, m) in torchvision.datasets.Flowers102._file_dict.items()
+    }
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", sums)
     params = make_params(["pink primrose"], data={"root": "raw", "layout": "flowers102"})
     rows, problems = build_manifest(params)

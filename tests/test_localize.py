@@ -6,20 +6,29 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from panda_ad.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
-from panda_ad.localize import build_localizer, load_localizer
-from panda_ad.localize.patch_memory import choose, patch_features
-from panda_ad.localize.tiling import blend, boxes, tiles
+from panda_ad.features.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
 from panda_ad.params import LocalizeParams
+from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
+from panda_ad.scoring.localize.patch_memory import choose, patch_features
+from panda_ad.scoring.localize.tiling import blend, boxes, tiles
 
 
 def params(method, **changes):
-    values = {"method": method, "neighbours": 5, "memory_fraction": 0.3, "memory_limit": 20_000, "sigma": 2.0, "tiles": None}
+    values = {
+        "method": method,
+        "neighbours": 5,
+        "memory_fraction": 0.3,
+        "memory_limit": 20_000,
+        "sigma": 2.0,
+        "tiles": None,
+    }
     return LocalizeParams(**(values | changes))
 
 
 def texture(rng, shape):
-    return np.clip(128 + 60 * ndimage.gaussian_filter(rng.normal(size=(*shape, 3)), (1.5, 1.5, 0)) * 4, 0, 255).astype(np.uint8)
+    return np.clip(128 + 60 * ndimage.gaussian_filter(rng.normal(size=(*shape, 3)), (1.5, 1.5, 0)) * 4, 0, 255).astype(
+        np.uint8
+    )
 
 
 @pytest.fixture(scope="module", params=[(64, 64), (64, 96)], ids=["square", "wide"])
@@ -33,7 +42,13 @@ def world(request):
     layer1, layer2 = trunk_activations(backbone, torch.stack([preprocess(i, size) for i in images]), torch.float32)
     layer3, pooled = in_micro_batches(lambda x: (backbone.head.maps(x.float())[0], backbone.head(x.float())), layer2)
     layers = {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}
-    return size, {k: v[:12] for k, v in layers.items()}, pooled[:12].numpy(), {k: v[12:] for k, v in layers.items()}, pooled[12:].numpy()
+    return (
+        size,
+        {k: v[:12] for k, v in layers.items()},
+        pooled[:12].numpy(),
+        {k: v[12:] for k, v in layers.items()},
+        pooled[12:].numpy(),
+    )
 
 
 def build(method, world, **changes):
@@ -163,7 +178,9 @@ def test_coreset_is_greedy_seeded_and_skips_copies():
 
 def test_coreset_covers_better_than_chance():
     rng = np.random.default_rng(0)
-    rows = torch.from_numpy(rng.normal(size=(2000, 64)) * (rng.random((2000, 1)) > 0.98) * 5 + rng.normal(size=(2000, 64))).half()
+    rows = torch.from_numpy(
+        rng.normal(size=(2000, 64)) * (rng.random((2000, 1)) > 0.98) * 5 + rng.normal(size=(2000, 64))
+    ).half()
     chosen = choose(rows, 100, torch.Generator().manual_seed(0))
     radius = pairwise(rows.float(), rows[chosen].float()).max()
     assert radius < 0.8 * pairwise(rows.float(), rows[:100].float()).max()
@@ -176,7 +193,15 @@ def test_patch_features_of_an_image_do_not_depend_on_the_batch(world):
         assert torch.equal(together[i], patch_features({k: v[i : i + 1] for k, v in layers.items()})[0])
 
 
-@pytest.mark.parametrize(("shape", "size", "overlap"), [((50, 70), (32, 32), (8, 8)), ((33, 48), (32, 40), (0, 9)), ((20, 90), (32, 32), (31, 31)), ((10, 12), (32, 16), (4, 0))])
+@pytest.mark.parametrize(
+    ("shape", "size", "overlap"),
+    [
+        ((50, 70), (32, 32), (8, 8)),
+        ((33, 48), (32, 40), (0, 9)),
+        ((20, 90), (32, 32), (31, 31)),
+        ((10, 12), (32, 16), (4, 0)),
+    ],
+)
 def test_tiles_cover_and_blend_without_seams(shape, size, overlap):
     rng = np.random.default_rng(0)
     image = ndimage.gaussian_filter(rng.normal(size=shape), 3).astype(np.float32)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from panda_ad.localize import search
+from panda_ad.scoring.localize import search
 
 
 def naive(queries, gallery):
@@ -18,7 +18,9 @@ PRECISIONS = [torch.float32, torch.bfloat16]
 
 def found(queries, gallery, energy=0.96, parts=1, precision=None):
     basis = search.fit_basis(gallery, energy)
-    packed = [search.pack(search.Rows(g, search.bounds(g, basis)), basis, precision) for g in gallery.tensor_split(parts)]
+    packed = [
+        search.pack(search.Rows(g, search.bounds(g, basis)), basis, precision) for g in gallery.tensor_split(parts)
+    ]
     return search.nearest(queries, packed, basis)
 
 
@@ -53,7 +55,9 @@ NAMES = ["plain", "low rank", "far from the origin", "copies", "constant", "few 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_equal_to_broadcasting(name, energy, precision):
     queries, gallery = data(name)
-    torch.testing.assert_close(found(queries, gallery, energy, precision=precision), naive(queries, gallery), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found(queries, gallery, energy, precision=precision), naive(queries, gallery), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,10 +90,20 @@ def test_equal_where_every_query_is_hard(name, monkeypatch):
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 70), st.integers(1, 200), st.integers(1, 9), st.integers(1, 5), st.integers(0, 5), st.sampled_from(PRECISIONS))
+@given(
+    st.integers(1, 70),
+    st.integers(1, 200),
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(0, 5),
+    st.sampled_from(PRECISIONS),
+)
 def test_any_size_and_any_number_of_parts(queries, rows, channels, parts, seed, precision):
     generator = torch.Generator().manual_seed(seed)
-    q, g = torch.randn(queries, channels, generator=generator).half(), torch.randn(rows, channels, generator=generator).half()
+    q, g = (
+        torch.randn(queries, channels, generator=generator).half(),
+        torch.randn(rows, channels, generator=generator).half(),
+    )
     torch.testing.assert_close(found(q, g, parts=min(parts, rows), precision=precision), naive(q, g), rtol=1e-6, atol=0)
 
 

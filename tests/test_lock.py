@@ -6,13 +6,15 @@ import time
 import pytest
 
 from panda_ad.errors import Busy
-from panda_ad.lock import HELD, LOCK, repository_lock
+from panda_ad.system.lock import HELD, LOCK, repository_lock
 
-TRY = "from panda_ad.lock import repository_lock\nwith repository_lock('second'): print('got it')"
+TRY = "from panda_ad.system.lock import repository_lock\nwith repository_lock('second'): print('got it')"
 
 
 def attempt(folder, **env):
-    result = subprocess.run([sys.executable, "-c", TRY], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", TRY], cwd=folder, env={**os.environ, **env}, capture_output=True, text=True
+    )
     return result.stdout.strip() or result.stderr.strip().splitlines()[-1]
 
 
@@ -56,7 +58,7 @@ def test_two_runs_in_one_process_exclude_each_other(tmp_path, monkeypatch):
 
 
 def test_the_lock_goes_with_its_holder(tmp_path):
-    hold = "import time\nfrom panda_ad.lock import repository_lock\nwith repository_lock('doomed'):\n  print('in', flush=True); time.sleep(60)"
+    hold = "import time\nfrom panda_ad.system.lock import repository_lock\nwith repository_lock('doomed'):\n  print('in', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout and holder.stdout.readline() == "in\n"
         assert f"(pid {holder.pid}," in outsider(tmp_path)

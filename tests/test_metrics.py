@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from sklearn import metrics as sk
 
-from panda_ad import metrics
 from panda_ad.errors import UserError
+from panda_ad.evaluation import image_metrics as metrics
 
 CASES = st.lists(st.tuples(st.integers(0, 1), st.integers(-3, 3)), min_size=2, max_size=30).filter(
     lambda rows: len({label for label, _ in rows}) == 2
@@ -26,14 +26,18 @@ def arrays(rows):
 def test_equal_to_scikit_learn_with_ties(rows):
     labels, scores = arrays(rows)
     assert metrics.auroc(labels, scores) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
-    assert metrics.average_precision(labels, scores) == pytest.approx(sk.average_precision_score(labels, scores), abs=1e-12)
+    assert metrics.average_precision(labels, scores) == pytest.approx(
+        sk.average_precision_score(labels, scores), abs=1e-12
+    )
     fpr, tpr, thresholds = sk.roc_curve(labels, scores, drop_intermediate=False)
     for ours, theirs in zip(metrics.roc_curve(labels, scores), (fpr, tpr, thresholds), strict=True):
         np.testing.assert_allclose(ours, theirs)
     assert metrics.fpr_at_tpr(labels, scores) == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
     precision, recall, thresholds = metrics.precision_recall_curve(labels, scores)
     expected = sk.precision_recall_curve(labels, scores)
-    for ours, theirs in zip((precision, recall, thresholds), (expected[0][:-1], expected[1][:-1], expected[2]), strict=True):
+    for ours, theirs in zip(
+        (precision, recall, thresholds), (expected[0][:-1], expected[1][:-1], expected[2]), strict=True
+    ):
         np.testing.assert_allclose(ours[::-1], theirs)
 
 
@@ -103,8 +107,12 @@ def test_bootstrap_is_seeded_and_fast():
     assert time.perf_counter() - start < 10  # 1 s alone; the machine may be busy
     assert first[0] < metrics.auroc(labels, scores) < first[1]
     few = labels[::40], scores[::40]
-    assert metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=7) == metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=7)
-    assert metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=8) != metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=7)
+    assert metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=7) == metrics.bootstrap_interval(
+        metrics.auroc, *few, n=50, seed=7
+    )
+    assert metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=8) != metrics.bootstrap_interval(
+        metrics.auroc, *few, n=50, seed=7
+    )
 
 
 def test_paired_bootstrap_pairs():
@@ -133,7 +141,13 @@ def test_paired_bootstrap_pairs():
     ],
 )
 def test_refusals(labels, scores, message):
-    for metric in (metrics.auroc, metrics.average_precision, metrics.fpr_at_tpr, metrics.roc_curve, metrics.precision_recall_curve):
+    for metric in (
+        metrics.auroc,
+        metrics.average_precision,
+        metrics.fpr_at_tpr,
+        metrics.roc_curve,
+        metrics.precision_recall_curve,
+    ):
         with pytest.raises(UserError, match=message):
             metric(np.array(labels), np.array(scores))
     with pytest.raises(UserError, match=message):

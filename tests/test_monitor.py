@@ -17,9 +17,9 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 
 from panda_ad.errors import UserError
-from panda_ad.monitor import statistics
+from panda_ad.features import image_statistics as statistics
+from panda_ad.features.image_statistics import NAMES, image_statistics, statistics_matrix
 from panda_ad.monitor.drift import Sample, TooFew, _energy, _shift_of_points, find_drift
-from panda_ad.monitor.statistics import NAMES, image_statistics, statistics_matrix
 from panda_ad.params import MonitorParams, parse_params
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -89,7 +89,9 @@ def photographs(category: str, part: str, light: float = 0.0, blur: float = 0.0,
         rng = np.random.default_rng()
         rng.bit_generator.state = state
         camera = draw_camera(rng, light)
-        changed = dataclasses.replace(camera, blur=float(np.hypot(camera.blur, blur)), light=camera.light * np.array(balance))
+        changed = dataclasses.replace(
+            camera, blur=float(np.hypot(camera.blur, blur)), light=camera.light * np.array(balance)
+        )
         images.append(photograph(reflectance, changed))
     return images
 
@@ -98,7 +100,9 @@ def sample(images: list[np.ndarray], seed: int, score: float = 5.0) -> Sample:
     """Real statistics, coarse pictures as features, scores at random."""
     rng = np.random.default_rng(seed)
     coarse = [ndimage.zoom(image.mean(axis=2) / image.mean(), 8 / len(image), order=1).ravel() for image in images]
-    return Sample(rng.gamma(score, size=len(images)), statistics_matrix([image_statistics(i) for i in images]), np.stack(coarse))
+    return Sample(
+        rng.gamma(score, size=len(images)), statistics_matrix([image_statistics(i) for i in images]), np.stack(coarse)
+    )
 
 
 CHANGES = {
@@ -115,7 +119,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_camera_is_named(category, change):
     setting, expected = CHANGES[change]
-    drift = find_drift(sample(photographs(category, "one"), 1), sample(photographs(category, "two", **setting), 2), 0.05, LIMITS)
+    drift = find_drift(
+        sample(photographs(category, "one"), 1), sample(photographs(category, "two", **setting), 2), 0.05, LIMITS
+    )
     found = set(drift.findings)
     assert expected <= found
     assert not any(word in " ".join(found) for word in ("content", "score")), found
@@ -134,7 +140,10 @@ def by_name(drift, name):
 
 def test_other_content_under_the_same_light_is_called_content():
     """The capsule lies across the image's corners: the same pixels elsewhere."""
-    moved = [np.roll(image, (image.shape[0] // 2, image.shape[1] // 2), axis=(0, 1)) for image in photographs("capsule", "two")]
+    moved = [
+        np.roll(image, (image.shape[0] // 2, image.shape[1] // 2), axis=(0, 1))
+        for image in photographs("capsule", "two")
+    ]
     drift = find_drift(sample(photographs("capsule", "one"), 1), sample(moved, 2), 0.05, LIMITS)
     assert drift.findings == ["content has changed while light, focus and colour have not"]
 
@@ -169,7 +178,9 @@ def test_no_drift_where_nothing_has_changed(m, n):
     """At most the significance asked for, 5 % here, of windows that are exchangeable with the calibration images."""
     limits = MonitorParams(window=200, min_images=4, significance=0.05, min_shift=0.0)
     runs = 120
-    false = sum(find_drift(arrays_of(m, 2 * s), arrays_of(n, 2 * s + 1), 0.05, limits, seed=s).drifted for s in range(runs))
+    false = sum(
+        find_drift(arrays_of(m, 2 * s), arrays_of(n, 2 * s + 1), 0.05, limits, seed=s).drifted for s in range(runs)
+    )
     assert false <= 13, "binomial: 14 or more of 120 at 5 % have a chance of 0.3 %"
 
 
@@ -178,7 +189,9 @@ def test_a_small_shift_is_no_drift_however_certain():
     window.statistics[:, 2] -= 0.3 * reference.statistics[:, 2].std()
     drift = find_drift(reference, window, 0.05, LIMITS)
     assert by_name(drift, "sharpness").adjusted < 1e-6 and not drift.drifted
-    assert find_drift(reference, window, 0.05, LIMITS.model_copy(update={"min_shift": 0.2})).findings == ["out of focus"]
+    assert find_drift(reference, window, 0.05, LIMITS.model_copy(update={"min_shift": 0.2})).findings == [
+        "out of focus"
+    ]
 
 
 def test_a_steady_camera_may_waver_within_its_resolution():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
+from panda_ad.features.image_statistics import NAMES, statistics_matrix
 from panda_ad.monitor.log import Entry, NothingLogged, append, known, read_window
-from panda_ad.monitor.statistics import NAMES, statistics_matrix
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -22,10 +22,25 @@ def entry(number: int, version: str = "1", minutes: float | None = None, d: int 
     when = START + timedelta(minutes=number if minutes is None else minutes)
     values = dict(zip(NAMES, rng.normal(size=len(NAMES)).tolist(), strict=True))
     name = f"{number}.png"
-    return Entry(when, name, f"{number:064x}", "fabric", "m", version, rng.normal(), 0.5, number % 2 == 0, 1.5, values, rng.normal(size=d))
+    return Entry(
+        when,
+        name,
+        f"{number:064x}",
+        "fabric",
+        "m",
+        version,
+        rng.normal(),
+        0.5,
+        number % 2 == 0,
+        1.5,
+        values,
+        rng.normal(size=d),
+    )
 
 
-@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from("12")), max_size=30), st.integers(1, 6), st.integers(1, 15))
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from("12")), max_size=30), st.integers(1, 6), st.integers(1, 15)
+)
 @settings(deadline=None, max_examples=30)
 def test_the_log_holds_each_image_once_per_version(tmp_path_factory, images, size, last):
     log = tmp_path_factory.mktemp("log")

@@ -21,19 +21,19 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(ROOT))
 from flows import monitor as monitor_flow
 from flows import score as score_flow
-from panda_ad.bundle import load_bundle, save_bundle
 from panda_ad.cli import app
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
-from panda_ad.files import digest_file
+from panda_ad.features.image_statistics import NAMES, image_statistics
 from panda_ad.monitor import inbox
 from panda_ad.monitor.check import check_category, model_at, record, reference_of
 from panda_ad.monitor.drift import TooFew
 from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG, NothingLogged, read_window
-from panda_ad.monitor.statistics import NAMES, image_statistics
 from panda_ad.params import load_params
 from panda_ad.registry.connection import connect
+from panda_ad.scoring.bundle import load_bundle, save_bundle
+from panda_ad.system.files import digest_file
 
 NAME = "panda-sample-fabric"
 MODEL = f"models:/{NAME}@staging"
@@ -69,7 +69,9 @@ def test_the_bundle_keeps_what_its_calibration_images_are_like(project):
         paths = [row["path"] for row in csv.DictReader(f) if row["split"] == "calibration"]
     images = [read_image(Path("data") / path) for path in paths]
     reference = reference_of(detector)
-    np.testing.assert_allclose(reference.statistics, [[image_statistics(i)[n] for n in NAMES] for i in images], rtol=1e-6)
+    np.testing.assert_allclose(
+        reference.statistics, [[image_statistics(i)[n] for n in NAMES] for i in images], rtol=1e-6
+    )
     verdicts = detector.score(images)
     assert reference.scores.tolist() == [v.score for v in verdicts]
     np.testing.assert_array_equal(reference.features, np.stack([v.features for v in verdicts]).astype(np.float16))
@@ -142,8 +144,13 @@ def test_steady_and_darker_images_by_exit_code_report_and_mlflow(project, browse
     assert (logged.data.tags["panda.model"], logged.data.tags["panda.version"]) == (NAME, "1")
     history = client.get_metric_history(logged.info.run_id, "shift/brightness")
     assert [m.step for m in history] == [0, 1] and history[1].value < -0.5
-    (folder,) = [a.path for a in client.list_artifacts(logged.info.run_id) if a.path == found["checked"].replace(":", "")]
-    assert {Path(a.path).name for a in client.list_artifacts(logged.info.run_id, folder)} == {"fabric.html", "fabric.json"}
+    (folder,) = [
+        a.path for a in client.list_artifacts(logged.info.run_id) if a.path == found["checked"].replace(":", "")
+    ]
+    assert {Path(a.path).name for a in client.list_artifacts(logged.info.run_id, folder)} == {
+        "fabric.html",
+        "fabric.json",
+    }
     assert client.get_registered_model(NAME).aliases["staging"] == 1, "monitoring promotes nothing"
 
     log: list[str] = []
@@ -169,7 +176,16 @@ def test_recording_a_check_again_adds_nothing(project):
     (logged,) = client.search_runs([client.get_experiment_by_name("panda-sample-monitoring").experiment_id])
     steps = [m.step for m in client.get_metric_history(logged.info.run_id, "images")]
     assert len(set(steps)) == len(steps)
-    assert len([a for a in client.list_artifacts(logged.info.run_id) if a.path == check.checked.isoformat().replace(":", "")]) == 1
+    assert (
+        len(
+            [
+                a
+                for a in client.list_artifacts(logged.info.run_id)
+                if a.path == check.checked.isoformat().replace(":", "")
+            ]
+        )
+        == 1
+    )
 
 
 def test_what_cannot_be_checked_is_one_line(project, tmp_path):
@@ -198,7 +214,9 @@ def test_a_bundle_from_before_monitoring_scores_but_has_nothing_to_compare_with(
         reference_of(detector)
     same.mkdir()
     save_bundle(load_bundle("build/bundle/fabric"), same)
-    assert (same / "reference.safetensors").read_bytes() == Path("build/bundle/fabric/reference.safetensors").read_bytes()
+    assert (same / "reference.safetensors").read_bytes() == Path(
+        "build/bundle/fabric/reference.safetensors"
+    ).read_bytes()
 
 
 def test_the_flows_tasks(project):
@@ -237,7 +255,9 @@ def test_after_a_promotion_the_flow_scores_what_is_new_and_the_newest_of_the_res
         window = read_window("fabric", NAME, "2")
         assert window.paths[:5] == [str(p) for p in names[-5:]] and all("/2-" in p for p in window.paths[5:])
         drop(project, 12, seed=3)
-        assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 12, "all that is new, however much"
+        assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 12, (
+            "all that is new, however much"
+        )
         assert score_flow.score_category.fn("fabric", Path("inbox/fabric"), "staging")["scored"] == 0
 
 

@@ -10,19 +10,25 @@ from conftest import noise, save
 from PIL import Image
 from registry_project import make_project
 
-from panda_ad.activations import Activations
-from panda_ad.backbones import preprocess, trunk_activations
 from panda_ad.data.outliers import coarseness, is_grey, outlier_item
+from panda_ad.features.backbones import preprocess, trunk_activations
+from panda_ad.features.cache import Activations
 
 
 def test_larger_ones_are_reduced_by_area_and_smaller_ones_stay(tmp_path):
-    large, small, wide = (save(noise(i, size), tmp_path / f"{i}.png") for i, size in enumerate([(64, 96), (8, 12), (10, 96)]))
+    large, small, wide = (
+        save(noise(i, size), tmp_path / f"{i}.png") for i, size in enumerate([(64, 96), (8, 12), (10, 96)])
+    )
     reduced = outlier_item(large, (32, 48), grey=False).read()
     assert reduced.shape == (32, 48, 3) and reduced.dtype == np.uint8
     # without antialiasing, neighbouring pixels of noise would keep their spread
     assert reduced.std() < 0.7 * noise(0, (64, 96)).std()
     np.testing.assert_array_equal(outlier_item(small, (32, 48), grey=False).read(), noise(1, (8, 12)))
-    assert outlier_item(wide, (32, 48), grey=False).read().shape == (10, 48, 3)  # each side for itself: the network squeezes them apart
+    assert outlier_item(wide, (32, 48), grey=False).read().shape == (
+        10,
+        48,
+        3,
+    )  # each side for itself: the network squeezes them apart
 
 
 def test_colour_goes_where_the_normal_images_have_none(tmp_path):
@@ -34,7 +40,13 @@ def test_colour_goes_where_the_normal_images_have_none(tmp_path):
 
 def test_the_key_holds_file_resolution_and_colour(tmp_path):
     a, b = save(noise(0), tmp_path / "a.png"), save(noise(1), tmp_path / "b.png")
-    variants = [(a, (16, 16), False), (a, (8, 16), False), (a, (16, 8), False), (a, (16, 16), True), (b, (16, 16), False)]
+    variants = [
+        (a, (16, 16), False),
+        (a, (8, 16), False),
+        (a, (16, 8), False),
+        (a, (16, 16), True),
+        (b, (16, 16), False),
+    ]
     keys = {outlier_item(*variant).key for variant in variants}
     assert len(keys) == len(variants) and all(len(key) == 64 for key in keys)
     shutil.copy(a, tmp_path / "c.png")

@@ -68,7 +68,9 @@ def test_missing_keys_repeats_and_other_shapes(raw):
 
 def test_a_number_out_of_range_is_not_told_to_be_a_list(raw):
     raw["backbone"]["input_size"] = 3
-    with pytest.raises(UserError, match=r"^[^;]*backbone.input_size: Input should be greater than or equal to 16, found 3$"):
+    with pytest.raises(
+        UserError, match=r"^[^;]*backbone.input_size: Input should be greater than or equal to 16, found 3$"
+    ):
         parse_params(raw)
     with pytest.raises(UserError, match="categories: Input should be a valid list, found 'fabric'"):
         parse_params({**raw, "categories": "fabric"})

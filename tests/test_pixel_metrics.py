@@ -5,8 +5,8 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 
-from panda_ad import pixel_metrics
 from panda_ad.errors import UserError
+from panda_ad.evaluation import pixel_metrics
 
 
 def naive_au_pro(masks, maps, limit):
@@ -150,7 +150,12 @@ def test_refusals():
     mask, m = np.eye(4, dtype=bool), np.zeros((4, 4), np.float32)
     broken = m.copy()
     broken[0, 0] = np.nan
-    for metric in (pixel_metrics.pixel_auroc, pixel_metrics.au_pro, pixel_metrics.pixel_f1, pixel_metrics.pixel_intervals):
+    for metric in (
+        pixel_metrics.pixel_auroc,
+        pixel_metrics.au_pro,
+        pixel_metrics.pixel_f1,
+        pixel_metrics.pixel_intervals,
+    ):
         for masks, maps, message in (
             ([mask & False], [m], "0 defective"),
             ([mask | True], [m], "0 normal"),
@@ -169,7 +174,7 @@ def test_refusals():
 @pytest.mark.parametrize("width", [1, 4])
 def test_small_and_thin_defects_survive_the_reduction(side, width):
     """Each would vanish, or fall into pieces that AU-PRO counts one by one, were it to cover half a pixel."""
-    from panda_ad.stages.evaluate_masks import reduce_mask
+    from panda_ad.evaluation.masks import reduce_mask
 
     rng = np.random.default_rng(side + width)
     for _ in range(10):

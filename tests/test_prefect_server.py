@@ -19,9 +19,9 @@ import pytest
 from monitor_project import drop, make_monitored
 from prefect_project import ROOT, Prefect, call, clean_environment, make_project, new_data
 
-from panda_ad.lock import HELD, repository_lock
-from panda_ad.processes import Group
-from panda_ad.servers import running_servers
+from panda_ad.commands.servers import running_servers
+from panda_ad.system.lock import HELD, repository_lock
+from panda_ad.system.processes import Group
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,9 @@ def prefect(tmp_path_factory, webhook):
             patch.delenv(name)
         for name, value in clean_environment().items():
             patch.setenv(name, value)
-        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # elsewhere, so none is started: these stages do not talk to it
+        patch.setenv(
+            "MLFLOW_TRACKING_URI", "http://127.0.0.1:9"
+        )  # elsewhere, so none is started: these stages do not talk to it
         patch.setenv("PANDA_WEBHOOK_URL", webhook[0])
         with running_servers(prefect_port=0, say=lambda line: None) as (addresses, groups):
             yield Prefect(addresses.prefect, project, groups)
@@ -68,7 +70,12 @@ def prefect(tmp_path_factory, webhook):
 @pytest.fixture(autouse=True)
 def nothing_in_the_way(prefect):
     yield
-    for path in [*prefect.project.glob("down-*"), *prefect.project.glob("attempts-*"), prefect.project / "slow", prefect.project / "paused"]:
+    for path in [
+        *prefect.project.glob("down-*"),
+        *prefect.project.glob("attempts-*"),
+        prefect.project / "slow",
+        prefect.project / "paused",
+    ]:
         path.unlink(missing_ok=True)
 
 
@@ -107,7 +114,9 @@ def test_run_button_gives_dvcs_graph_results_and_logs(prefect):
     tasks = prefect.tasks(run)
     assert set(tasks) == {"data.dvc", "validate", "adapt@fabric", "adapt@grid", "publish@fabric", "publish@grid"}
     names = {t["id"]: name for name, t in tasks.items()}
-    edges = {(name, names[parent["id"]]) for name, t in tasks.items() for parent in t["task_inputs"].get("wait_for", [])}
+    edges = {
+        (name, names[parent["id"]]) for name, t in tasks.items() for parent in t["task_inputs"].get("wait_for", [])
+    }
     assert edges == {
         ("validate", "data.dvc"),
         ("adapt@fabric", "validate"),
@@ -148,7 +157,9 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
     code = "from flows.score import score\nfrom flows.monitor import monitor\nscore()\nprint(monitor(return_state=True).name)"
     server = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_HOME": str(plant / ".prefect")}
     environment = clean_environment() | server | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=plant, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=plant, env=environment, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0 and result.stdout.endswith("Drift\n"), result.stdout + result.stderr
 
     deployment = prefect.get("/deployments/name/retrain/retrain")["id"]
@@ -158,7 +169,9 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
         time.sleep(0.3)
     (run,) = runs
     assert run["parameters"] == {"categories": ["fabric"]}
-    while "promote fabric" not in prefect.tasks(run["id"], seconds=0):  # the gate; it has no MLflow here and would try again for minutes
+    while "promote fabric" not in prefect.tasks(
+        run["id"], seconds=0
+    ):  # the gate; it has no MLflow here and would try again for minutes
         assert time.monotonic() < limit + 30, prefect.logs(run["id"])
         time.sleep(0.3)
     assert {"adapt@fabric", "publish@fabric"} < set(prefect.tasks(run["id"], seconds=0))
@@ -168,8 +181,14 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
     assert event["resource"]["prefect.resource.id"] == "panda.category.fabric"
     assert "darker" in event["payload"]["findings"] and event["payload"]["shifts"]["brightness"] < -0.5
     (flow_run,) = prefect.post("/flow_runs/filter", flows={"name": {"any_": ["monitor"]}})
-    artifacts = {a["key"]: a["data"] for a in prefect.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})}
-    assert "| brightness |" in artifacts["monitor-fabric"] and json.loads(artifacts["monitor-results"])[0]["state"] == "Drift"
+    artifacts = {
+        a["key"]: a["data"]
+        for a in prefect.post("/artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})
+    }
+    assert (
+        "| brightness |" in artifacts["monitor-fabric"]
+        and json.loads(artifacts["monitor-results"])[0]["state"] == "Drift"
+    )
     (scored,) = prefect.post("/artifacts/filter", artifacts={"key": {"any_": ["score-results"]}})
     assert json.loads(scored["data"])[0]["scored"] == 12
 
@@ -296,7 +315,9 @@ def test_a_failed_run_is_posted_to_the_webhook_whose_address_stays_secret(prefec
     while not (posted := [json.loads(body)["text"] for body in webhook[1] if ended["name"] in body]):
         assert time.monotonic() < limit, webhook[1]
         time.sleep(0.3)
-    assert posted == [f"retrain run {ended['name']}: Failed: categories: nowhere not in params.yaml, which has fabric, grid"]
+    assert posted == [
+        f"retrain run {ended['name']}: Failed: categories: nowhere not in params.yaml, which has fabric, grid"
+    ]
     assert SECRET not in "".join(log.read_text() for log in (prefect.project / ".prefect").glob("*.log"))
     assert SECRET not in "".join(prefect.logs(ended["id"]))
 

@@ -6,8 +6,8 @@ import time
 import psutil
 import pytest
 
-from panda_ad import processes
-from panda_ad.processes import Group
+from panda_ad.system import processes
+from panda_ad.system.processes import Group
 
 
 def members(group):
@@ -68,7 +68,7 @@ def test_stop_ends_descendants_that_ignore_the_request():
 
 
 def test_being_killed_takes_everything_along():
-    start = "import time\nfrom panda_ad.processes import Group\ng = Group(['sh', '-c', 'trap : TERM; sleep 60; sleep 60'])\nprint(g.pid, flush=True); time.sleep(60)"
+    start = "import time\nfrom panda_ad.system.processes import Group\ng = Group(['sh', '-c', 'trap : TERM; sleep 60; sleep 60'])\nprint(g.pid, flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout
         group = int(starter.stdout.readline())
@@ -78,7 +78,9 @@ def test_being_killed_takes_everything_along():
 
 
 def test_the_command_cannot_hold_its_own_guard_open():
-    with Group(["sh", "-c", "ls /proc/self/fd 2>/dev/null | tr '\\n' ' '; cat"]) as group:  # stdin is at its end, so cat returns
+    with Group(
+        ["sh", "-c", "ls /proc/self/fd 2>/dev/null | tr '\\n' ' '; cat"]
+    ) as group:  # stdin is at its end, so cat returns
         listed = " ".join(group.lines()).split()
         assert group.wait(5) == 0
     if listed:

@@ -28,7 +28,7 @@ from panda_ad.registry import audit
 from panda_ad.registry.connection import connect, download_version
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
 
 
 def test_publish_puts_everything_on_record(project, monkeypatch):
@@ -47,17 +47,29 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     assert [(m.step, m.value) for m in loss] == [(i, 1 / (i + 1)) for i in range(20)]
     assert run.data.tags["panda.data"] == "d" * 64
     (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == ("sample", "d" * 36, "training and evaluation")
+    assert (data.dataset.name, data.dataset.digest, data.tags[0].value) == (
+        "sample",
+        "d" * 36,
+        "training and evaluation",
+    )
     profile = json.loads(data.dataset.profile)
     assert profile["train"] == 8 and profile["num_rows"] == sum(v for k, v in profile.items() if k != "num_rows")
     assert run.data.tags["panda.prefect_url"] == "http://127.0.0.1:4200/runs/flow-run/f00d"
-    files = {f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)}
+    files = {
+        f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)
+    }
     assert {"params.yaml", "dvc.lock", "dvc.yaml", "data/manifest.csv", "data/data_docs", "data/problems.csv"} <= files
     assert {"fabric/report.html", "fabric/scores.csv", "fabric/roc.csv", "fabric/histogram.csv"} <= files
     version = client.get_model_version(NAME, "1")
     assert aliases() == {"challenger": 1}
     assert version.tags["panda.bundle"] == out["bundle"] and version.tags["panda.image_auroc"] == "1"
-    for words in ("# panda-sample-fabric", "image AUROC **1.0000** (95 % interval 0.9800 to 1.0000)", "8 good images, 6 more held out", "Test: 10 good, ", "Score > 0.6"):
+    for words in (
+        "# panda-sample-fabric",
+        "image AUROC **1.0000** (95 % interval 0.9800 to 1.0000)",
+        "8 good images, 6 more held out",
+        "Test: 10 good, ",
+        "Score > 0.6",
+    ):
         assert words in version.description
 
 
@@ -67,7 +79,7 @@ def test_the_model_holds_no_pickle_and_its_own_code(project):
     model = bundle.parent.parent
     names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
     assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
-    assert {"MLmodel", "model.py", "code/panda_ad/detector.py", "input_example.json"} <= names
+    assert {"MLmodel", "model.py", "code/panda_ad/scoring/detector.py", "input_example.json"} <= names
     assert not any(n.endswith((".pkl", ".pickle", ".pyc")) or "/weights/" in n for n in names)
     requirements = (model / "requirements.txt").read_text()
     assert "torch==" in requirements and "+" not in requirements and "://" not in requirements
@@ -93,7 +105,9 @@ def test_categories_share_the_run_of_their_change(tmp_path, monkeypatch, empty_s
         publish(category)
     metrics = the_run().data.metrics
     assert {"fabric/image_auroc", "metal nut _v2_/image_auroc"} <= set(metrics)
-    assert [str(d) for d in promote()] and connect().get_model_version_by_alias("panda-sample-metal nut (v2)", "staging").version
+    assert [str(d) for d in promote()] and connect().get_model_version_by_alias(
+        "panda-sample-metal nut (v2)", "staging"
+    ).version
 
 
 def test_a_new_change_is_a_new_run_and_only_a_new_bundle_a_new_version(project):
@@ -145,12 +159,22 @@ def test_a_worse_version_is_refused_by_name_and_amount(project):
     promote()
     retrained(project, quality=0.1)
     publish("fabric")
-    with pytest.raises(GateRefused, match=r"version 2 not promoted to @staging: .*image AUROC not worse.*too much") as refusal:
+    with pytest.raises(
+        GateRefused, match=r"version 2 not promoted to @staging: .*image AUROC not worse.*too much"
+    ) as refusal:
         promote()
     assert refusal.value.exit_code == 3 and "\n" not in str(refusal.value)
     assert aliases() == {"challenger": 2, "staging": 1} and moves() == [("promote", "staging", None, "1")]
     assert connect().get_model_version(NAME, "2").tags["gate.staging"].startswith("refused ")
-    set_gate(project, margin=None, recall_margin=None, decision_margin=None, min_image_auroc=0.0, min_pixel_auroc=None, false_alarm_risk=None)
+    set_gate(
+        project,
+        margin=None,
+        recall_margin=None,
+        decision_margin=None,
+        min_image_auroc=0.0,
+        min_pixel_auroc=None,
+        false_alarm_risk=None,
+    )
     (decision,) = promote()
     assert decision.outcome == "promoted" and decision.rules[0].name == "image AUROC floor"
     assert "gate.staging.image AUROC not worse" not in connect().get_model_version(NAME, "2").tags
@@ -194,7 +218,11 @@ def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
     rollback("fabric", to_version=3)
     assert aliases() == {"challenger": 3, "staging": 3, "previous": 2}
     assert promote()[0].outcome == "unchanged"
-    assert moves()[-3:] == [("rollback", "staging", "3", "2"), ("rollback", "staging", "2", "1"), ("rollback", "staging", "1", "3")]
+    assert moves()[-3:] == [
+        ("rollback", "staging", "3", "2"),
+        ("rollback", "staging", "2", "1"),
+        ("rollback", "staging", "1", "3"),
+    ]
     last = audit.history(connect(), NAME)[-1]
     assert last["who"] and last["when"].endswith("+00:00") and last["why"] == "asked for version 3"
     with pytest.raises(UserError, match="version 3 is @staging already"):
@@ -247,7 +275,10 @@ def test_the_commit_is_on_record_and_whether_inputs_differ_from_it(project):
     assert (the_run().data.tags["panda.git_dirty"], the_run().data.tags["mlflow.source.git.commit"]) == ("false", head)
 
 
-@pytest.mark.parametrize("text", ["nonsense", "models:/x", "models:/x/y", f"models:/{NAME}@nobody", f"models:/{NAME}/9", "models:/no@staging"])
+@pytest.mark.parametrize(
+    "text",
+    ["nonsense", "models:/x", "models:/x/y", f"models:/{NAME}@nobody", f"models:/{NAME}/9", "models:/no@staging"],
+)
 def test_a_model_that_is_not_there_is_one_clear_line(project, text):
     publish("fabric")
     with pytest.raises(UserError) as error:
@@ -264,7 +295,10 @@ def test_what_cannot_be_promoted_says_so(project):
         promote(to="moon")
 
 
-@pytest.mark.parametrize("missing", ["build/validation/report.json", "build/evaluation/fabric/metrics.json", "build/bundle/fabric/bundle.json"])
+@pytest.mark.parametrize(
+    "missing",
+    ["build/validation/report.json", "build/evaluation/fabric/metrics.json", "build/bundle/fabric/bundle.json"],
+)
 def test_publish_before_the_other_stages_says_what_to_run(project, missing):
     (project / missing).unlink()
     with pytest.raises(UserError, match="dvc repro"):
@@ -305,12 +339,14 @@ def test_an_unreachable_server_is_named_within_seconds(project, monkeypatch):
 
 def test_the_command_prints_one_line_and_exits_2(project):
     env = {**os.environ, "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
-    done = subprocess.run([sys.executable, "-m", "panda_ad.registry.publish", "fabric"], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "panda_ad.stages.publish", "fabric"], env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "http://127.0.0.1:1" in done.stderr
     assert not (project / "build/publish").exists()
 
 
 def test_publishing_does_not_import_torch(project):
-    code = "import sys; from panda_ad.registry.publish import main; main('fabric'); print('torch' in sys.modules)"
+    code = "import sys; from panda_ad.stages.publish import main; main('fabric'); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "False"

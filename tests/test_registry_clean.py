@@ -13,7 +13,7 @@ from panda_ad.registry.clean import clean
 from panda_ad.registry.connection import connect
 from panda_ad.registry.monitoring import record_check
 from panda_ad.registry.promote import promote, rollback
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
 
 
 @pytest.fixture
@@ -40,7 +40,14 @@ def versions():
 
 def test_what_is_in_use_stays_and_the_rest_goes_with_its_files(project):
     client = connect()
-    files = {int(v.version): Path(client.get_logged_model(v.source.rpartition("/")[2]).artifact_location.removeprefix("file://").replace("%20", " ")) for v in client.search_model_versions(f"name='{NAME}'")}
+    files = {
+        int(v.version): Path(
+            client.get_logged_model(v.source.rpartition("/")[2])
+            .artifact_location.removeprefix("file://")
+            .replace("%20", " ")
+        )
+        for v in client.search_model_versions(f"name='{NAME}'")
+    }
     assert all(folder.exists() for folder in files.values())
     held, history = aliases(), moves()
     named = clean(1, delete=False)
@@ -50,7 +57,9 @@ def test_what_is_in_use_stays_and_the_rest_goes_with_its_files(project):
     assert versions() == stay
     assert {v for v, folder in files.items() if folder.exists()} == stay
     assert aliases() == held and moves() == history
-    assert {f"{NAME} version {v}" for v in {1, 2, 3, 4, 5, 6} - stay} == {line for line in named if not line.startswith("run ")}
+    assert {f"{NAME} version {v}" for v in {1, 2, 3, 4, 5, 6} - stay} == {
+        line for line in named if not line.startswith("run ")
+    }
     assert any(f"{NAME} version 4" in line for line in named if line.startswith("run "))  # its monitoring
     assert not any(f"{NAME} version 2 (" in line for line in named)
     assert clean(1, delete=True) == []

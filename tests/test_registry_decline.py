@@ -1,14 +1,13 @@
 """Small steps down, each within the margin, come to an end."""
 
-
 import pytest
 from registry_project import NAME, aliases, read_rows, retrained, set_gate, write_rows
 
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect, find_version
 from panda_ad.registry.promote import _best_before, promote, rollback
-from panda_ad.registry.publish import main as publish
 from panda_ad.registry.versions import registered
+from panda_ad.stages.publish import main as publish
 
 MARGIN = 0.1
 
@@ -16,7 +15,15 @@ MARGIN = 0.1
 @pytest.fixture
 def project(project):
     """A repository with a faultless version 1 at staging and a gate that looks at image AUROC alone; the working directory."""
-    set_gate(project, margin=MARGIN, recall_margin=None, decision_margin=None, confidence=0.5, min_image_auroc=None, false_alarm_risk=None)
+    set_gate(
+        project,
+        margin=MARGIN,
+        recall_margin=None,
+        decision_margin=None,
+        confidence=0.5,
+        min_image_auroc=None,
+        false_alarm_risk=None,
+    )
     publish("fabric")
     promote()
     return project
@@ -65,4 +72,7 @@ def test_versions_rolled_back_or_tested_on_other_images_are_no_measure(project):
         retrained(project, weights=b"of %d images" % len(manifest))
         publish("fabric")
         client = connect()
-        assert _best_before(client, registered(client, NAME), find_version(client, f"{NAME}@challenger"), "staging") == best
+        assert (
+            _best_before(client, registered(client, NAME), find_version(client, f"{NAME}@challenger"), "staging")
+            == best
+        )

@@ -16,7 +16,7 @@ from registry_project import NAME, aliases, make_project, moves, retrained, the_
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect
 from panda_ad.registry.promote import promote, rollback
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,9 @@ def test_killed_after_any_kind_of_write_publish_and_promote_end_as_if_undisturbe
         shutil.rmtree(project / "mlartifacts", ignore_errors=True)
         from mlflow.store.db.utils import create_sqlalchemy_engine
 
-        with create_sqlalchemy_engine(f"sqlite:///{project / 'mlflow.db'}").begin() as db:  # the open store keeps the file
+        with create_sqlalchemy_engine(
+            f"sqlite:///{project / 'mlflow.db'}"
+        ).begin() as db:  # the open store keeps the file
             for table in ("registered_model_aliases", "registered_model_tags", "model_version_tags", "model_versions", "registered_models",
                           "logged_model_metrics", "logged_model_tags", "logged_model_params", "logged_models", "inputs", "input_tags",
                           "latest_metrics", "metrics", "params", "tags", "runs", "datasets"):  # fmt: skip
@@ -97,7 +99,9 @@ def test_killed_after_any_kind_of_write_publish_and_promote_end_as_if_undisturbe
     writes = writes_of(monkeypatch, both)
     undisturbed = snapshot()
     assert {"create_model_version", "set_registered_model_alias", "finalize_logged_model"} <= set(writes)
-    first, last = ({name: n for n, name in order} for order in (reversed([*enumerate(writes, 1)]), enumerate(writes, 1)))
+    first, last = (
+        {name: n for n, name in order} for order in (reversed([*enumerate(writes, 1)]), enumerate(writes, 1))
+    )
     for number in sorted({*first.values(), *last.values()}):
         fresh()
         with monkeypatch.context() as patch:
@@ -136,7 +140,10 @@ def third(plant, monkeypatch):
     monkeypatch.chdir(plant)
 
     def fresh():
-        with contextlib.closing(sqlite3.connect("kept.db")) as kept, contextlib.closing(sqlite3.connect("mlflow.db")) as store:
+        with (
+            contextlib.closing(sqlite3.connect("kept.db")) as kept,
+            contextlib.closing(sqlite3.connect("mlflow.db")) as store,
+        ):
             kept.backup(store)  # into the file that MLflow holds open
         shutil.copyfile("kept.json", "build/publish/fabric.json")
 
@@ -153,7 +160,9 @@ def state():
     return aliases(), moves(), [v.current_stage for v in versions], verdicts
 
 
-def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_next_command_finishes_it(third, monkeypatch):
+def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_next_command_finishes_it(
+    third, monkeypatch
+):
     writes = writes_of(monkeypatch, promote)
     done = state()
     assert done[0] == {"challenger": 3, "staging": 3, "previous": 2} and done[1][-1] == ("promote", "staging", "2", "3")
@@ -167,7 +176,11 @@ def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_
                 killed_after(patch, number)
                 with pytest.raises(Killed):
                     promote()
-            assert aliases() == {"challenger": 3, "staging": 2 if number < move else 3, "previous": 1 if number <= move else 2}
+            assert aliases() == {
+                "challenger": 3,
+                "staging": 2 if number < move else 3,
+                "previous": 1 if number <= move else 2,
+            }
 
         killed()
         assert promote()[0].outcome == ("promoted" if number < move else "unchanged")
@@ -188,7 +201,12 @@ def test_a_promoting_process_killed_right_after_the_move_is_finished_by_the_comm
     assert aliases() == {"challenger": 3, "staging": 3, "previous": 1} and moves()[-1][3] == "2"
     done = subprocess.run([sys.executable, "-m", "panda_ad.cli", "promote"], capture_output=True, text=True, check=True)
     assert done.stdout == f"{NAME} version 3, @staging: unchanged (it is @staging already)\n"
-    assert aliases() == {"challenger": 3, "staging": 3, "previous": 2} and moves()[-1] == ("promote", "staging", "2", "3")
+    assert aliases() == {"challenger": 3, "staging": 3, "previous": 2} and moves()[-1] == (
+        "promote",
+        "staging",
+        "2",
+        "3",
+    )
 
 
 FULL = """
@@ -202,7 +220,7 @@ rm small/filler; cp small/mlflow.db half.db
 
 
 def test_a_full_disk_below_the_store_is_one_line_and_the_next_publish_goes_on(project):
-    command = [sys.executable, "-m", "panda_ad.registry.publish", "fabric"]
+    command = [sys.executable, "-m", "panda_ad.stages.publish", "fabric"]
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project}/small/mlflow.db"}
     script = ["unshare", "-rm", "sh", "-c", FULL, "sh", *command]
     done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
@@ -212,7 +230,10 @@ def test_a_full_disk_below_the_store_is_one_line_and_the_next_publish_goes_on(pr
     assert (project / "code").read_text().strip() == "2" and said.startswith("panda-ad: publish fabric: "), said
     assert "disk is full" in said
     with contextlib.closing(sqlite3.connect("half.db")) as half:
-        begun = [half.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("runs", "metrics", "model_versions")]
+        begun = [
+            half.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+            for table in ("runs", "metrics", "model_versions")
+        ]
     assert begun == [1, 0, 0], "in the middle: a run, and not all of it"
     assert done.returncode == 0 and "version 1 @challenger" in done.stdout, done.stderr
     assert aliases() == {"challenger": 1} and the_run().info.status == "FINISHED" and promote()[0].outcome == "promoted"
@@ -252,7 +273,9 @@ def test_a_rollback_killed_after_any_write_is_finished_by_the_next_command(third
             with pytest.raises(Killed):
                 rollback("fabric")
         moved = aliases()["staging"] == 2
-        if not moved or number % 2:  # held back, not moved: asking again does it; moved: asking again finishes that and goes back no further
+        if (
+            not moved or number % 2
+        ):  # held back, not moved: asking again does it; moved: asking again finishes that and goes back no further
             decision = rollback("fabric")
             assert (decision.version, decision.incumbent, decision.outcome) == ("2", "3", "rolled back")
         (decision,) = promote()
@@ -260,5 +283,3 @@ def test_a_rollback_killed_after_any_write_is_finished_by_the_next_command(third
         assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}, writes[number - 1]
         assert moves()[-1] == ("rollback", "staging", "3", "2") and moves()[-2][2:] != ("3", "2")
         assert connect().get_model_version(NAME, "2").current_stage == "Staging"
-
-

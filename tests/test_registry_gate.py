@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from panda_ad.metrics import auroc
+from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.params import GateParams
 from panda_ad.registry.evidence import align, same_images
 from panda_ad.registry.gate import Evidence, judge, recall_at_budget, refusal
@@ -19,7 +19,9 @@ OFF = {
 def table(good, defects):
     """Scores of good images, and of defects {kind: scores}."""
     rows = [(f"good/{i}.png", f"g{i}", 0, "good", s) for i, s in enumerate(good)]
-    rows += [(f"{kind}/{i}.png", f"{kind}{i}", 1, kind, s) for kind, scores in defects.items() for i, s in enumerate(scores)]
+    rows += [
+        (f"{kind}/{i}.png", f"{kind}{i}", 1, kind, s) for kind, scores in defects.items() for i, s in enumerate(scores)
+    ]
     return pd.DataFrame(rows, columns=["path", "sha256", "label", "defect", "score"])
 
 
@@ -70,7 +72,8 @@ def test_no_pixel_floor_without_masks():
 
 
 @pytest.mark.parametrize(
-    ("entry", "passed"), [("hole/0.png", True), ("hole0", True), ("stain/0.png", False), ("grid/hole/0.png", None), ("typo.png", False)]
+    ("entry", "passed"),
+    [("hole/0.png", True), ("hole0", True), ("stain/0.png", False), ("grid/hole/0.png", None), ("typo.png", False)],
 )
 def test_must_catch(entry, passed):
     found = judge(evidence(test_images=frozenset({"grid/hole/0.png"})), gate(must_catch=[entry]))
@@ -123,7 +126,9 @@ def test_a_raised_threshold_is_refused_though_the_order_of_scores_is_the_same():
     assert [r.passed for r in refused] == [True, True, False]
     caught = [(defects > t).mean() - (good > t).mean() for t in (spoiled, fair)]
     assert f"{caught[0]:.4f} against {caught[1]:.4f}" in refused[2].text and refused[2].by > 0
-    assert all(r.passed for r in judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=spoiled), rules))
+    assert all(
+        r.passed for r in judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=spoiled), rules)
+    )
     # a threshold may rise where it had let too many false alarms through
     loose = float(good.quantile(0.3))
     assert judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=loose), rules)[2].passed
@@ -168,7 +173,9 @@ def test_calibration_holds_as_often_as_the_risk_says():
     for _ in range(rounds):
         calibration = np.sort(rng.normal(size=n))
         scores = table(rng.normal(size=m), {"hole": [9.0]})
-        (rule,) = judge(evidence(scores, threshold=calibration[-2], budget=rate, calibration=n), gate(false_alarm_risk=risk))
+        (rule,) = judge(
+            evidence(scores, threshold=calibration[-2], budget=rate, calibration=n), gate(false_alarm_risk=risk)
+        )
         refused += not rule.passed
     assert 0 < refused / rounds <= risk + 3 * np.sqrt(risk * (1 - risk) / rounds)
 

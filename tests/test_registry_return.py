@@ -14,7 +14,7 @@ from registry_project import NAME, ROOT, aliases, moves, retrained, write_json
 from panda_ad.errors import GateRefused
 from panda_ad.registry.connection import connect
 from panda_ad.registry.promote import promote, rollback
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
 
 
 def published():
@@ -32,7 +32,11 @@ def test_dvc_publishes_again_what_returns_to_an_earlier_state_and_nothing_twice(
     shutil.copy(ROOT / ".gitignore", project)
     (project / "dvc.lock").unlink()
     (project / "data.dvc").unlink()
-    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]), "DVC_NO_ANALYTICS": "1"}
+    env = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "DVC_NO_ANALYTICS": "1",
+    }
 
     def run(*command):
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
@@ -58,7 +62,9 @@ def test_a_challenger_that_is_not_what_was_published_here_is_refused_in_one_line
     retrained(project)
     publish("fabric")
     Path("build/publish/fabric.json").write_text(kept)  # as another checkout that shares the registry has it
-    with pytest.raises(GateRefused, match=r"version 2 not promoted .*build/publish/fabric\.json .*publish@fabric`") as error:
+    with pytest.raises(
+        GateRefused, match=r"version 2 not promoted .*build/publish/fabric\.json .*publish@fabric`"
+    ) as error:
         promote()
     assert "\n" not in str(error.value)
     assert aliases() == {"challenger": 2, "staging": 1} and len(moves()) == 1

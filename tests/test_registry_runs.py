@@ -10,7 +10,7 @@ from panda_ad.monitor import check
 from panda_ad.registry import runs
 from panda_ad.registry.connection import connect
 from panda_ad.registry.monitoring import record_check
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
 
 
 @pytest.fixture
@@ -65,7 +65,13 @@ def test_a_version_can_be_checked_for_years(project, monkeypatch):
     start = datetime(2026, 1, 1, tzinfo=UTC)
     times = [(start + timedelta(days=i)).isoformat() for i in range(80)]
     for time in times:
-        record_check("sample", NAME, "1", {"checked": time, "window": 30, "drifted": False, "findings": [], "tests": []}, [report, data])
+        record_check(
+            "sample",
+            NAME,
+            "1",
+            {"checked": time, "window": 30, "drifted": False, "findings": [], "tests": []},
+            [report, data],
+        )
     client = connect()
     (run,) = client.search_runs([client.get_experiment_by_name("panda-sample-monitoring").experiment_id])
     assert len(client.list_artifacts(run.info.run_id)) == 80

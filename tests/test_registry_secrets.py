@@ -28,7 +28,13 @@ def test_credentials_are_not_printed(uri, shown):
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://me:hunter2@127.0.0.1:1", "http://me:hunter2#and3@127.0.0.1:1", "postgresql://me:hunter2/and3@127.0.0.1:1/db", "http://me:hunter2@127.0.0.1 :1"]
+    "uri",
+    [
+        "http://me:hunter2@127.0.0.1:1",
+        "http://me:hunter2#and3@127.0.0.1:1",
+        "postgresql://me:hunter2/and3@127.0.0.1:1/db",
+        "http://me:hunter2@127.0.0.1 :1",
+    ],
 )
 def test_an_address_that_leads_nowhere_is_named_without_its_password(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)

@@ -12,11 +12,18 @@ import pytest
 from registry_project import make_project, write, write_bundle, write_scores
 
 from panda_ad.errors import Unavailable, UserError
-from panda_ad.processes import Group
 from panda_ad.registry import audit
-from panda_ad.registry.connection import DEFAULTS, aliases, connect, download_version, server_command, server_environment
+from panda_ad.registry.connection import (
+    DEFAULTS,
+    aliases,
+    connect,
+    download_version,
+    server_command,
+    server_environment,
+)
 from panda_ad.registry.promote import promote, rollback
-from panda_ad.registry.publish import main as publish
+from panda_ad.stages.publish import main as publish
+from panda_ad.system.processes import Group
 
 pytestmark = pytest.mark.slow
 NAME = "panda-sample-fabric"
@@ -26,7 +33,10 @@ NAME = "panda-sample-fabric"
 def serving(folder, port, command, environment):
     """An MLflow server; ended on leaving."""
     env = {**os.environ, **environment}
-    with open(folder / "server.log", "ab") as log, Group([sys.executable, "-m", *command], env=env, cwd=folder, output=log) as server:
+    with (
+        open(folder / "server.log", "ab") as log,
+        Group([sys.executable, "-m", *command], env=env, cwd=folder, output=log) as server,
+    ):
         deadline = time.monotonic() + 150
         while True:
             try:
@@ -60,7 +70,9 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
         assert promote()[0].outcome == "promoted" and promote()[0].outcome == "unchanged"
         assert len(connect().search_runs(["1"])) == 1
 
-        monkeypatch.delenv("MLFLOW_TRACKING_URI")  # the same store as a file: what the server wrote can be read, and back
+        monkeypatch.delenv(
+            "MLFLOW_TRACKING_URI"
+        )  # the same store as a file: what the server wrote can be read, and back
         assert aliases(NAME, 1) == ["challenger", "staging"]
         assert (download_version(f"models:/{NAME}@staging")[2] / "weights.safetensors").read_bytes() == b"weights 1"
         write(folder / "requirements.lock", "# 2\n")
@@ -85,7 +97,9 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
         assert [m["action"] for m in audit.history(connect(), NAME)] == ["promote", "promote", "rollback"]
 
 
-def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_the_next_one_goes_on(tmp_path, monkeypatch):
+def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_the_next_one_goes_on(
+    tmp_path, monkeypatch
+):
     """Team mode: a server that keeps the artifacts itself. It is killed in the middle of a publish, before a promotion moves, and after."""
     from mlflow import MlflowClient
 
@@ -109,7 +123,18 @@ def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_
     folder, port = make_project(tmp_path / "team"), free_port()
     server_folder = tmp_path / "server"
     server_folder.mkdir()
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", "sqlite:///team.db", "--workers", "1"]
+    command = [
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--backend-store-uri",
+        "sqlite:///team.db",
+        "--workers",
+        "1",
+    ]
     command += ["--artifacts-destination", "kept"]
     environment = {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     monkeypatch.chdir(folder)

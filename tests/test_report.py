@@ -11,8 +11,9 @@ import pytest
 from browser import browser, file_url, watch  # noqa: F401
 from report_demo import KINDS, demo
 
-from panda_ad.calibration import threshold
-from panda_ad.report import Neighbour, Report, build_report, write_report
+from panda_ad.report.build import build_report, write_report
+from panda_ad.report.content import Neighbour, Report
+from panda_ad.scoring.calibration import threshold
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,9 @@ def wrong_at(report: Report, limit: float) -> np.ndarray:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_opens_offline_in_both_schemes(open_page, page_file, scheme):
     page = open_page(page_file, color_scheme=scheme)
-    brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3")
+    brightness = page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3"
+    )
     assert brightness < 60 if scheme == "dark" else brightness > 220
     assert page.locator(".uplot").count() == 7 + 2 + 1  # calibration, good and five kinds; ROC and PR; the map
     blank = page.evaluate(
@@ -83,12 +86,16 @@ def test_pictures_carry_heat_map_outline_and_neighbours(open_page, page_file, re
     page.select_option("#filter-kind", "hole")
     page.wait_for_timeout(200)
     card = page.locator(".card").first
-    opaque = card.locator("canvas.heat").evaluate("c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v > 0).length")
+    opaque = card.locator("canvas.heat").evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v > 0).length"
+    )
     assert opaque > 0
     assert card.locator(".outline path").first.get_attribute("d").startswith("M")
     row = int(card.get_attribute("data-row"))
     near = card.locator(".near img").evaluate_all("imgs => imgs.map(i => [i.alt, i.naturalWidth])")
-    assert [alt.split(",")[0].removeprefix("normal image ") for alt, _ in near] == [n.path for n in report.images[row].neighbours[:3]]
+    assert [alt.split(",")[0].removeprefix("normal image ") for alt, _ in near] == [
+        n.path for n in report.images[row].neighbours[:3]
+    ]
     assert all(width > 0 for _, width in near)
     page.uncheck("#show-heat")
     page.uncheck("#show-outline")
@@ -115,9 +122,16 @@ def test_slider_counts_agree_with_numpy_at_every_position(open_page, page_file, 
         assert int(caught) == (bad > limit).sum()
         assert float(recall) == pytest.approx((bad > limit).mean(), abs=6e-4)
         alarms = (report.scores > limit).sum()
-        assert precision == "–" if alarms == 0 else float(precision) == pytest.approx((bad > limit).sum() / alarms, abs=6e-4)
+        assert (
+            precision == "–"
+            if alarms == 0
+            else float(precision) == pytest.approx((bad > limit).sum() / alarms, abs=6e-4)
+        )
     page.wait_for_timeout(200)
-    assert page.text_content("#summary") == f"0 false alarms of {len(good)} good, {len(bad)} misses of {len(bad)} defective"
+    assert (
+        page.text_content("#summary")
+        == f"0 false alarms of {len(good)} good, {len(bad)} misses of {len(bad)} defective"
+    )
     assert page.text_content(f"[data-caught='{KINDS[0]}']").strip().startswith("0 of 8")
 
 
@@ -181,7 +195,11 @@ def test_sorts_sort_and_the_worst_mistakes_come_first(open_page, page_file, repo
     assert misses == sorted(misses, key=lambda r: report.scores[r])  # the deepest miss first
     page.click("#more")
     assert sorted(shown_rows(page)) == list(range(64)) and not page.is_visible("#more")
-    for value, key in {"high": lambda r: -report.scores[r], "low": lambda r: report.scores[r], "name": lambda r: report.paths[r]}.items():
+    for value, key in {
+        "high": lambda r: -report.scores[r],
+        "low": lambda r: report.scores[r],
+        "name": lambda r: report.paths[r],
+    }.items():
         page.select_option("#sort", value)
         assert shown_rows(page) == sorted(range(64), key=key)[:48]
 
@@ -204,7 +222,9 @@ def test_keyboard_alone_is_enough(open_page, page_file, report):
     page.keyboard.press("ArrowRight")
     assert page.text_content("#viewer-title") == report.paths[rows[1]]
     whole = report.images[rows[1]].parts[0]
-    assert f"made ofwhole image {'−' if whole < 0 else '+'}{abs(whole):.1f}, worst spot +4.0" in page.text_content("#viewer-body")
+    assert f"made ofwhole image {'−' if whole < 0 else '+'}{abs(whole):.1f}, worst spot +4.0" in page.text_content(
+        "#viewer-body"
+    )
     page.keyboard.press("Escape")
     assert not page.is_visible("#viewer")
     assert page.evaluate("document.activeElement.className") == "open"  # focus goes back where it was
@@ -246,7 +266,13 @@ def test_click_in_histogram_and_roc_moves_the_threshold(open_page, page_file):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "label"), [(0.5, 8, "score"), (0.1, 900, "score (logarithmic)"), (-3, 20, "score"), (-3, 60, "score (logarithmic away from 0)")]
+    ("low", "high", "label"),
+    [
+        (0.5, 8, "score"),
+        (0.1, 900, "score (logarithmic)"),
+        (-3, 20, "score"),
+        (-3, 60, "score (logarithmic away from 0)"),
+    ],
 )
 def test_the_score_axis_is_monotone_and_can_be_turned_round(open_page, page_file, low, high, label):
     page = open_page(page_file)
@@ -282,7 +308,9 @@ def test_controls_have_names_tables_have_headers_and_narrow_pages_do_not_scroll_
 def test_budget_shown_is_one_the_calibration_can_keep(open_page, report, tmp_path):
     few = report.calibration_scores[:9]
     path = tmp_path / "report.html"
-    write_report(replace(report, calibration_scores=few, threshold=threshold(few, 0.05)), path)  # asked for 1 in 20, can keep 1 in 10
+    write_report(
+        replace(report, calibration_scores=few, threshold=threshold(few, 0.05)), path
+    )  # asked for 1 in 20, can keep 1 in 10
     page = open_page(path)
     assert page.input_value("#budget") == "10"
     assert "too few" in page.text_content(".warning")
@@ -303,7 +331,14 @@ def test_page_works_in_a_sandboxed_frame_as_artifact_views_have(browser, page_fi
 
 def test_hostile_names_stay_text(open_page, report, tmp_path):
     evil = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>\u2028'\"&amp;{{7*7}}"
-    images = [replace(image, path=evil + image.path, neighbours=[Neighbour(n.thumb, n.distance, evil + n.path) for n in image.neighbours]) for image in report.images]
+    images = [
+        replace(
+            image,
+            path=evil + image.path,
+            neighbours=[Neighbour(n.thumb, n.distance, evil + n.path) for n in image.neighbours],
+        )
+        for image in report.images
+    ]
     hostile = replace(
         report,
         category=evil,
@@ -330,7 +365,11 @@ def test_hostile_names_stay_text(open_page, report, tmp_path):
 
 def test_policy_stops_a_script_that_is_not_the_pages_own(browser, page_file, tmp_path):  # noqa: F811
     path = tmp_path / "injected.html"
-    path.write_text(page_file.read_text().replace("</main>", "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'></main>", 1))
+    path.write_text(
+        page_file.read_text().replace(
+            "</main>", "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'></main>", 1
+        )
+    )
     page = browser.new_page()
     page.goto(file_url(path))
     page.wait_for_selector("html.ready")
@@ -344,14 +383,31 @@ def test_unusual_reports_open(open_page, report, tmp_path, case):
     good = np.flatnonzero(report.labels == 0)
     kinds = [d if d == "good" else f"kind {i % 13}" for i, d in enumerate(report.defects)]
     odd = {
-        "bare": replace(report, images=plain, per_defect=(), gallery_features_2d=None, test_features_2d=None, provenance={}),
-        "normals": replace(
-            report, paths=[report.paths[i] for i in good], defects=["good"] * len(good), labels=report.labels[good], scores=report.scores[good],
-            p_values=report.p_values[good], images=[report.images[i] for i in good], per_defect=(), test_features_2d=report.test_features_2d[good],
+        "bare": replace(
+            report, images=plain, per_defect=(), gallery_features_2d=None, test_features_2d=None, provenance={}
         ),
-        "infinite": replace(report, threshold=replace(report.threshold, value=float("inf"), message="too few calibration images")),
-        "many kinds": replace(report, defects=kinds, images=[replace(image, defect=d) for image, d in zip(report.images, kinds, strict=True)]),
-        "equal": replace(report, scores=np.zeros(64), calibration_scores=np.zeros(3), threshold=replace(report.threshold, value=0.0)),
+        "normals": replace(
+            report,
+            paths=[report.paths[i] for i in good],
+            defects=["good"] * len(good),
+            labels=report.labels[good],
+            scores=report.scores[good],
+            p_values=report.p_values[good],
+            images=[report.images[i] for i in good],
+            per_defect=(),
+            test_features_2d=report.test_features_2d[good],
+        ),
+        "infinite": replace(
+            report, threshold=replace(report.threshold, value=float("inf"), message="too few calibration images")
+        ),
+        "many kinds": replace(
+            report,
+            defects=kinds,
+            images=[replace(image, defect=d) for image, d in zip(report.images, kinds, strict=True)],
+        ),
+        "equal": replace(
+            report, scores=np.zeros(64), calibration_scores=np.zeros(3), threshold=replace(report.threshold, value=0.0)
+        ),
         "one calibration score": replace(report, calibration_scores=report.calibration_scores[:1]),
     }[case]
     path = tmp_path / "report.html"
@@ -374,8 +430,14 @@ def test_report_of_500_images_of_noise_stays_under_10_mb():
         near = [Neighbour(rng.integers(0, 256, (96, 96, 3), np.uint8), 1.0, f"train/{i}-{j}.png") for j in range(2)]
         mask = rng.random((128, 128)) < 0.02
         images.append(
-            replace(report.images[0], path=f"{i}.png", rgb=rng.integers(0, 256, (256, 256, 3), np.uint8), heatmap=rng.random((128, 128), np.float32),
-                    mask=mask if i % 2 else None, neighbours=near)  # fmt: skip
+            replace(
+                report.images[0],
+                path=f"{i}.png",
+                rgb=rng.integers(0, 256, (256, 256, 3), np.uint8),
+                heatmap=rng.random((128, 128), np.float32),
+                mask=mask if i % 2 else None,
+                neighbours=near,
+            )  # fmt: skip
         )
     big = replace(
         report, images=images, paths=[image.path for image in images], defects=["good"] * 500, labels=np.zeros(500, int), scores=rng.random(500),

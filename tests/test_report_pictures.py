@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from report_demo import demo
 
-from panda_ad.report import Report, project_2d
+from panda_ad.report.build import project_2d
+from panda_ad.report.content import Report
 from panda_ad.report.encode import heat_scale, outline
 
 

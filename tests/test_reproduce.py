@@ -15,10 +15,10 @@ import yaml
 from conftest import REPO, make_mvtec
 from prefect_project import BIN, call, clean_environment
 
+from panda_ad.commands.reproduce import reproduce
 from panda_ad.errors import UserError
-from panda_ad.lock import LOCK
 from panda_ad.registry.connection import connect
-from panda_ad.registry.reproduce import reproduce
+from panda_ad.system.lock import LOCK
 
 NAME = "panda-sample-nut"
 
@@ -76,10 +76,23 @@ def published(tmp_path_factory):
         run = client.create_run(client.create_experiment("panda-sample", (folder / "mlartifacts").as_uri())).info.run_id
         for name in ("params.yaml", "dvc.lock", "data.dvc"):
             client.log_artifact(run, name)
-        for key, value in {"nut/image_auroc": 2 / 3, "nut/test_good": 3, "nut/seconds/adapt": 9.5, "nut/adapt/loss": 0.1}.items():
+        for key, value in {
+            "nut/image_auroc": 2 / 3,
+            "nut/test_good": 3,
+            "nut/seconds/adapt": 9.5,
+            "nut/adapt/loss": 0.1,
+        }.items():
             client.log_metric(run, key, value)
         commit = call("git", "rev-parse", "HEAD", cwd=folder).strip()
-        tags = {"category": "nut", "bundle": "b" * 64, "data": "one", "change": "c" * 64, "run": run, "commit": commit, "git_dirty": "true"}
+        tags = {
+            "category": "nut",
+            "bundle": "b" * 64,
+            "data": "one",
+            "change": "c" * 64,
+            "run": run,
+            "commit": commit,
+            "git_dirty": "true",
+        }
         client.create_registered_model(NAME)
         client.create_model_version(NAME, "x", run, tags={f"panda.{k}": v for k, v in tags.items()})
     # and since then all has gone on
@@ -112,7 +125,7 @@ def state(folder):
 
 def test_equal_figures_and_an_untouched_tree(project, capfd, tmp_path):
     before = state(project)
-    holder = "import time; from panda_ad.lock import repository_lock\nwith repository_lock('x'): print('held', flush=True); time.sleep(60)"
+    holder = "import time; from panda_ad.system.lock import repository_lock\nwith repository_lock('x'): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout.readline() == "held\n"
@@ -159,7 +172,9 @@ def test_images_come_from_the_remote_or_it_is_said_that_they_are_gone(project, c
     with pytest.raises(UserError, match=r"neither in DVC's cache here nor in its remote; `dvc push`"):
         reproduce(NAME, 1)
     assert not list((tmp_path / "scratch").iterdir())
-    call("dvc", "remote", "add", "-d", "--local", "store", "remote", cwd=project)  # kept relative to .dvc, known here only
+    call(
+        "dvc", "remote", "add", "-d", "--local", "store", "remote", cwd=project
+    )  # kept relative to .dvc, known here only
     reproduce(NAME, 1, keep=True)
     assert "asking the remote" in (out := capfd.readouterr().out)
     kept = Path(re.search(r"kept: (.*)", out).group(1))
@@ -192,15 +207,24 @@ def test_the_real_pipeline_gives_the_same_digits(tmp_path):
     params["adapt"] |= {"method": "ses", "epochs": 1, "batch_size": 8}
     params["evaluate"] |= {"bootstrap": 20}
     (project / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    for command in (["git", "init", "-q"], ["git", "config", "user.email", "t@example.org"], ["git", "config", "user.name", "t"], ["dvc", "init", "-q"]):
+    for command in (
+        ["git", "init", "-q"],
+        ["git", "config", "user.email", "t@example.org"],
+        ["git", "config", "user.name", "t"],
+        ["dvc", "init", "-q"],
+    ):
         call(*command, cwd=project)
     for command in (["dvc", "add", "-q", "data"], ["git", "add", "-A"], ["git", "commit", "-q", "-m", "A project"]):
         call(*command, cwd=project)
     env = clean_environment() | {"PYTHONPATH": str(project / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([f"{BIN}/dvc", "repro", "-q", "publish@nut"], cwd=project, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [f"{BIN}/dvc", "repro", "-q", "publish@nut"], cwd=project, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((project / "build/evaluation/nut/metrics.json").read_text())
-    done = subprocess.run([f"{BIN}/panda-ad", "reproduce", NAME, "1"], cwd=project, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [f"{BIN}/panda-ad", "reproduce", NAME, "1"], cwd=project, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     count = sum(isinstance(v, int | float) for v in metrics.values())
     assert f"all {count + 1} figures are equal" in done.stdout and count >= 15

@@ -44,7 +44,11 @@ def test_a_seed_decides_the_pixels(category):
     assert first.shape == (160, 160, 3) and first.dtype == np.uint8
     again = list(make_sample.normal_images(category, 1, 3, "train/good", first=5))[0]
     np.testing.assert_array_equal(first, again)
-    for other in (image_rng(4, category, "train/good", 5), image_rng(3, category, "test/good", 5), image_rng(3, category, "train/good", 6)):
+    for other in (
+        image_rng(4, category, "train/good", 5),
+        image_rng(3, category, "test/good", 5),
+        image_rng(3, category, "train/good", 6),
+    ):
         assert np.abs(first.astype(int) - normal_image(category, other)).mean() > 2
 
 
@@ -61,7 +65,10 @@ def test_a_defect_changes_the_image_at_its_mask_and_nowhere_else(category, defec
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_light_shifts_brightness_and_warmth_of_the_same_part(category):
-    dim, usual, bright = (normal_image(category, image_rng(1, category, "train/good", 0), light).astype(float) for light in (1.0, 0.0, -0.5))
+    dim, usual, bright = (
+        normal_image(category, image_rng(1, category, "train/good", 0), light).astype(float)
+        for light in (1.0, 0.0, -0.5)
+    )
     assert dim.mean() < 0.85 * usual.mean() < usual.mean() < 0.97 * bright.mean()
     assert dim[..., 0].mean() / dim[..., 2].mean() > 1.08 * usual[..., 0].mean() / usual[..., 2].mean()
     same = np.corrcoef(dim.ravel(), usual.ravel())[0, 1]
@@ -70,11 +77,15 @@ def test_light_shifts_brightness_and_warmth_of_the_same_part(category):
 
 
 def test_a_data_set_has_the_mvtec_layout(tmp_path):
-    written = make_sample.write_dataset(tmp_path / "a b", train=2, good=1, per_defect=1, categories=["grid"], held_back=["rust"])
+    written = make_sample.write_dataset(
+        tmp_path / "a b", train=2, good=1, per_defect=1, categories=["grid"], held_back=["rust"]
+    )
     files = sorted(p.relative_to(tmp_path / "a b").as_posix() for p in (tmp_path / "a b").rglob("*.*"))
     kinds = [kind for kind in DEFECTS["grid"] if kind != "rust"]
     expected = ["grid/train/good/000.jpg", "grid/train/good/001.jpg", "grid/test/good/000.jpg"]
-    expected += [f"grid/test/{kind}/000.jpg" for kind in kinds] + [f"grid/ground_truth/{kind}/000_mask.png" for kind in kinds]
+    expected += [f"grid/test/{kind}/000.jpg" for kind in kinds] + [
+        f"grid/ground_truth/{kind}/000_mask.png" for kind in kinds
+    ]
     assert files == sorted(expected) and written == len(expected)
 
 
@@ -123,5 +134,9 @@ def test_raw_pixels_do_not_find_the_defects(published):
                 if name == category and part != "ground_truth":
                     parts[f"{part}/good" if kind == "good" else "defective"].append(decode(published[path]))
             gallery, good, bad = (sample_difficulty.pixels(images, side) for images in parts.values())
-            values.append(sample_difficulty.auroc(sample_difficulty.knn_scores(gallery, good), sample_difficulty.knn_scores(gallery, bad)))
+            values.append(
+                sample_difficulty.auroc(
+                    sample_difficulty.knn_scores(gallery, good), sample_difficulty.knn_scores(gallery, bad)
+                )
+            )
         assert 0.5 < np.mean(values) < sample_difficulty.RAW_LIMIT

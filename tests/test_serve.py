@@ -16,13 +16,13 @@ import pytest
 import yaml
 from registry_project import make_project, read_rows, write_rows
 
-from panda_ad.bundle import load_bundle
 from panda_ad.errors import UserError
-from panda_ad.metrics import auroc
-from panda_ad.processes import Group
+from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.registry.connection import download_version
 from panda_ad.registry.promote import promote
-from panda_ad.registry.publish import main as publish
+from panda_ad.scoring.bundle import load_bundle
+from panda_ad.stages.publish import main as publish
+from panda_ad.system.processes import Group
 
 MODEL = "models:/panda-sample-fabric@staging"
 
@@ -103,13 +103,13 @@ def test_a_changed_test_set_is_scored_by_the_incumbent_itself(project, tmp_path,
 def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(project, monkeypatch):
     """Over REST, on the command line and in the gate. Three images of the test set stand for 64 megapixels."""
     import pandas as pd
+    from panda_ad.registry.models import PandaModel
 
-    from panda_ad import score
+    from panda_ad.commands import score
     from panda_ad.data import images
-    from panda_ad.detector import Detector
     from panda_ad.params import load_params
     from panda_ad.registry.evidence import rescore, score_table
-    from panda_ad.registry.model import PandaModel
+    from panda_ad.scoring.detector import Detector
 
     monkeypatch.chdir(project)
     served, bundle = PandaModel(), project / "build/bundle/fabric"
@@ -120,10 +120,18 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
 
     def everything():
         verdicts = [v for _, _, v in score.verdicts(served.detector, files)]
-        return served.predict(None, table, {"heatmap": True}), verdicts, rescore(bundle, load_params(), rows)["score"].tolist()
+        return (
+            served.predict(None, table, {"heatmap": True}),
+            verdicts,
+            rescore(bundle, load_params(), rows)["score"].tolist(),
+        )
 
     sizes, real = [], Detector.score
-    monkeypatch.setattr(Detector, "score", lambda self, images, *args, **more: sizes.append(len(images)) or real(self, images, *args, **more))
+    monkeypatch.setattr(
+        Detector,
+        "score",
+        lambda self, images, *args, **more: sizes.append(len(images)) or real(self, images, *args, **more),
+    )
     whole = everything()
     assert sizes == [22] * 3
     sizes.clear()
@@ -153,7 +161,9 @@ print(json.dumps({{
 }}))
 """
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "PYTHONPATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["columns"] == said["schema"] == ["score", "p_value", "decision", "anomalous"]
@@ -171,7 +181,21 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
         **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_NUM_THREADS": "1", "PATH": bin_folder + os.pathsep + os.environ["PATH"],
     }  # fmt: skip
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        MODEL,
+        "--env-manager",
+        "local",
+        "-h",
+        "127.0.0.1",
+        "-p",
+        str(port),
+    ]
     address = f"http://127.0.0.1:{port}"
     log = tmp_path / "serve.log"
     with open(log, "wb") as output, Group(command, env=env, cwd=tmp_path, output=output) as server:
@@ -189,7 +213,12 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
         assert [(r["anomalous"], r["decision"]) for r in rows] == [(a, "defect" if a else "good") for _, _, a in cases]
         assert all(0 < r["p_value"] <= 1 for r in rows)
         encoded = [base64.b64encode(data).decode() for data, _, _ in cases]
-        for body in ({"inputs": encoded}, {"inputs": {"image": encoded}}, {"instances": encoded}, {"instances": [{"image": image} for image in encoded]}):
+        for body in (
+            {"inputs": encoded},
+            {"inputs": {"image": encoded}},
+            {"instances": encoded},
+            {"instances": [{"image": image} for image in encoded]},
+        ):
             assert [r["score"] for r in answer(address, body)] == [score for _, score, _ in cases], list(body)
         (row,) = ask(address, [cases[-1][0]], heatmap=True)
         assert row["score"] == cases[-1][1]
@@ -210,6 +239,8 @@ def ask(address, images, **params):
 
 def answer(address, body):
     """The predictions for a request's body."""
-    request = urllib.request.Request(f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.loads(response.read())["predictions"]

@@ -14,14 +14,14 @@ from PIL import Image
 from registry_project import make_project, read_rows, write_rows
 from scipy import ndimage
 
-from panda_ad.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
-from panda_ad.bundle import load_bundle
 from panda_ad.data.images import decode, read_image
-from panda_ad.detector import resize_map
-from panda_ad.files import digest_file
-from panda_ad.localize import build_localizer
-from panda_ad.localize.tiling import boxes, grid, image_tiles
+from panda_ad.features.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
 from panda_ad.params import LocalizeParams, load_params
+from panda_ad.scoring.bundle import load_bundle
+from panda_ad.scoring.detector import resize_map
+from panda_ad.scoring.localize.localizer import build_localizer
+from panda_ad.scoring.localize.tiling import boxes, grid, image_tiles
+from panda_ad.system.files import digest_file
 
 SIZE = (64, 64)
 
@@ -42,10 +42,14 @@ def waves(seed: int, height: int, width: int) -> np.ndarray:
     """A periodic texture with a little noise, uint8 (height, width, 3)."""
     y, x = np.mgrid[:height, :width]
     value = 128 + 50 * np.sin(2 * np.pi * x / 16) * np.cos(2 * np.pi * y / 16)
-    return np.clip(value[..., None] + np.random.default_rng(seed).normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8)
+    return np.clip(value[..., None] + np.random.default_rng(seed).normal(0, 6, (height, width, 3)), 0, 255).astype(
+        np.uint8
+    )
 
 
-def maps_of(train: list[np.ndarray], test: list[np.ndarray], tiles: int | None, size: tuple[int, int], sigma: float) -> np.ndarray:
+def maps_of(
+    train: list[np.ndarray], test: list[np.ndarray], tiles: int | None, size: tuple[int, int], sigma: float
+) -> np.ndarray:
     """Heat maps of `test` by a patch memory of `train`."""
     backbone = load_backbone("embedded")
 
@@ -58,7 +62,10 @@ def maps_of(train: list[np.ndarray], test: list[np.ndarray], tiles: int | None, 
     values = {"neighbours": 5, "memory_fraction": 0.3, "memory_limit": 1000, "sigma": sigma, "tiles": tiles}
     gallery = layers(train)
     localizer = build_localizer(
-        LocalizeParams(method="patch_memory", **values), lambda i: {k: v[i] for k, v in gallery.items()}, np.empty((len(train), 0)), 0
+        LocalizeParams(method="patch_memory", **values),
+        lambda i: {k: v[i] for k, v in gallery.items()},
+        np.empty((len(train), 0)),
+        0,
     )
     return localizer.heatmaps(layers(test), np.empty((len(test), 0)), size)
 
@@ -106,7 +113,9 @@ def plants(tmp_path_factory):
     rows = read_rows(folder / "build/validation/manifest.csv")
     rows = [r for i, r in enumerate(rows) if r["split"] != "test" or i % 2]
     for row in rows:
-        pixels = np.clip(128 + 220 * ndimage.gaussian_filter(rng.normal(size=(150, 200, 3)), (2, 2, 0)), 0, 255).astype(np.uint8)
+        pixels = np.clip(128 + 220 * ndimage.gaussian_filter(rng.normal(size=(150, 200, 3)), (2, 2, 0)), 0, 255).astype(
+            np.uint8
+        )
         path = folder / "data" / row["path"]
         if row["label"] == "1":
             y, x = rng.integers(20, 125), rng.integers(20, 175)
@@ -117,7 +126,12 @@ def plants(tmp_path_factory):
             (folder / "data" / row["mask"]).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask).save(folder / "data" / row["mask"])
         Image.fromarray(pixels).save(path)
-        row.update(sha256=digest_file(path), width="200", height="150", mask_sha256=digest_file(folder / "data" / row["mask"]) if row["mask"] else "")
+        row.update(
+            sha256=digest_file(path),
+            width="200",
+            height="150",
+            mask_sha256=digest_file(folder / "data" / row["mask"]) if row["mask"] else "",
+        )
     write_rows(folder / "build/validation/manifest.csv", rows)
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["adapt"]["method"] = "none"
@@ -186,8 +200,9 @@ def test_the_bundle_says_what_it_needs_and_no_more(plants):
 
 
 def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_rest(plants, monkeypatch, tmp_path):
-    from panda_ad.registry.model import PandaModel
-    from panda_ad.score import Model, score_files
+    from panda_ad.registry.models import PandaModel
+
+    from panda_ad.commands.score import Model, score_files
     from panda_ad.stages.evaluate import score_rows
 
     plant = plants[1]
@@ -232,11 +247,17 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
     maps = []
     sigma, detector.localizer.sigma, detector.localizer.tiles = detector.localizer.sigma, 0.0, 1
     for y0, x0 in [(y, x) for y in (0, 32, 64, 96) for x in (0, 32, 64, 96)]:
-        maps.append(detector.localizer.heatmaps(detector.tile_layers(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), np.empty((1, 0)), SIZE)[0])
+        maps.append(
+            detector.localizer.heatmaps(
+                detector.tile_layers(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), np.empty((1, 0)), SIZE
+            )[0]
+        )
     rise = (1 - np.cos(np.pi * (np.arange(32) + 0.5) / 32)) / 2
     total, weights = np.zeros((160, 160)), np.zeros((160, 160))
     for n, tile in enumerate(maps):
-        window = [np.concatenate([rise if i else np.ones(32), rise[::-1] if i < 3 else np.ones(32)]) for i in divmod(n, 4)]
+        window = [
+            np.concatenate([rise if i else np.ones(32), rise[::-1] if i < 3 else np.ones(32)]) for i in divmod(n, 4)
+        ]
         at = tuple(slice(32 * i, 32 * i + 64) for i in divmod(n, 4))
         total[at] += np.outer(*window) * tile
         weights[at] += np.outer(*window)
@@ -246,7 +267,8 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
 
 
 def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
-    from panda_ad.stages import evaluate, evaluate_masks
+    from panda_ad.evaluation import masks as evaluate_masks
+    from panda_ad.stages import evaluate
 
     monkeypatch.chdir(plants[1])
     for module in (evaluate, evaluate_masks):
@@ -264,8 +286,8 @@ def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
 
 
 def test_a_defect_without_a_mask_counts_for_no_pixel_figure(plants, monkeypatch):
+    from panda_ad.evaluation.masks import with_masks
     from panda_ad.stages import evaluate
-    from panda_ad.stages.evaluate_masks import with_masks
     from panda_ad.stages.evaluate_report import per_defect
 
     monkeypatch.chdir(plants[1])
@@ -273,12 +295,18 @@ def test_a_defect_without_a_mask_counts_for_no_pixel_figure(plants, monkeypatch)
     rows = table[table["split"] == "test"].reset_index(drop=True)
     bare = rows.index[rows["label"] == 1][0]
     rows.loc[bare, "mask"] = ""
-    scores = evaluate.score_rows(load_bundle("build/bundle/fabric"), load_params(), table[table["split"] == "test"], "fabric")
+    scores = evaluate.score_rows(
+        load_bundle("build/bundle/fabric"), load_params(), table[table["split"] == "test"], "fabric"
+    )
     masks = evaluate.load_masks(rows, load_params())
     assert [i for i, mask in enumerate(masks) if mask is None] == [bare]
     known, maps = with_masks(scores.heatmaps, masks)
-    assert len(known) == len(maps) == len(rows) - 1 and all(m.shape == mask.shape for m, mask in zip(maps, known, strict=True))
+    assert len(known) == len(maps) == len(rows) - 1 and all(
+        m.shape == mask.shape for m, mask in zip(maps, known, strict=True)
+    )
     labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
     assert sum(row.n for row in per_defect(labels, defects, scores, masks, load_params())) == labels.sum()
-    alone = [None if label else mask for label, mask in zip(labels, masks, strict=True)]  # of no defect is known where it is
+    alone = [
+        None if label else mask for label, mask in zip(labels, masks, strict=True)
+    ]  # of no defect is known where it is
     assert all(row.au_pro is None for row in per_defect(labels, defects, scores, alone, load_params()))

@@ -35,7 +35,10 @@ def test_a_module_loaded_when_used_is_loaded_when_used():
         "import sys; from panda_ad.data.validation import _load_when_used; _load_when_used('scipy.stats'); from scipy import stats\n"
         "print('scipy.stats._stats_py' in sys.modules, stats.norm.cdf(0), 'scipy.stats._stats_py' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False 0.5 True\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False 0.5 True\n"
+    )
 
 
 def edit(path: str, pixels: np.ndarray) -> None:
@@ -60,21 +63,61 @@ def mask(marked: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
 BAD = {
     "truncated": (lambda: truncate("train/good/003.png"), "nut/train/good/003.png", "truncated"),
     "empty": (lambda: Path("data/nut/test/good/001.png").write_bytes(b""), "nut/test/good/001.png", "empty"),
-    "non-image": (lambda: Path("data/nut/train/good/notes.txt").write_text("hello"), "nut/train/good/notes.txt", "not an image"),
-    "bomb": (lambda: Path("data/nut/train/good/bomb.pbm").write_bytes(b"P4 20000 20000 \0"), "nut/train/good/bomb.pbm", "100,000,000 pixels"),
-    "too small": (lambda: edit("train/good/000.png", noise(1, (4, 16))), "nut/train/good/000.png", "16 x 4 pixels, too small"),
-    "float": (lambda: Image.fromarray(np.zeros((16, 16), np.float32)).save("data/nut/train/good/f.tiff"), "nut/train/good/f.tiff", "mode F"),
-    "duplicate in train": (lambda: copy("train/good/001.png", "train/good/zz ü.png"), "nut/train/good/zz ü.png", "same picture as nut/train/good/001.png"),
-    "duplicate across": (lambda: copy("train/good/002.png", "test/good/zz.png"), "nut/test/good/zz.png", "same picture as nut/train/good/002.png"),
+    "non-image": (
+        lambda: Path("data/nut/train/good/notes.txt").write_text("hello"),
+        "nut/train/good/notes.txt",
+        "not an image",
+    ),
+    "bomb": (
+        lambda: Path("data/nut/train/good/bomb.pbm").write_bytes(b"P4 20000 20000 \0"),
+        "nut/train/good/bomb.pbm",
+        "100,000,000 pixels",
+    ),
+    "too small": (
+        lambda: edit("train/good/000.png", noise(1, (4, 16))),
+        "nut/train/good/000.png",
+        "16 x 4 pixels, too small",
+    ),
+    "float": (
+        lambda: Image.fromarray(np.zeros((16, 16), np.float32)).save("data/nut/train/good/f.tiff"),
+        "nut/train/good/f.tiff",
+        "mode F",
+    ),
+    "duplicate in train": (
+        lambda: copy("train/good/001.png", "train/good/zz ü.png"),
+        "nut/train/good/zz ü.png",
+        "same picture as nut/train/good/001.png",
+    ),
+    "duplicate across": (
+        lambda: copy("train/good/002.png", "test/good/zz.png"),
+        "nut/test/good/zz.png",
+        "same picture as nut/train/good/002.png",
+    ),
     "other format": (
         lambda: Image.open("data/nut/train/good/002.png").save("data/nut/train/good/zz.bmp"),
         "nut/train/good/zz.bmp",
         "same picture as nut/train/good/002.png",
     ),
-    "defect in train": (lambda: edit("train/scratch/000.png", noise(77)), "nut/train/scratch/000.png", "defective image in train"),
-    "mask size": (lambda: edit("ground_truth/crack/001_mask.png", mask(255, (16, 20))), "nut/test/crack/001.png", "is 20 x 16 pixels, the image 16 x 16"),
-    "empty mask": (lambda: edit("ground_truth/crack/001_mask.png", mask(0)), "nut/test/crack/001.png", "001_mask.png is empty"),
-    "zeros and ones": (lambda: edit("ground_truth/crack/001_mask.png", mask(1)), "nut/test/crack/001.png", "largest value is 1"),
+    "defect in train": (
+        lambda: edit("train/scratch/000.png", noise(77)),
+        "nut/train/scratch/000.png",
+        "defective image in train",
+    ),
+    "mask size": (
+        lambda: edit("ground_truth/crack/001_mask.png", mask(255, (16, 20))),
+        "nut/test/crack/001.png",
+        "is 20 x 16 pixels, the image 16 x 16",
+    ),
+    "empty mask": (
+        lambda: edit("ground_truth/crack/001_mask.png", mask(0)),
+        "nut/test/crack/001.png",
+        "001_mask.png is empty",
+    ),
+    "zeros and ones": (
+        lambda: edit("ground_truth/crack/001_mask.png", mask(1)),
+        "nut/test/crack/001.png",
+        "largest value is 1",
+    ),
     "broken mask": (
         lambda: Path("data/nut/ground_truth/crack/001_mask.png").write_bytes(b"no"),
         "nut/test/crack/001.png",
@@ -89,7 +132,9 @@ def test_bad_image_is_named_with_its_reason(name, make_params):
     spoil, path, reason = BAD[name]
     spoil()
     found = checked(make_params)
-    assert [p for p, _ in found.problems] == [path] and reason in found.problems[0][1] and "\n" not in found.problems[0][1]
+    assert (
+        [p for p, _ in found.problems] == [path] and reason in found.problems[0][1] and "\n" not in found.problems[0][1]
+    )
     assert found.blocking == [] and path not in set(found.usable["path"])
 
 
@@ -162,10 +207,17 @@ def test_every_accepted_kind_of_image_is_usable(make_params):
     found = checked(make_params)
     assert found.problems == [] and len(found.usable) == 10 + 6 + 9
     modes = dict(zip(found.usable["path"].str.rsplit("/").str[-1], found.usable["mode"], strict=True))
-    assert modes["sixteen.png"] == "I;16" and modes["palette.png"] == "P" and modes["cmyk.jpg"] == "CMYK" and modes["alpha.png"] == "RGBA"
+    assert (
+        modes["sixteen.png"] == "I;16"
+        and modes["palette.png"] == "P"
+        and modes["cmyk.jpg"] == "CMYK"
+        and modes["alpha.png"] == "RGBA"
+    )
     turned = found.usable[found.usable["path"].str.endswith("turned.jpg")].iloc[0]
     assert (turned["width"], turned["height"]) == (16, 24)
-    assert any("pixel modes" in w for w in found.warnings) and any("sizes, 16 to 16 wide and 16 to 24 high" in w for w in found.warnings)
+    assert any("pixel modes" in w for w in found.warnings) and any(
+        "sizes, 16 to 16 wide and 16 to 24 high" in w for w in found.warnings
+    )
 
 
 def test_a_mask_is_compared_with_the_upright_image(make_params):
@@ -213,7 +265,9 @@ def test_gallery_must_keep_images_beside_calibration(make_params):
 
 def test_one_kind_of_test_image_is_not_enough(make_params):
     make_mvtec(Path("data"), good=0)
-    assert checked(make_params).blocking == [("nut/test", "no usable normal test images of nut: without both kinds nothing can be evaluated")]
+    assert checked(make_params).blocking == [
+        ("nut/test", "no usable normal test images of nut: without both kinds nothing can be evaluated")
+    ]
 
 
 def write_params(**data) -> None:
@@ -236,7 +290,12 @@ def test_stage_fails_after_writing_its_reports(capsys):
     with pytest.raises(UserError) as e:
         stage.main()
     message = str(e.value)
-    assert "2 problems" in message and "nut/train/good/003.png" in message and "build/validation/problems.csv" in message and "\n" not in message
+    assert (
+        "2 problems" in message
+        and "nut/train/good/003.png" in message
+        and "build/validation/problems.csv" in message
+        and "\n" not in message
+    )
     assert [p for p, _ in problems()] == ["nut/train/good/003.png", "nut/train/good/zz.png"]
     report = json.loads(Path("build/validation/report.json").read_text())
     assert report["success"] is False and report["bad_files"] == 2
@@ -252,7 +311,11 @@ def test_stage_quarantines():
     assert len(rows) == 18 and "nut/train/good/003.png" not in set(rows["path"]) and len(problems()) == 1
     report = json.loads(Path("build/validation/report.json").read_text())
     assert report["success"] is True and report["bad_files"] == 1 and report["images"] == 18
-    assert report["categories"]["nut"] == {"train": {"good": 7}, "calibration": {"good": 2}, "test": {"crack": 3, "good": 3, "scratch": 3}}
+    assert report["categories"]["nut"] == {
+        "train": {"good": 7},
+        "calibration": {"good": 2},
+        "test": {"crack": 3, "good": 3, "scratch": 3},
+    }
 
 
 def test_quarantine_does_not_hide_a_shortage():
@@ -277,7 +340,9 @@ def test_stage_gives_the_same_bytes_again():
 def test_stage_as_a_command():
     write_params()
     Path("data").mkdir()
-    done = subprocess.run([sys.executable, "-m", "panda_ad.stages.validate"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "panda_ad.stages.validate"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["panda-ad: validate: categories: no folder 'nut' in data; it holds none at all"]
 
@@ -288,7 +353,9 @@ def test_data_docs_need_no_network(make_params):
     params = make_params(["nut"], data={"root": "data"})
     found = check(collect(params), params)
     validate(found, params, Path("docs"))
-    pages = {p.relative_to("docs").as_posix(): p.read_text(encoding="utf-8") for p in Path("docs").rglob("*") if p.is_file()}
+    pages = {
+        p.relative_to("docs").as_posix(): p.read_text(encoding="utf-8") for p in Path("docs").rglob("*") if p.is_file()
+    }
     assert set(pages) == {"index.html", "results.html", "expectations.html"}
     for name, html in pages.items():
         assert "Content-Security-Policy" in html and "<style>" in html

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from registry_project import make_project
 from sklearn.covariance import LedoitWolf, ledoit_wolf
 
-from panda_ad.bundle import load_bundle
-from panda_ad.gallery import Gallery
-from panda_ad.whitening import FLOOR, fit_whitening, ledoit_wolf_shrinkage
+from panda_ad.scoring.bundle import load_bundle
+from panda_ad.scoring.gallery import Gallery
+from panda_ad.scoring.whitening import FLOOR, fit_whitening, ledoit_wolf_shrinkage
 
 
 def correlated(m: int, d: int, seed: int = 0, centre: float = 3.0) -> np.ndarray:
@@ -88,8 +88,8 @@ def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_dig
     import pandas as pd
     import torch
 
-    from panda_ad.backbones import preprocess, trunk_activations
     from panda_ad.data.images import read_image
+    from panda_ad.features.backbones import preprocess, trunk_activations
     from panda_ad.stages import adapt, evaluate, extract, index
 
     folder = make_project(tmp_path / "plant")
@@ -113,10 +113,14 @@ def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_dig
     assert detector.score(images[3:4])[0] == verdicts[3]
 
     whitenings, detector.whitenings = detector.whitenings, []
+
     def plain(paths) -> list[np.ndarray]:
         """Normalised features under each head, float64, not whitened."""
         x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in paths])
-        return [f.astype(np.float64) for f in detector.features(trunk_activations(detector.backbone, x, detector.precision)[1])[0]]
+        return [
+            f.astype(np.float64)
+            for f in detector.features(trunk_activations(detector.backbone, x, detector.precision)[1])[0]
+        ]
 
     manifest = pd.read_csv("build/features/fabric/rows.csv")
     train, test = plain(manifest[manifest["split"] == "train"]["path"]), plain(rows["path"])
@@ -126,7 +130,9 @@ def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_dig
         np.testing.assert_allclose(np.linalg.norm(train[s], axis=1), 1, rtol=1e-5)
         fitted = LedoitWolf().fit(train[s])
         inverse = np.linalg.inv(fitted.covariance_)
-        np.testing.assert_allclose(whitening.matrix.astype(np.float64) @ whitening.matrix, inverse, rtol=0, atol=1e-3 * inverse.max())
+        np.testing.assert_allclose(
+            whitening.matrix.astype(np.float64) @ whitening.matrix, inverse, rtol=0, atol=1e-3 * inverse.max()
+        )
         squared = np.array([[(a - b) @ inverse @ (a - b) for b in kept[s]] for a in test[s]])
         ratios.append(np.sort(squared, axis=1)[:, :2].sum(axis=1) / detector.train_means[s])
     np.testing.assert_allclose(np.max(ratios, axis=0), rows["score"], rtol=2e-3)

@@ -52,11 +52,15 @@ def photograph(image: NDArray[np.float64], camera: Camera) -> NDArray[np.uint8]:
     """Reflectance (SIZE, SIZE, 3) -> uint8 sRGB-like image; bright parts roll off instead of clipping hard."""
     lit = ndimage.gaussian_filter(image * camera.light, (camera.blur, camera.blur, 0))
     lit = np.where(lit > 0.8, 0.8 + 0.2 * np.tanh((lit - 0.8) / 0.2), lit)
-    noisy = lit + camera.noise * np.sqrt(np.clip(lit, 0.05, None) * 2)  # shot noise grows with the square root of the light
+    noisy = lit + camera.noise * np.sqrt(
+        np.clip(lit, 0.05, None) * 2
+    )  # shot noise grows with the square root of the light
     return np.round(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
 
 
-def apply_defect(normal: NDArray[np.float64], flawed: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def apply_defect(
+    normal: NDArray[np.float64], flawed: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Keep of `flawed` what is visible, and say where.
 
     Parameters

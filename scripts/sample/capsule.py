@@ -14,7 +14,19 @@ _CURVE = [(0.5 + 0.5 * np.cos(t), 0.3 + 0.3 * np.sin(t)) for t in np.linspace(-2
 _GLYPHS: dict[str, list[list[tuple[float, float]]]] = {
     "0": [[(0.5 + 0.5 * np.cos(t), 0.5 + 0.5 * np.sin(t)) for t in np.linspace(0, 2 * np.pi, 13)]],
     "2": [[(x, y) for x, y in _CURVE if y < 0.6 or x > 0.5] + [(0.0, 1.0), (1.0, 1.0)]],
-    "5": [[(0.95, 0.0), (0.1, 0.0), (0.05, 0.45), (0.5, 0.38), (0.9, 0.5), (1.0, 0.7), (0.85, 0.93), (0.45, 1.0), (0.0, 0.9)]],
+    "5": [
+        [
+            (0.95, 0.0),
+            (0.1, 0.0),
+            (0.05, 0.45),
+            (0.5, 0.38),
+            (0.9, 0.5),
+            (1.0, 0.7),
+            (0.85, 0.93),
+            (0.45, 1.0),
+            (0.0, 0.9),
+        ]
+    ],
 }
 IMPRINT = "250"
 
@@ -115,7 +127,14 @@ def crack(c: Capsule, rng: np.random.Generator) -> Surface:
     start = _point(c, rng.choice([-1, 1]) * rng.uniform(12, 36), rng.uniform(-15, -8))
     angle = c.angle + np.pi / 2 + rng.normal(0, 0.5)
     main = path(rng, start, angle, rng.uniform(28, 42), 0.05, 0.35)
-    fork = path(rng, tuple(main[len(main) // 2]), angle + rng.choice([-1, 1]) * rng.uniform(0.6, 1.0), rng.uniform(8, 15), 0.05, 0.35)
+    fork = path(
+        rng,
+        tuple(main[len(main) // 2]),
+        angle + rng.choice([-1, 1]) * rng.uniform(0.6, 1.0),
+        rng.uniform(8, 15),
+        0.05,
+        0.35,
+    )
     out, shell = render(c), step(_outline(c))
     for points, width in ((main, rng.uniform(1.5, 2.3)), (fork, 1.2)):
         d, place = distance_to(points, x, y)
@@ -170,7 +189,11 @@ def squeeze(c: Capsule, rng: np.random.Generator) -> Surface:
     """Pinched: the outline drawn in from one or both sides, the shell creased there."""
     at, width, depth = rng.uniform(-30, 30), rng.uniform(7, 11), rng.uniform(0.22, 0.38)
     pinch = np.exp(-(((c.a - at) / width) ** 2))
-    sides = np.where(c.b < 0, 1.0, rng.choice([0.25, 1.0])) if rng.random() < 0.5 else np.where(c.b > 0, 1.0, rng.choice([0.25, 1.0]))
+    sides = (
+        np.where(c.b < 0, 1.0, rng.choice([0.25, 1.0]))
+        if rng.random() < 0.5
+        else np.where(c.b > 0, 1.0, rng.choice([0.25, 1.0]))
+    )
     relief = -0.30 * pinch * sides * np.abs(c.b) / c.radius + 0.12 * np.sin((c.a - at) / 2.2) * pinch
     return render(replace(c, b=c.b / (1 - depth * pinch * sides)), relief=relief)
 

@@ -57,7 +57,9 @@ def render(cloth: Cloth, missing: Field | None = None) -> Surface:
     warp_rgb, weft_rgb = warp_shade[..., None] * cloth.warp_colour, weft_shade[..., None] * cloth.weft_colour
     out = np.where(over[..., None] > 0, warp_rgb, weft_rgb)
     if missing is not None:  # the weft lies bare, with a dark gap where the thread was
-        bare = (0.22 + 0.55 * np.sqrt(np.clip(1 - y**2, 0, 1)) * (0.65 + 0.35 * np.abs(x)))[..., None] * cloth.weft_colour
+        bare = (0.22 + 0.55 * np.sqrt(np.clip(1 - y**2, 0, 1)) * (0.65 + 0.35 * np.abs(x)))[
+            ..., None
+        ] * cloth.weft_colour
         out = mix(out, bare, missing)
     return out * (cloth.dye + 0.07 * cloth.fuzz)[..., None]
 
@@ -106,7 +108,11 @@ def cut(cloth: Cloth, rng: np.random.Generator) -> Surface:
     d, place = distance_to(path(rng, start, angle, length, 0.03, 0.06), x, y)
     gape = rng.uniform(3.0, 5.0) * np.sqrt(np.clip(4 * place * (1 - place), 0, 1)) + 0.3
     edge = gape - d + 0.5 * cloth.fuzz
-    out = mix(render(cloth), cloth.weft_colour * 1.2, 0.75 * np.exp(-(((edge + 1.0) / 1.5) ** 2)) * np.clip(0.7 + 0.4 * cloth.fuzz, 0, 1))
+    out = mix(
+        render(cloth),
+        cloth.weft_colour * 1.2,
+        0.75 * np.exp(-(((edge + 1.0) / 1.5) ** 2)) * np.clip(0.7 + 0.4 * cloth.fuzz, 0, 1),
+    )
     return mix(out, np.array([0.08, 0.09, 0.11]), step(edge, 1.2) * 0.95)
 
 

@@ -8,7 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from sample.shapes import OVERSAMPLE, SIZE, Field, Surface, blob, distance_to, mix, path, pixel_grid, rotate, smooth_noise, step
+from sample.shapes import (
+    OVERSAMPLE,
+    SIZE,
+    Field,
+    Surface,
+    blob,
+    distance_to,
+    mix,
+    path,
+    pixel_grid,
+    rotate,
+    smooth_noise,
+    step,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,9 @@ def draw(rng: np.random.Generator) -> Sheet:
     u, v = u * keystone + rng.uniform(10, 12) * pitch, v * keystone + rng.uniform(10, 12) * pitch
     fine, coarse = smooth_noise(rng, (0.5, 10)), smooth_noise(rng, (1.2, 26))
     brushed = 0.04 * fine + 0.025 * coarse
-    brushed = ndimage.rotate(np.pad(brushed, 60, mode="wrap"), -np.rad2deg(angle), reshape=False, order=1, mode="nearest")[60:-60, 60:-60]
+    brushed = ndimage.rotate(
+        np.pad(brushed, 60, mode="wrap"), -np.rad2deg(angle), reshape=False, order=1, mode="nearest"
+    )[60:-60, 60:-60]
     patches = 0.03 * smooth_noise(rng, 18)
     colour = np.array([0.62, 0.63, 0.64]) * rng.uniform(0.95, 1.06) + rng.normal(0, 0.006, 3)
     backing = np.array([0.13, 0.14, 0.16]) * rng.uniform(0.8, 1.3)
@@ -62,7 +77,9 @@ def render(sheet: Sheet, u: Field | None = None, v: Field | None = None, opened:
         shift = [round(w * OVERSAMPLE) for w in (sheet.wall[1], sheet.wall[0])]
         inside, below = np.maximum(inside, opened), np.maximum(below, np.roll(opened, shift, axis=(0, 1)))
     metal = (1 + sheet.brushed + sheet.patches)[..., None] * sheet.colour
-    slope = np.gradient(inside, axis=1) * 0.6 + np.gradient(inside, axis=0) * 0.8  # the bevel catches light from the lower right
+    slope = (
+        np.gradient(inside, axis=1) * 0.6 + np.gradient(inside, axis=0) * 0.8
+    )  # the bevel catches light from the lower right
     rim = np.exp(-(((inside + 0.9) / 0.9) ** 2))
     metal = metal * (1 + 0.55 * rim * slope * OVERSAMPLE)[..., None]
     wall = sheet.colour * 0.62
@@ -137,7 +154,9 @@ def scratch(sheet: Sheet, rng: np.random.Generator) -> Surface:
 def rust(sheet: Sheet, rng: np.random.Generator) -> Surface:
     """Corrosion creeping over the metal, blotchy."""
     x, y = pixel_grid()
-    reach = blob(rng, x, y, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(18, 28), 0.35) / 6 + 1.1 * smooth_noise(rng, 3.0)
+    reach = blob(rng, x, y, tuple(rng.uniform(40, SIZE - 40, 2)), rng.uniform(18, 28), 0.35) / 6 + 1.1 * smooth_noise(
+        rng, 3.0
+    )
     du, dv = _to_hole(sheet, sheet.u, sheet.v)
     metal = step(np.hypot(du, dv) - sheet.radius)
     grain = 1 + 0.16 * smooth_noise(rng, 0.9)

@@ -49,7 +49,9 @@ def smooth_noise(rng: np.random.Generator, sigma: float | tuple[float, float]) -
     return noise[:CANVAS, :CANVAS]
 
 
-def blob(rng: np.random.Generator, x: Field, y: Field, centre: tuple[float, float], radius: float, roughness: float = 0.25) -> Field:
+def blob(
+    rng: np.random.Generator, x: Field, y: Field, centre: tuple[float, float], radius: float, roughness: float = 0.25
+) -> Field:
     """Signed distance, roughly, to the edge of an irregular round patch: positive inside, pixels."""
     stretch = rng.uniform(0.75, 1.3)
     dx, dy = rotate(x - centre[0], y - centre[1], rng.uniform(0, np.pi))
@@ -61,13 +63,17 @@ def blob(rng: np.random.Generator, x: Field, y: Field, centre: tuple[float, floa
     return edge - np.hypot(dx, dy)
 
 
-def path(rng: np.random.Generator, start: tuple[float, float], angle: float, length: float, bend: float, jag: float = 0.0) -> NDArray[np.float64]:
+def path(
+    rng: np.random.Generator, start: tuple[float, float], angle: float, length: float, bend: float, jag: float = 0.0
+) -> NDArray[np.float64]:
     """A wandering line: points (n, 2) x, y about 4 pixels apart.
 
     `bend` is the standard deviation of a slow turn, `jag` of an abrupt one, both in radians per point.
     """
     n = max(3, int(length / 4))
-    turn = np.cumsum(ndimage.gaussian_filter1d(rng.normal(0, 1, n), 2, mode="nearest")) * bend + rng.normal(0, 1, n) * jag
+    turn = (
+        np.cumsum(ndimage.gaussian_filter1d(rng.normal(0, 1, n), 2, mode="nearest")) * bend + rng.normal(0, 1, n) * jag
+    )
     heading = angle + turn
     steps = np.stack([np.cos(heading), np.sin(heading)], axis=1) * (length / n)
     return np.vstack([start, np.asarray(start) + np.cumsum(steps, axis=0)])

@@ -14,9 +14,14 @@ import typer
 
 from panda_ad.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
+)
 
-Categories = Annotated[list[str] | None, typer.Option("--category", "-c", help="Only this category (repeatable); default: all of params.yaml.")]
+Categories = Annotated[
+    list[str] | None,
+    typer.Option("--category", "-c", help="Only this category (repeatable); default: all of params.yaml."),
+]
 
 
 @app.command()
@@ -24,7 +29,7 @@ def run() -> None:
     """Data, pipeline, promotion: all that has changed.
 
     Pulls the data if missing, runs the stages that have changed, asks the gate, and says where to look."""
-    from panda_ad.run import run
+    from panda_ad.commands.run import run
 
     run()
 
@@ -34,7 +39,7 @@ def summary() -> None:
     """The figures of the last run.
 
     Metrics, threshold, time and memory per stage, versions, what the gate decided."""
-    from panda_ad.run import summary
+    from panda_ad.commands.run import summary
 
     print(summary())
 
@@ -42,18 +47,28 @@ def summary() -> None:
 @app.command()
 def score(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images (searched recursively).")],
-    model: Annotated[str | None, typer.Option(help="A registered model, e.g. models:/panda-sample-fabric@staging.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A registered model, e.g. models:/panda-sample-fabric@staging.")
+    ] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle folder, e.g. build/bundle/fabric.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the verdicts to this CSV file instead of standard output.")] = None,
-    heatmaps: Annotated[Path | None, typer.Option(help="Write an overlay of each image's heat map into this folder.")] = None,
-    false_alarm_rate: Annotated[float | None, typer.Option(help="Another false-alarm budget than the model's, in (0, 1).")] = None,
-    log: Annotated[bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the verdicts to this CSV file instead of standard output.")
+    ] = None,
+    heatmaps: Annotated[
+        Path | None, typer.Option(help="Write an overlay of each image's heat map into this folder.")
+    ] = None,
+    false_alarm_rate: Annotated[
+        float | None, typer.Option(help="Another false-alarm budget than the model's, in (0, 1).")
+    ] = None,
+    log: Annotated[
+        bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")
+    ] = False,
 ) -> None:
     """Verdicts for images or folders.
 
     Per image a row: score, p-value, good or defect, threshold, and the box of the region that decided (with --heatmaps)."""
+    from panda_ad.commands.score import score_paths
     from panda_ad.monitor.log import LOG
-    from panda_ad.score import score_paths
 
     score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
 
@@ -85,16 +100,22 @@ def monitor(
 def ingest(
     paths: Annotated[list[Path], typer.Argument(help="New images, or folders of images (searched recursively).")],
     category: Annotated[str, typer.Option("--category", "-c", help="What they show, one of params.yaml's categories.")],
-    label: Annotated[Literal["good", "defect"], typer.Option(help="Good images go to train, defects to test.")] = "good",
+    label: Annotated[
+        Literal["good", "defect"], typer.Option(help="Good images go to train, defects to test.")
+    ] = "good",
     kind: Annotated[str | None, typer.Option(help="Kind of defect, the name of its folder.  [default: defect]")] = None,
-    split: Annotated[Literal["train", "test"] | None, typer.Option(help="Where good images go.  [default: train]")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")] = None,
+    split: Annotated[
+        Literal["train", "test"] | None, typer.Option(help="Where good images go.  [default: train]")
+    ] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Have the present model look at images labelled good.")] = True,
 ) -> None:
     """Add images to the data set.
 
     Records its new version with DVC; what cannot be used goes to quarantine/, with the reason."""
-    from panda_ad.ingest import ingest
+    from panda_ad.commands.ingest import ingest
 
     ingest(paths, category, label, kind, split, masks, check)
 
@@ -148,7 +169,7 @@ def reproduce(
     """Make a version again and compare its figures.
 
     Digit by digit, in a temporary clone; exit code 2 where one differs."""
-    from panda_ad.registry.reproduce import reproduce
+    from panda_ad.commands.reproduce import reproduce
 
     reproduce(name, version, keep)
 
@@ -177,8 +198,8 @@ def ui(
     """MLflow and Prefect servers, until Ctrl-C.
 
     On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them."""
+    from panda_ad.commands.servers import serve_ui
     from panda_ad.params import load_params
-    from panda_ad.servers import serve_ui
 
     load_params()  # a wrong folder, or a mistake in params.yaml, is better said now than by a flow
     serve_ui(mlflow_port=mlflow_port, prefect_port=prefect_port)
@@ -186,25 +207,46 @@ def ui(
 
 @app.command()
 def benchmark(
-    datasets: Annotated[list[str], typer.Argument(help="cifar10, cifar100, fashion_mnist, cats_vs_dogs, flowers102, cub, dior, wbc, mvtec, or a folder's name.")],
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method (repeatable); default: all.")] = None,
-    normal: Annotated[list[str] | None, typer.Option("--class", help="Only this normal class or category (repeatable); default: all.")] = None,
+    datasets: Annotated[
+        list[str],
+        typer.Argument(
+            help="cifar10, cifar100, fashion_mnist, cats_vs_dogs, flowers102, cub, dior, wbc, mvtec, or a folder's name."
+        ),
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Only this method (repeatable); default: all.")
+    ] = None,
+    normal: Annotated[
+        list[str] | None, typer.Option("--class", help="Only this normal class or category (repeatable); default: all.")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed (repeatable); default: 0.")] = None,
     train: Annotated[int | None, typer.Option(help="At most so many training images per class; default: all.")] = None,
     test: Annotated[int | None, typer.Option(help="At most so many test images per data set; default: all.")] = None,
-    leave_one_out: Annotated[bool, typer.Option("--leave-one-out", help="All classes but one are normal together.")] = False,
+    leave_one_out: Annotated[
+        bool, typer.Option("--leave-one-out", help="All classes but one are normal together.")
+    ] = False,
     size: Annotated[int | None, typer.Option(help="Network input, pixels; default: params.yaml's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="METHOD.KEY=VALUE of the adapt section, e.g. ewc.epochs=20 (repeatable).")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train heads with bfloat16 convolutions (faster where the CPU has them).")] = False,
-    dask: Annotated[str | None, typer.Option(help="Run on the Dask scheduler at this address; 'local' starts a cluster on this machine.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results; what it holds is not computed again.")] = Path("build/benchmark"),
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="METHOD.KEY=VALUE of the adapt section, e.g. ewc.epochs=20 (repeatable)."),
+    ] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Train heads with bfloat16 convolutions (faster where the CPU has them).")
+    ] = False,
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Run on the Dask scheduler at this address; 'local' starts a cluster on this machine."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results; what it holds is not computed again.")] = Path(
+        "build/benchmark"
+    ),
     mlflow: Annotated[bool, typer.Option(help="Log the tables to MLflow.")] = True,
 ) -> None:
     """The paper's benchmark, on PANDA_BENCH_DATA.
 
     Resumes where it stopped, and writes a table per data set."""
-    from panda_ad.benchmark import METHODS
-    from panda_ad.benchmark import benchmark as run_benchmark
+    from panda_ad.benchmark.runner import METHODS
+    from panda_ad.benchmark.runner import benchmark as run_benchmark
     from panda_ad.params import load_params, parse_params
 
     params = load_params()
@@ -219,8 +261,19 @@ def benchmark(
 
         runner = dask_runner(None if dask == "local" else dask)
     run_benchmark(
-        params, datasets, method or METHODS, protocol="leave-one-out" if leave_one_out else "one-vs-rest", classes=normal, seeds=seed or [0],
-        train=train, test=test, changes=changes or [], bf16=bf16, out=out, runner=runner, mlflow=mlflow,
+        params,
+        datasets,
+        method or METHODS,
+        protocol="leave-one-out" if leave_one_out else "one-vs-rest",
+        classes=normal,
+        seeds=seed or [0],
+        train=train,
+        test=test,
+        changes=changes or [],
+        bf16=bf16,
+        out=out,
+        runner=runner,
+        mlflow=mlflow,
     )
     for path in sorted(out.glob("*.md")):
         if path.stem.removesuffix("-leave-one-out") in datasets:
@@ -230,7 +283,9 @@ def benchmark(
 def main() -> None:
     """Entry point: a user's mistake is one line and its exit code, never a stack trace."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # into a file or a service's journal too, `ui` says at once where it listens
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # into a file or a service's journal too, `ui` says at once where it listens
     try:
         app()
     except UserError as e:

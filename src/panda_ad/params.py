@@ -32,7 +32,9 @@ class Data(_Section):
 
 
 class BackboneParams(_Section):
-    name: Literal["embedded", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"]
+    name: Literal[
+        "embedded", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
+    ]
     weights: str
     input_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
     precision: Literal["auto", "fp32", "bf16"]
@@ -153,7 +155,9 @@ class Params(_Section):
     @model_validator(mode="after")
     def _score_has_its_heat_map(self) -> Params:
         if self.verdict.score != "features" and self.localize.method == "none":
-            raise ValueError(f"verdict.score: {self.verdict.score} needs heat maps; set localize.method, or verdict.score: features")
+            raise ValueError(
+                f"verdict.score: {self.verdict.score} needs heat maps; set localize.method, or verdict.score: features"
+            )
         return self
 
     @field_validator("dataset")
@@ -172,7 +176,9 @@ class Params(_Section):
             if not name or name.startswith(".") or re.search(r"[/\\:%\"'@]", name):
                 raise ValueError(f"{name!r} cannot name a category: no '/', '\\', ':', '%', '@' or quotes")
             if name == "data":
-                raise ValueError("'data' cannot name a category: an MLflow run keeps the files of the whole data set in a folder of that name")
+                raise ValueError(
+                    "'data' cannot name a category: an MLflow run keeps the files of the whole data set in a folder of that name"
+                )
         return names
 
 

@@ -55,5 +55,6 @@ def feature_statistics(features: Tensor, centre: Tensor) -> dict[str, float]:
 def collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
     """Whether features have collapsed since `start`, both as `feature_statistics` gives them."""
     return not (
-        now["effective_rank"] >= MIN_RANK * start["effective_rank"] and now["feature_variance"] >= MIN_VARIANCE * start["feature_variance"]
+        now["effective_rank"] >= MIN_RANK * start["effective_rank"]
+        and now["feature_variance"] >= MIN_VARIANCE * start["feature_variance"]
     )

@@ -40,7 +40,9 @@ def features_of(head: nn.Module, layer2: Any, rows: np.ndarray | None = None) ->
     """Pooled float32 features (N, D), on the CPU, of all rows of `layer2` or of some, in bounded memory."""
     device = next(head.parameters()).device
     rows = np.arange(len(layer2)) if rows is None else rows
-    return torch.cat([head(rows_of(layer2, rows[i : i + _PASS], device)).float().cpu() for i in range(0, len(rows), _PASS)])
+    return torch.cat(
+        [head(rows_of(layer2, rows[i : i + _PASS], device)).float().cpu() for i in range(0, len(rows), _PASS)]
+    )
 
 
 def minibatches(n: int, batch: int, generator: torch.Generator) -> Iterator[np.ndarray]:
@@ -110,7 +112,9 @@ def descend(
             add_gradient()
         if step == 1:  # the first forward pass may have laid weights out anew
             flat = [in_memory(p.detach(), p) for p in parameters]
-            optimizer = torch.optim.SGD(flat, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True)
+            optimizer = torch.optim.SGD(
+                flat, lr=learning_rate, momentum=momentum, weight_decay=weight_decay, fused=True
+            )
         for p, values in zip(parameters, flat, strict=True):
             assert p.grad is not None
             values.grad = in_memory(p.grad, p)

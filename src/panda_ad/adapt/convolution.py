@@ -40,8 +40,22 @@ _F2: _Tile = (
 )
 _F4: _Tile = (
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]],
-    [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6], [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]],
-    [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]],
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    [
+        [4, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ],
 )
 # rows of one and of two positions between zeros
 _ALONE: _Tile = ([[1]], [[0, 1, 0]], [[0, 1, 0]])
@@ -92,7 +106,13 @@ class small_convolutions(TorchFunctionMode):
                     if (k, s, p) == (3, 1, 1):
                         return FilteredConvolution.apply(x, weight, self.precision, self.kept_filters(weight, h, w))
                     return UnrolledConvolution.apply(x, weight, s, p, self.precision)
-        if func is F.batch_norm and kwargs.get("training") is False and len(args) == 3 and args[0].dim() == 4 and kwargs["weight"] is not None:
+        if (
+            func is F.batch_norm
+            and kwargs.get("training") is False
+            and len(args) == 3
+            and args[0].dim() == 4
+            and kwargs["weight"] is not None
+        ):
             return fixed_batch_norm(*args, kwargs["weight"], kwargs["bias"], kwargs["eps"])
         return func(*args, **kwargs)
 
@@ -139,7 +159,11 @@ def filtering_2d(h: int, w: int, precision: torch.dtype) -> tuple[Tensor, Tensor
     (ay, gy, by), (ax, gx, bx) = filtering(h, tall), filtering(w, wide)
     a = torch.einsum("pit,qjs->pqijts", ay, ax).reshape(h * w, -1)
     b = torch.einsum("itp,jsq->ijtspq", by, bx).reshape(-1, h * w)
-    return a.to(precision), torch.kron(gy, gx), b.to(precision)  # bfloat16 holds what A and B of 2 x 2 tiles hold, -1, 0 and 1
+    return (
+        a.to(precision),
+        torch.kron(gy, gx),
+        b.to(precision),
+    )  # bfloat16 holds what A and B of 2 x 2 tiles hold, -1, 0 and 1
 
 
 def filters_of(weight: Tensor, h: int, w: int, precision: torch.dtype) -> Tensor:
@@ -178,7 +202,9 @@ class FilteredConvolution(torch.autograd.Function):
         to_outputs, _, to_inputs = ctx.matrices
         # autocast brings tensors among the arguments to float32
         filters = filters_of(weight, h, w, precision) if filters is None else filters.to(precision)
-        inputs = (to_inputs @ positions_first(x).to(precision).view(h * w, -1)).view(len(filters), -1, c)  # (m m, T T B, C)
+        inputs = (to_inputs @ positions_first(x).to(precision).view(h * w, -1)).view(
+            len(filters), -1, c
+        )  # (m m, T T B, C)
         ctx.save_for_backward(inputs, filters)
         products = torch.bmm(inputs, filters)  # (m m, T T B, C')
         return (to_outputs @ products.view(to_outputs.shape[1], -1)).float().view(h, w, b, -1).permute(2, 3, 0, 1)
@@ -228,7 +254,13 @@ class UnrolledConvolution(torch.autograd.Function):
         for i in range(k):
             for j in range(k):
                 padded[i : i + stride * h : stride, j : j + stride * w : stride] += parts[:, :, :, i, j]
-        return padded[padding : padding + height, padding : padding + width].permute(2, 3, 0, 1), for_weight, None, None, None
+        return (
+            padded[padding : padding + height, padding : padding + width].permute(2, 3, 0, 1),
+            for_weight,
+            None,
+            None,
+            None,
+        )
 
 
 def out_shape(height: int, width: int, k: int, stride: int, padding: int) -> tuple[int, int]:

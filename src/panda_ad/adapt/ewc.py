@@ -34,12 +34,20 @@ class ElasticPenalty:
         self.strength = strength
         self.parameters = list(named.values())
         self.anchors = [p.detach().clone() for p in self.parameters]
-        self.weights = [torch.empty_like(p).copy_(fisher[name]) * strength for name, p in named.items()]  # in the order in memory of p
+        self.weights = [
+            torch.empty_like(p).copy_(fisher[name]) * strength for name, p in named.items()
+        ]  # in the order in memory of p
 
     @torch.no_grad()
     def value(self) -> float:
         """The penalty at the parameters' present values."""
-        return float(sum((w * (p - a).square()).sum() for w, p, a in zip(self.weights, self.parameters, self.anchors, strict=True)) / 2)
+        return float(
+            sum(
+                (w * (p - a).square()).sum()
+                for w, p, a in zip(self.weights, self.parameters, self.anchors, strict=True)
+            )
+            / 2
+        )
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -53,7 +61,13 @@ def check_fisher(fisher: Mapping[str, Tensor], head: nn.Module, source: str) -> 
     """UserError, naming `source`, unless there is a finite, non-negative value for each parameter of the head."""
     for name, parameter in head.named_parameters():
         if name not in fisher or fisher[name].shape != parameter.shape:
-            found = "missing" if name not in fisher else f"of shape {tuple(fisher[name].shape)}, not {tuple(parameter.shape)}"
-            raise UserError(f"{source}: {name} is {found}; it was made for another backbone, set adapt.fisher to one made for this")
+            found = (
+                "missing"
+                if name not in fisher
+                else f"of shape {tuple(fisher[name].shape)}, not {tuple(parameter.shape)}"
+            )
+            raise UserError(
+                f"{source}: {name} is {found}; it was made for another backbone, set adapt.fisher to one made for this"
+            )
         if not bool((fisher[name] >= 0).all()) or not bool(torch.isfinite(fisher[name]).all()):
             raise UserError(f"{source}: {name} has values that are negative or not finite; estimate it again")

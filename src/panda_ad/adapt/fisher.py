@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from panda_ad.adapt.compactness import rows_of
 from panda_ad.adapt.ewc import check_fisher
-from panda_ad.backbones import EMBEDDED, Backbone
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_file
+from panda_ad.features.backbones import EMBEDDED, Backbone
+from panda_ad.system.files import atomic_file
 
 SOURCE_CLASSES = EMBEDDED.with_name("tiny_imagenet_wnids.txt")
 """The embedded classifier's classes in the order of its outputs."""
@@ -67,7 +67,9 @@ def estimate_fisher(
         The backbone has no classifier.
     """
     if backbone.fc is None:
-        raise UserError("adapt.method ewc: the weights hold no classifier (fc) to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses")
+        raise UserError(
+            "adapt.method ewc: the weights hold no classifier (fc) to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses"
+        )
     head = copy.deepcopy(backbone.head).eval().requires_grad_(True)
     device = next(head.parameters()).device
     fc = copy.deepcopy(backbone.fc).to(device)
@@ -136,9 +138,15 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
     path = Path(path)
     source = f"adapt.fisher: {path}"
     try:
-        raw = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        raw = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except FileNotFoundError:
-        raise UserError(f"{source}: no such file; give a saved Fisher file or a folder of labelled source images, or null") from None
+        raise UserError(
+            f"{source}: no such file; give a saved Fisher file or a folder of labelled source images, or null"
+        ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
         raise UserError(f"{source}: cannot be read ({' '.join(str(e).split())[:120]})") from None
     except Exception as e:  # torch.load raises pickle's own errors on a file that is not a checkpoint
@@ -148,7 +156,9 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
         trunk = len(list(backbone.trunk.parameters()))
         whole = {len(names): 0, trunk + len(names): trunk, trunk + len(names) + 2: trunk}  # head; without fc; with fc
         if len(raw) not in whole:
-            raise UserError(f"{source}: holds {len(raw)} tensors, a {backbone.name} has {trunk + len(names)} without its classifier")
+            raise UserError(
+                f"{source}: holds {len(raw)} tensors, a {backbone.name} has {trunk + len(names)} without its classifier"
+            )
         raw = dict(zip(names, raw[whole[len(raw)] :][: len(names)], strict=True))
     if not isinstance(raw, Mapping):
         raise UserError(f"{source}: a mapping of parameter names to tensors is expected, found {type(raw).__name__}")
@@ -183,6 +193,8 @@ def source_labels(folders: Sequence[str], outputs: int, where: str) -> np.ndarra
     elif len(found) == outputs:
         order = found
     else:
-        raise UserError(f"adapt.fisher: {where} has {len(found)} class folders, the backbone's classifier has {outputs} classes; give one folder per class, or null")
+        raise UserError(
+            f"adapt.fisher: {where} has {len(found)} class folders, the backbone's classifier has {outputs} classes; give one folder per class, or null"
+        )
     number = {name: i for i, name in enumerate(order)}
     return np.array([number[name] for name in folders], dtype=np.int64)

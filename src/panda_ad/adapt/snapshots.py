@@ -15,6 +15,13 @@ from torch import Tensor, nn
 _SCALE = "scale"
 
 
+def snapshot_steps(total: int, snapshots: int) -> list[int]:
+    """Steps after which SES keeps a head: equally spaced from 0 (unadapted) to `total`; the last one only for `snapshots` 1."""
+    if snapshots == 1:
+        return [total]
+    return sorted({round(total * s / (snapshots - 1)) for s in range(snapshots)})
+
+
 def head_state(head: nn.Module) -> dict[str, Tensor]:
     """A copy of a head's weights and batch-norm statistics, float32 on the CPU, without `num_batches_tracked`."""
     return {

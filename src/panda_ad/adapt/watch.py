@@ -13,8 +13,7 @@ from panda_ad.adapt.collapse import collapsed, feature_statistics
 from panda_ad.adapt.compactness import Since, features_of
 from panda_ad.adapt.convolution import products
 from panda_ad.adapt.ewc import ElasticPenalty
-from panda_ad.adapt.ses import snapshot_steps
-from panda_ad.adapt.snapshots import head_state
+from panda_ad.adapt.snapshots import head_state, snapshot_steps
 from panda_ad.errors import UserError
 
 WATCHED = 10
@@ -70,7 +69,9 @@ class Watch:
         with products(torch.float32, next(self.head.parameters()).device):
             features = features_of(self.head, self.layer2, self.rows)
         if not torch.isfinite(features).all():
-            raise UserError(f"adapt: the features are not finite after step {step} of {self.steps}; lower adapt.learning_rate")
+            raise UserError(
+                f"adapt: the features are not finite after step {step} of {self.steps}; lower adapt.learning_rate"
+            )
         now = feature_statistics(features, self.centre)
         row = {"step": float(step), "epoch": step * self.epochs / self.steps, "loss": since.loss}
         if self.penalty is not None:

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from panda_ad.activations import Activations, Item
-from panda_ad.adapt import Adapted, adapt
 from panda_ad.adapt.convolution import small_convolutions
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
-from panda_ad.adapt.ses import ses_scores
-from panda_ad.backbones import Head, load_backbone, resolve_precision
+from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.benchmark.protocols import OUTLIERS, Job, Settings, choose, choose_test, train_refs
 from panda_ad.benchmark.sources import Images, Ref, as_item, read_labelled, read_set
 from panda_ad.data.outliers import is_grey, outlier_item
-from panda_ad.files import atomic_file, write_json
-from panda_ad.gallery import Gallery
-from panda_ad.metrics import auroc
-from panda_ad.processes import keep_freed_memory
-from panda_ad.whitening import fit_whitening
+from panda_ad.evaluation.image_metrics import auroc
+from panda_ad.features.backbones import Head, load_backbone, resolve_precision
+from panda_ad.features.cache import Activations, Item
+from panda_ad.scoring.gallery import Gallery
+from panda_ad.scoring.ses import ses_scores
+from panda_ad.scoring.whitening import fit_whitening
+from panda_ad.system.files import atomic_file, write_json
+from panda_ad.system.processes import keep_freed_memory
 
 _BATCH = 64  # images per forward pass: their maps stay in the cache, and the filters are made once for all passes
 
@@ -80,7 +80,10 @@ class Bench:
         return self.activations.view(items)[:]
 
     def train_items(self, job: Job) -> list[Item]:
-        return self.items((job.dataset, job.category, "train", *job.normal), train_refs(self.images(job), job.normal, self.settings.train))
+        return self.items(
+            (job.dataset, job.category, "train", *job.normal),
+            train_refs(self.images(job), job.normal, self.settings.train),
+        )
 
     def test_items(self, job: Job) -> tuple[list[Item], np.ndarray]:
         """The test images that every class of the set shares, and their labels for this job, bool (N,)."""
@@ -161,7 +164,7 @@ Results = dict[str, tuple[np.ndarray, dict[str, Any]]]
 
 def _raw(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     """DN2 and the baselines, all on the unadapted features."""
-    from panda_ad import baselines
+    from panda_ad.benchmark import baselines
 
     train, test = bench.raw(bench.train_items(job)), bench.raw(bench.test_items(job)[0])
     scorers = {
@@ -197,7 +200,11 @@ def _knn(bench: Bench, job: Job, adapted: Adapted) -> tuple[np.ndarray, np.ndarr
         gallery = Gallery(bench.raw(train_items) if raw else bench.features(train, state))
         scores.append(gallery.score(bench.raw(test_items) if raw else bench.features(test, state), k))
         means.append(gallery.leave_one_out(k).mean())
-    facts = {"steps": adapted.steps, "snapshot_auroc": [auroc(labels, s) for s in scores], "collapsed_at": adapted.collapsed_at}
+    facts = {
+        "steps": adapted.steps,
+        "snapshot_auroc": [auroc(labels, s) for s in scores],
+        "collapsed_at": adapted.collapsed_at,
+    }
     return np.stack(scores), np.array(means), facts
 
 
@@ -234,7 +241,9 @@ def _oe(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     files, _ = read_labelled(bench.settings.outliers)
     limit = None if bench.settings.train is None else OUTLIERS * bench.settings.train
     like = bench.train_items(job)[0].read()
-    outliers = bench.outliers(("outliers", str(bench.settings.outliers)), [files[i] for i in choose(len(files), limit, "outliers")], like)
+    outliers = bench.outliers(
+        ("outliers", str(bench.settings.outliers)), [files[i] for i in choose(len(files), limit, "outliers")], like
+    )
     adapted = _adapted(bench, job, outliers=bench.layer2(outliers))
     assert adapted.classifier is not None
     # as they come, never normalised: so the classifier was trained

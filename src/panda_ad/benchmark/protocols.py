@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from panda_ad.backbones import resolve_precision
 from panda_ad.benchmark.sources import FIRST_20, Images, Ref
 from panda_ad.errors import UserError
-from panda_ad.files import digest_file
+from panda_ad.features.backbones import resolve_precision
 from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
+from panda_ad.system.files import digest_file
 
 Protocol = Literal["one-vs-rest", "leave-one-out"]
 
@@ -70,7 +70,12 @@ class Settings:
         precision = str(resolve_precision(self.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
         backbone = self.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
         backbone["weights"] = self.contents["weights"]
-        facts: dict[str, Any] = {"backbone": backbone, "train": self.train, "test": self.test, "normalize": self.gallery.normalize}
+        facts: dict[str, Any] = {
+            "backbone": backbone,
+            "train": self.train,
+            "test": self.test,
+            "normalize": self.gallery.normalize,
+        }
         if family in ("raw", "trajectory", "ewc"):
             facts["k"] = self.gallery.k
         if family in self.adapt:
@@ -93,7 +98,9 @@ def _content(path: Path) -> str:
     if not path.exists():
         raise UserError(f"benchmark: {path}: no such file or folder")
     if path.is_dir():
-        listing = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+        listing = sorted(
+            (str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file()
+        )
         return f"{path.name} ({hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:12]})"
     return f"{path.name} ({digest_file(path)[:12]})"
 
@@ -125,7 +132,13 @@ class Job:
 
     def cell_path(self, out: Path, method: str, settings: Settings) -> Path:
         """Where the finished cell of `method` is written."""
-        return out / "cells" / self.dataset / f"{self.protocol}-{self.target}" / f"{method}-s{self.seed}-{settings.key(self.family)}.json"
+        return (
+            out
+            / "cells"
+            / self.dataset
+            / f"{self.protocol}-{self.target}"
+            / f"{method}-s{self.seed}-{settings.key(self.family)}.json"
+        )
 
     def missing(self, out: Path, settings: Settings) -> list[str]:
         """Methods that have no finished cell yet."""
@@ -133,7 +146,12 @@ class Job:
 
 
 def jobs_of(
-    dataset: str, sets: Mapping[str, Images], protocol: Protocol, methods: Sequence[str], seeds: Sequence[int], classes: Sequence[str] | None
+    dataset: str,
+    sets: Mapping[str, Images],
+    protocol: Protocol,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    classes: Sequence[str] | None,
 ) -> list[list[Job]]:
     """Jobs of a data set, a list per normal class (or class left out, or category) in the order of its classes.
 
@@ -169,7 +187,9 @@ def jobs_of(
     return result
 
 
-def _targets(dataset: str, sets: Mapping[str, Images], protocol: Protocol) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _targets(
+    dataset: str, sets: Mapping[str, Images], protocol: Protocol
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """(category, target, normal classes)."""
     for category, images in sets.items():
         names = list(images.train)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from panda_ad.activations import Item
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
+from panda_ad.features.cache import Item
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 
@@ -106,7 +106,10 @@ def _torchvision(name: str, root: Path) -> Images:
         labels = np.asarray(made.targets)
         names = made.classes
         if name == "CIFAR100":
-            labels, names = np.array([int(c) for c in _COARSE.split()])[labels], [f"superclass-{i:02}" for i in range(20)]
+            labels, names = (
+                np.array([int(c) for c in _COARSE.split()])[labels],
+                [f"superclass-{i:02}" for i in range(20)],
+            )
         parts[split] = [(np.asarray(pixels), names[label]) for pixels, label in zip(made.data, labels, strict=True)]
         order = [names[i] for i in range(len(names))]
     train: dict[str, list[Ref]] = {name.replace("/", "-"): [] for name in order}
@@ -156,16 +159,32 @@ _FOLDERS = "train/<class>/ and test/<class>/ with image files"
 
 SETS: dict[str, Source] = {
     "cifar10": Source(_folders_or_torchvision("CIFAR10"), f"torchvision downloads it; or {_FOLDERS}"),
-    "cifar100": Source(_folders_or_torchvision("CIFAR100"), f"torchvision downloads it; or {_FOLDERS}, the classes being the 20 superclasses"),
-    "fashion_mnist": Source(_folders_or_torchvision("FashionMNIST"), f"torchvision downloads it (FashionMNIST/raw/*-ubyte); or {_FOLDERS}"),
+    "cifar100": Source(
+        _folders_or_torchvision("CIFAR100"),
+        f"torchvision downloads it; or {_FOLDERS}, the classes being the 20 superclasses",
+    ),
+    "fashion_mnist": Source(
+        _folders_or_torchvision("FashionMNIST"), f"torchvision downloads it (FashionMNIST/raw/*-ubyte); or {_FOLDERS}"
+    ),
     "cats_vs_dogs": Source(
-        read_class_folders, f"Kaggle's 'Dogs vs. Cats' train.zip, sorted into {_FOLDERS}: the first 10,000 of cat and of dog train, the last 2,500 test"
+        read_class_folders,
+        f"Kaggle's 'Dogs vs. Cats' train.zip, sorted into {_FOLDERS}: the first 10,000 of cat and of dog train, the last 2,500 test",
     ),
     "flowers102": Source(_flowers, "torchvision downloads it (flowers-102/jpg, imagelabels.mat, setid.mat)"),
-    "cub": Source(_cub, "CUB_200_2011.tgz of Caltech-UCSD Birds 200-2011, unpacked (images.txt, train_test_split.txt, images/)"),
-    "dior": Source(read_class_folders, f"DIOR (Li et al. 2020); crop the boxes of at least 120 px of its 19 larger classes into {_FOLDERS}"),
-    "wbc": Source(read_class_folders, f"Dataset 1 of Zheng et al. 2018 (white blood cells), its 4 large classes, 80/20 in {_FOLDERS}"),
-    "mvtec": Source(read_mvtec, "MVTec AD, unpacked: <category>/train/good/ and <category>/test/<defect>/", per_category=True),
+    "cub": Source(
+        _cub, "CUB_200_2011.tgz of Caltech-UCSD Birds 200-2011, unpacked (images.txt, train_test_split.txt, images/)"
+    ),
+    "dior": Source(
+        read_class_folders,
+        f"DIOR (Li et al. 2020); crop the boxes of at least 120 px of its 19 larger classes into {_FOLDERS}",
+    ),
+    "wbc": Source(
+        read_class_folders,
+        f"Dataset 1 of Zheng et al. 2018 (white blood cells), its 4 large classes, 80/20 in {_FOLDERS}",
+    ),
+    "mvtec": Source(
+        read_mvtec, "MVTec AD, unpacked: <category>/train/good/ and <category>/test/<defect>/", per_category=True
+    ),
 }
 
 FIRST_20 = ("flowers102", "cub")
@@ -190,7 +209,9 @@ def data_folder() -> Path:
     """The folder PANDA_BENCH_DATA. Raises UserError where it is unset or no folder."""
     value = os.environ.get("PANDA_BENCH_DATA")
     if not value:
-        raise UserError("benchmark: set PANDA_BENCH_DATA to the folder of unpacked data sets (cifar10/, fashion_mnist/, wbc/, ...)")
+        raise UserError(
+            "benchmark: set PANDA_BENCH_DATA to the folder of unpacked data sets (cifar10/, fashion_mnist/, wbc/, ...)"
+        )
     if not Path(value).is_dir():
         raise UserError(f"benchmark: PANDA_BENCH_DATA names {value}, which is not a folder; unpack the data sets there")
     return Path(value)
@@ -210,7 +231,9 @@ def read_set(name: str, folder: Path) -> dict[str, Images]:
     try:
         images = source.read(root)
     except (OSError, RuntimeError) as e:  # torchvision raises RuntimeError, urllib errors are OSError
-        raise UserError(f"benchmark: {name} is not in {root} ({' '.join(str(e).split())[:100]}): get it from {source.where}") from None
+        raise UserError(
+            f"benchmark: {name} is not in {root} ({' '.join(str(e).split())[:100]}): get it from {source.where}"
+        ) from None
     return images if isinstance(images, dict) else {"": images}
 
 
@@ -224,5 +247,7 @@ def read_labelled(folder: Path) -> tuple[list[Ref], list[str]]:
     """
     files = _files(folder) if folder.is_dir() else []
     if not files:
-        raise UserError(f"benchmark: no images in {folder}; name a folder of images, e.g. tiny_imagenet_10k under PANDA_BENCH_DATA")
+        raise UserError(
+            f"benchmark: no images in {folder}; name a folder of images, e.g. tiny_imagenet_10k under PANDA_BENCH_DATA"
+        )
     return list(files), [p.parent.name for p in files]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from panda_ad.benchmark.protocols import METHODS, Settings
-from panda_ad.files import write_text
-from panda_ad.metrics import _resampled, auroc, percentiles
+from panda_ad.evaluation.image_metrics import _resampled, auroc, percentiles
+from panda_ad.system.files import write_text
 
 NAMES = {
     "none": "DN2 (no adaptation)",
@@ -122,7 +122,11 @@ def _mean(values: Sequence[float]) -> float | None:
 def _seed_sd(targets: Mapping[str, Sequence[Cell]]) -> float | None:
     """Standard deviation over seeds, in points, of the mean over the classes that were run with every seed; None with one seed."""
     seeds = sorted({c["seed"] for found in targets.values() for c in found})
-    complete = [{c["seed"]: c["auroc"] for c in found} for found in targets.values() if len({c["seed"] for c in found}) == len(seeds)]
+    complete = [
+        {c["seed"]: c["auroc"] for c in found}
+        for found in targets.values()
+        if len({c["seed"] for c in found}) == len(seeds)
+    ]
     if len(seeds) < 2 or not complete:
         return None
     return 100 * float(np.std([np.mean([found[s] for found in complete]) for s in seeds], ddof=1))
@@ -194,7 +198,11 @@ def to_markdown(dataset: str, rows: Sequence[Row], cells: Sequence[Cell], settin
     for c in cells:
         value.setdefault((c["target"], c["method"]), []).append(100 * c["auroc"])
     methods = [r.method for r in rows]
-    lines += ["", _line(["class", *(NAMES[m].split(" (")[0].split(",")[0] for m in methods)]), _line(["---"] * (len(methods) + 1))]
+    lines += [
+        "",
+        _line(["class", *(NAMES[m].split(" (")[0].split(",")[0] for m in methods)]),
+        _line(["---"] * (len(methods) + 1)),
+    ]
     for target in dict.fromkeys(c["target"] for c in cells):
         lines.append(_line([target, *(_figure(np.mean(v)) if (v := value.get((target, m))) else "" for m in methods)]))
     return "\n".join(lines) + "\n"
@@ -208,7 +216,9 @@ def _line(values: Sequence[str]) -> str:
     return f"| {' | '.join(values)} |"
 
 
-def write_tables(dataset: str, protocol: str, cells: Sequence[Cell], settings: Settings, out: Path, resamples: int, confidence: float) -> list[Row]:
+def write_tables(
+    dataset: str, protocol: str, cells: Sequence[Cell], settings: Settings, out: Path, resamples: int, confidence: float
+) -> list[Row]:
     """Write <dataset>[-leave-one-out].csv and .md into `out`; returns the rows."""
     rows = build_table(dataset, cells, resamples, confidence)
     name = dataset if protocol != "leave-one-out" else f"{dataset}-leave-one-out"

@@ -1,1 +1,0 @@
-"""Images on disk: decoding, folder layouts, the manifest and its validation."""

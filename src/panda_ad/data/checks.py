@@ -41,13 +41,22 @@ class Checked:
     @property
     def usable(self) -> pd.DataFrame:
         """The manifest: good rows, its columns only."""
-        return self.rows.loc[self.rows["problem"] == "", COLUMNS].astype({"width": "int64", "height": "int64"}).reset_index(drop=True)
+        return (
+            self.rows.loc[self.rows["problem"] == "", COLUMNS]
+            .astype({"width": "int64", "height": "int64"})
+            .reset_index(drop=True)
+        )
 
 
 def check(rows: pd.DataFrame, params: Params) -> Checked:
     """Find everything wrong with the rows of `collect`."""
     rows = rows.copy()
-    for find in (_small, _modes, _duplicates, _masks):  # in this order: each looks only at what the ones before let pass
+    for find in (
+        _small,
+        _modes,
+        _duplicates,
+        _masks,
+    ):  # in this order: each looks only at what the ones before let pass
         for index, reason in find(rows[rows["problem"] == ""]).items():
             rows.loc[index, "problem"] = reason
     good = split_calibration(rows[rows["problem"] == ""], params.data.calibration_fraction, params.seed)
@@ -63,10 +72,17 @@ def check(rows: pd.DataFrame, params: Params) -> Checked:
         defective = part[(part["label"] == 1) & (part["split"] == "test")]
         without = defective.loc[defective["mask"] == "", "path"]
         if 0 < len(without) < len(defective):
-            warnings.append(f"{category}: {len(without)} of {len(defective)} defective images have no mask, pixel figures leave them out: {_first(without)}")
+            warnings.append(
+                f"{category}: {len(without)} of {len(defective)} defective images have no mask, pixel figures leave them out: {_first(without)}"
+            )
         if part["width"].nunique() > 1 or part["height"].nunique() > 1:
-            spans = (f"{part['width'].min()} to {part['width'].max()} wide", f"{part['height'].min()} to {part['height'].max()} high")
-            warnings.append(f"{category}: images of different sizes, {spans[0]} and {spans[1]} (pixels); all are scaled to one")
+            spans = (
+                f"{part['width'].min()} to {part['width'].max()} wide",
+                f"{part['height'].min()} to {part['height'].max()} high",
+            )
+            warnings.append(
+                f"{category}: images of different sizes, {spans[0]} and {spans[1]} (pixels); all are scaled to one"
+            )
     return Checked(rows, problems, blocking, warnings)
 
 
@@ -77,7 +93,9 @@ def _each(rows: pd.DataFrame) -> Iterator[Any]:
 
 def _small(rows: pd.DataFrame) -> dict[int, str]:
     small = rows[(rows["width"] < MIN_SIDE) | (rows["height"] < MIN_SIDE)]
-    return {r.Index: f"{r.width} x {r.height} pixels, too small: at least {MIN_SIDE} x {MIN_SIDE}" for r in _each(small)}
+    return {
+        r.Index: f"{r.width} x {r.height} pixels, too small: at least {MIN_SIDE} x {MIN_SIDE}" for r in _each(small)
+    }
 
 
 def _modes(rows: pd.DataFrame) -> dict[int, str]:
@@ -90,9 +108,15 @@ def _masks(rows: pd.DataFrame) -> dict[int, str]:
     found: dict[int, str] = {}
     for r in _each(rows[rows["mask"] != ""]):
         if (r.mask_width, r.mask_height) != (r.width, r.height):
-            found[r.Index] = f"its mask {r.mask} is {r.mask_width} x {r.mask_height} pixels, the image {r.width} x {r.height}"
+            found[r.Index] = (
+                f"its mask {r.mask} is {r.mask_width} x {r.mask_height} pixels, the image {r.width} x {r.height}"
+            )
         elif not r.mask_marked:
-            hint = f": its largest value is {r.mask_largest}, marked is 128 and above (save masks as 0 and 255)" if r.mask_largest else ""
+            hint = (
+                f": its largest value is {r.mask_largest}, marked is 128 and above (save masks as 0 and 255)"
+                if r.mask_largest
+                else ""
+            )
             found[r.Index] = f"its mask {r.mask} is empty{hint}"
     return found
 
@@ -119,12 +143,27 @@ def _too_few(rows: pd.DataFrame, category: str, params: Params) -> list[tuple[st
     left = len(train) - math.ceil(params.data.calibration_fraction * len(train))
     found = []
     if len(train) < params.data.min_train:
-        found.append((train_folder, f"{len(train)} usable training images of {category}, data.min_train asks for {params.data.min_train}"))
+        found.append(
+            (
+                train_folder,
+                f"{len(train)} usable training images of {category}, data.min_train asks for {params.data.min_train}",
+            )
+        )
     elif left < MIN_GALLERY:
-        found.append((train_folder, f"{left} of {len(train)} training images of {category} left beside calibration, {MIN_GALLERY} needed: add images or lower data.calibration_fraction"))
+        found.append(
+            (
+                train_folder,
+                f"{left} of {len(train)} training images of {category} left beside calibration, {MIN_GALLERY} needed: add images or lower data.calibration_fraction",
+            )
+        )
     for label, what in ((0, "normal"), (1, "anomalous")):
         if not (test["label"] == label).any():
-            found.append((test_folder, f"no usable {what} test images of {category}: without both kinds nothing can be evaluated"))
+            found.append(
+                (
+                    test_folder,
+                    f"no usable {what} test images of {category}: without both kinds nothing can be evaluated",
+                )
+            )
     return found
 
 

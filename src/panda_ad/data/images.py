@@ -27,13 +27,33 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm"))
+SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm")
+)
 """Usual endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 BATCH, BATCH_PIXELS = 32, 64_000_000
 """Most images, and most pixels of several together, that `batches` puts into one batch."""
-MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N", "I")
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "La",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBa",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "I;16",
+    "I;16L",
+    "I;16B",
+    "I;16N",
+    "I",
+)
 """Pillow's modes that can be decoded ("I" only from PGM, where it means 16 bits)."""
 T = TypeVar("T")
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -82,7 +102,9 @@ def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE) ->
     if not data:
         raise UserError(f"{name}: the file is empty")
     if len(data) > MAX_BYTES:
-        raise UserError(f"{name}: {len(data) / 2**20:.0f} MiB, more than the {MAX_BYTES // 2**20} MiB an image file may have")
+        raise UserError(
+            f"{name}: {len(data) / 2**20:.0f} MiB, more than the {MAX_BYTES // 2**20} MiB an image file may have"
+        )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _refuse(image, name)
@@ -93,11 +115,15 @@ def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE) ->
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{name}: not an image of a known format (PNG, JPEG, BMP, TIFF, WebP, PGM/PPM), or cut off in its header") from None
+        raise UserError(
+            f"{name}: not an image of a known format (PNG, JPEG, BMP, TIFF, WebP, PGM/PPM), or cut off in its header"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{name}: more than the {MAX_PIXELS:,} pixels an image may have") from None
     except Exception as e:  # Pillow's decoders raise a dozen kinds (SyntaxError, struct.error, ...) on damaged files
-        raise UserError(f"{name}: truncated or damaged ({' '.join(str(e).split())[:120] or type(e).__name__})") from None
+        raise UserError(
+            f"{name}: truncated or damaged ({' '.join(str(e).split())[:120] or type(e).__name__})"
+        ) from None
     return Picture(rgb, mode)
 
 
@@ -107,7 +133,9 @@ def _refuse(image: Image.Image, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise UserError(f"{name}: {width} x {height} pixels, more than the {MAX_PIXELS:,} an image may have")
     if image.mode not in MODES or (image.mode == "I" and image.format != "PPM"):
-        raise UserError(f"{name}: pixel mode {image.mode} has no known value range; save it with 8 or 16 bits per channel")
+        raise UserError(
+            f"{name}: pixel mode {image.mode} has no known value range; save it with 8 or 16 bits per channel"
+        )
     # A multi-picture JPEG (MPO) is a photo with previews or other views behind it: the first is the photo.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
@@ -119,7 +147,9 @@ def _levels(image: Image.Image) -> np.ndarray:
     tags: Any = getattr(image, "tag_v2", {})
     full_scale = 4095 if tags.get(258, (16,)) == (12,) else 65535  # 258: BitsPerSample
     levels = np.rint(np.arange(65536).clip(0, full_scale) * (255 / full_scale)).astype(np.uint8)
-    return 255 - levels if tags.get(262) == 0 else levels  # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
+    return (
+        255 - levels if tags.get(262) == 0 else levels
+    )  # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
 
 
 def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int, int, int]) -> np.ndarray:

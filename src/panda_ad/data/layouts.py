@@ -64,7 +64,9 @@ def list_entries(params: Params, root: Path) -> list[Entry]:
         The root or a category's folder is missing; the message lists what was found instead.
     """
     if not root.is_dir():
-        raise UserError(f"data.root: no folder {root}; run dvc pull for the sample, or point data.root at a folder of images")
+        raise UserError(
+            f"data.root: no folder {root}; run dvc pull for the sample, or point data.root at a folder of images"
+        )
     listing = _mvtec if params.data.layout == "mvtec" else _folders
     return [entry for category in params.categories for entry in listing(params, root, category)]
 
@@ -80,10 +82,18 @@ def _mvtec(params: Params, root: Path, category: str) -> Iterator[Entry]:
             if child.is_dir():
                 yield from _images(root, child, category, split, label, defect, folder / "ground_truth" / defect)
             else:
-                yield _stray(root, child, category, split, f"lies beside the folders of images: move it into {split}/good or {split}/<defect>")
+                yield _stray(
+                    root,
+                    child,
+                    category,
+                    split,
+                    f"lies beside the folders of images: move it into {split}/good or {split}/<defect>",
+                )
 
 
-def _images(root: Path, folder: Path, category: str, split: str, label: int, defect: str, mask_folder: Path | None) -> Iterator[Entry]:
+def _images(
+    root: Path, folder: Path, category: str, split: str, label: int, defect: str, mask_folder: Path | None
+) -> Iterator[Entry]:
     """A folder's images, with their masks where they are defective."""
     masks = {}
     if label and split == "test" and mask_folder is not None:
@@ -91,7 +101,15 @@ def _images(root: Path, folder: Path, category: str, split: str, label: int, def
     used = set()
     for path in visible(folder):
         if path.is_dir():
-            yield _stray(root, path, category, split, "is a folder inside a folder of images and is not read: move its images up", label, defect)
+            yield _stray(
+                root,
+                path,
+                category,
+                split,
+                "is a folder inside a folder of images and is not read: move its images up",
+                label,
+                defect,
+            )
             continue
         mask = masks.get(f"{path.stem}_mask") or masks.get(path.stem)
         used.add(mask)
@@ -110,7 +128,9 @@ def _folders(params: Params, root: Path, category: str) -> Iterator[Entry]:
     for name in normal:
         if name not in {p.name for p in classes["train"]}:
             key = f"data.normal_classes.{category}" if category in params.data.normal_classes else "categories"
-            raise UserError(f"{key}: no class {name!r} in {root / 'train'}; {_found([p.name for p in classes['train']])}")
+            raise UserError(
+                f"{key}: no class {name!r} in {root / 'train'}; {_found([p.name for p in classes['train']])}"
+            )
     for split in ("train", "test"):
         for folder in classes[split]:
             label = int(folder.name not in normal)
@@ -120,7 +140,9 @@ def _folders(params: Params, root: Path, category: str) -> Iterator[Entry]:
                 yield Entry(**{**e.__dict__, "stratum": folder.name})
         for path in visible(root / split):
             if not path.is_dir():
-                yield _stray(root, path, category, split, f"lies beside the class folders: move it into {split}/<class>")
+                yield _stray(
+                    root, path, category, split, f"lies beside the class folders: move it into {split}/<class>"
+                )
 
 
 def visible(folder: Path) -> list[Path]:
@@ -135,7 +157,15 @@ def visible(folder: Path) -> list[Path]:
 
 
 def _entry(
-    root: Path, path: Path, category: str, split: str, label: int, defect: str, mask: str = "", stratum: str = "good", problem: str = ""
+    root: Path,
+    path: Path,
+    category: str,
+    split: str,
+    label: int,
+    defect: str,
+    mask: str = "",
+    stratum: str = "good",
+    problem: str = "",
 ) -> Entry:
     relative = _relative(root, path)
     for text in (relative, mask):
@@ -144,7 +174,9 @@ def _entry(
     return Entry(relative, category, split, label, printable(defect), mask, printable(stratum), problem)
 
 
-def _stray(root: Path, path: Path, category: str, split: str, problem: str, label: int = 0, defect: str = "good") -> Entry:
+def _stray(
+    root: Path, path: Path, category: str, split: str, problem: str, label: int = 0, defect: str = "good"
+) -> Entry:
     return _entry(root, path, category, split, label, defect, problem=problem)
 
 

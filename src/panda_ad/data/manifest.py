@@ -18,13 +18,26 @@ from typing import TYPE_CHECKING, Any
 from panda_ad.data.layouts import Entry, image_root, list_entries
 from panda_ad.data.records import Record, Records, digest, inspect_image, inspect_mask, read_all
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_file
 from panda_ad.params import Params
+from panda_ad.system.files import atomic_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ["path", "sha256", "width", "height", "mode", "category", "split", "label", "defect", "mask", "pixels", "mask_sha256"]
+COLUMNS = [
+    "path",
+    "sha256",
+    "width",
+    "height",
+    "mode",
+    "category",
+    "split",
+    "label",
+    "defect",
+    "mask",
+    "pixels",
+    "mask_sha256",
+]
 
 
 def collect(params: Params) -> pd.DataFrame:
@@ -141,7 +154,9 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); the validate stage writes it") from None
     except (ValueError, KeyError) as e:
-        raise UserError(f"{path}: not a manifest ({' '.join(str(e).split())[:120]}); run the validate stage again") from None
+        raise UserError(
+            f"{path}: not a manifest ({' '.join(str(e).split())[:120]}); run the validate stage again"
+        ) from None
     if category is not None:
         rows = rows[rows["category"] == category].reset_index(drop=True)
         if rows.empty:
@@ -151,5 +166,7 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
 
 def data_hash(rows: pd.DataFrame) -> str:
     """sha256 (hex) over the sorted (path, sha256) of images and masks."""
-    files = set(zip(rows["path"], rows["sha256"], strict=True)) | set(zip(rows["mask"], rows["mask_sha256"], strict=True))
+    files = set(zip(rows["path"], rows["sha256"], strict=True)) | set(
+        zip(rows["mask"], rows["mask_sha256"], strict=True)
+    )
     return hashlib.sha256(json.dumps(sorted(f for f in files if f[0])).encode()).hexdigest()

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from panda_ad.activations import Item
 from panda_ad.data.images import FORMATS, read_bytes, read_image
+from panda_ad.features.cache import Item
 
 
 def is_grey(rgb: np.ndarray) -> bool:
@@ -37,7 +37,9 @@ def outlier_item(path: Path, size: tuple[int, int], grey: bool) -> Item:
     -------
     Item whose key holds `size` and `grey`, so that the same file at another resolution is another image.
     """
-    digest = hashlib.sha256(read_bytes(path) + f"at most {size[0]} x {size[1]}, {'grey' if grey else 'colour'}".encode())
+    digest = hashlib.sha256(
+        read_bytes(path) + f"at most {size[0]} x {size[1]}, {'grey' if grey else 'colour'}".encode()
+    )
     return Item(digest.hexdigest(), functools.partial(read_outlier, path, size, grey))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from panda_ad.data import images
 from panda_ad.data.layouts import printable
-from panda_ad.files import atomic_folder, digest_if_readable
+from panda_ad.system.files import atomic_folder, digest_if_readable
 
 REASONS = "reasons.csv"
 
@@ -29,7 +29,9 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
     if not fresh:
         return None, len(refused)
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
-    folder = next(f for f in (parent / f"{stamp}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10_000)))) if not f.exists())
+    folder = next(
+        f for f in (parent / f"{stamp}{tail}" for tail in ("", *(f"-{n}" for n in range(2, 10_000)))) if not f.exists()
+    )
     with atomic_folder(folder) as temporary:
         rows = []
         for n, (path, reason) in enumerate(fresh, 1):
@@ -50,8 +52,14 @@ def _held(parent: Path) -> set[str]:
     """sha256 of the copies that are there; folders from before reasons.csv had that column hold unknown ones."""
     found = set()
     for path in parent.glob(f"*/{REASONS}"):
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:  # a spreadsheet may have saved it since
-            found |= {row["sha256"] for row in csv.DictReader(file) if row.get("sha256") and (path.parent / (row.get("copy") or "")).is_file()}
+        with open(
+            path, encoding="utf-8", errors="replace", newline=""
+        ) as file:  # a spreadsheet may have saved it since
+            found |= {
+                row["sha256"]
+                for row in csv.DictReader(file)
+                if row.get("sha256") and (path.parent / (row.get("copy") or "")).is_file()
+            }
     return found
 
 

@@ -15,7 +15,7 @@ import PIL
 
 from panda_ad.data import images
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_file
+from panda_ad.system.files import atomic_file
 
 CACHE = Path(".cache") / "manifest"
 
@@ -62,7 +62,13 @@ def mask_record(data: bytes, path: str) -> Record:
     except UserError as e:
         return {**record, "problem": f"its mask {e}"}
     height, width = levels.shape
-    return {**record, "width": width, "height": height, "marked": int((levels >= 128).sum()), "largest": int(levels.max())}
+    return {
+        **record,
+        "width": width,
+        "height": height,
+        "marked": int((levels >= 128).sum()),
+        "largest": int(levels.max()),
+    }
 
 
 def digest(root: Path, path: str) -> Record:
@@ -137,7 +143,9 @@ def remember(root: Path, found: Iterable[tuple[str, str, Record]]) -> None:
             cache.put(kind, path, record)
 
 
-def read_all(root: Path, paths: set[str], kind: str, read: Callable[[Path, str], Record], cache: Records) -> dict[str, Record]:
+def read_all(
+    root: Path, paths: set[str], kind: str, read: Callable[[Path, str], Record], cache: Records
+) -> dict[str, Record]:
     """`read` each file once, by as many threads as there are cores (decoding releases Python's lock)."""
     from tqdm import tqdm
 
@@ -146,7 +154,9 @@ def read_all(root: Path, paths: set[str], kind: str, read: Callable[[Path, str],
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda path: cache.read(kind, path, read), ordered)
         try:
-            found = list(tqdm(results, total=len(ordered), desc=f"read {kind}s", unit=kind, disable=None if ordered else True))
+            found = list(
+                tqdm(results, total=len(ordered), desc=f"read {kind}s", unit=kind, disable=None if ordered else True)
+            )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

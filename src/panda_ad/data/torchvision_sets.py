@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_folder, write_json
+from panda_ad.system.files import atomic_folder, write_json
 
 CACHE = Path(".cache") / "datasets"
 
 SETS = {
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch", "batches.meta"]),
+    "cifar10": (
+        "CIFAR10",
+        "cifar-10-batches-py",
+        ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch", "batches.meta"],
+    ),
     "cifar100": ("CIFAR100", "cifar-100-python", ["train", "test", "meta"]),
     "fashion_mnist": (
         "FashionMNIST",
@@ -77,11 +81,15 @@ def _images(layout: str, root: Path, split: str) -> Iterable[tuple[str, Any]]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if layout == "flowers102":
-            parts = [dataset(root, part, download=True) for part in (["train", "val"] if split == "train" else ["test"])]
+            parts = [
+                dataset(root, part, download=True) for part in (["train", "val"] if split == "train" else ["test"])
+            ]
             return _flowers(parts)
         loaded = dataset(root, train=split == "train", download=True)
         return ((class_folder(loaded.classes[label]), image) for image, label in loaded)
-    except Exception as e:  # torchvision raises RuntimeError, URLError, OSError, and struct's, pickle's and numpy's errors on damage
+    except (
+        Exception
+    ) as e:  # torchvision raises RuntimeError, URLError, OSError, and struct's, pickle's and numpy's errors on damage
         reason = " ".join(str(e).split())[:120] or type(e).__name__
         raise UserError(
             f"data.layout {layout}: torchvision cannot read or download {name} ({reason}); "

@@ -48,7 +48,10 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     """Run the suite on `checked.rows` and write Data Docs to the folder `docs` (index.html and what it links to)."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "true")
-    for unused in ("scipy.stats", "altair"):  # a third of the import's time, for tests and plots of distributions, which the suite has none of
+    for unused in (
+        "scipy.stats",
+        "altair",
+    ):  # a third of the import's time, for tests and plots of distributions, which the suite has none of
         _load_when_used(unused)
     import great_expectations as gx
 
@@ -57,9 +60,19 @@ def validate(checked: Checked, params: Params, docs: Path) -> list[Expectation]:
     context.variables.progress_bars = {"globally": False}
     store = {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())}
     index = {"class_name": "DefaultSiteIndexBuilder"}
-    context.add_data_docs_site("docs", {"class_name": "SiteBuilder", "show_how_to_buttons": False, "site_index_builder": index, "store_backend": store})
+    context.add_data_docs_site(
+        "docs",
+        {
+            "class_name": "SiteBuilder",
+            "show_how_to_buttons": False,
+            "site_index_builder": index,
+            "store_backend": store,
+        },
+    )
     asset = context.data_sources.add_pandas("images").add_dataframe_asset("manifest")
-    suite = context.suites.add(gx.ExpectationSuite(name=params.dataset, expectations=_expectations(checked.rows, params)))
+    suite = context.suites.add(
+        gx.ExpectationSuite(name=params.dataset, expectations=_expectations(checked.rows, params))
+    )
     batch = asset.add_batch_definition_whole_dataframe("all")
     definition = context.validation_definitions.add(gx.ValidationDefinition(name="manifest", data=batch, suite=suite))
     checkpoint = gx.Checkpoint(
@@ -100,7 +113,9 @@ def _gx_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """
     import numpy as np
 
-    frame = rows.assign(usable=(rows["problem"] == "").map({True: "yes", False: "no"})).rename(columns={"problem": "found_bad"})
+    frame = rows.assign(usable=(rows["problem"] == "").map({True: "yes", False: "no"})).rename(
+        columns={"problem": "found_bad"}
+    )
     for column in ("path", "mask", "defect", "found_bad"):
         frame[column] = [escape(text, quote=False) for text in frame[column]]
     numbers = frame.select_dtypes("Int64").columns
@@ -114,9 +129,15 @@ def _expectations(rows: pd.DataFrame, params: Params) -> list[Any]:
 
     suite: list[Any] = [
         gxe.ExpectColumnValuesToBeNull(column="found_bad", description="Nothing was found wrong with any file"),
-        gxe.ExpectColumnValuesToNotBeNull(column="mode", row_condition=Column("sha256").is_not_null(), description="Every file decodes"),
-        gxe.ExpectColumnValuesToBeBetween(column="width", min_value=MIN_SIDE, description=f"Images are at least {MIN_SIDE} pixels wide"),
-        gxe.ExpectColumnValuesToBeBetween(column="height", min_value=MIN_SIDE, description=f"Images are at least {MIN_SIDE} pixels high"),
+        gxe.ExpectColumnValuesToNotBeNull(
+            column="mode", row_condition=Column("sha256").is_not_null(), description="Every file decodes"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="width", min_value=MIN_SIDE, description=f"Images are at least {MIN_SIDE} pixels wide"
+        ),
+        gxe.ExpectColumnValuesToBeBetween(
+            column="height", min_value=MIN_SIDE, description=f"Images are at least {MIN_SIDE} pixels high"
+        ),
         gxe.ExpectColumnValuesToBeInSet(column="mode", value_set=list(MODES), description="Pixel modes are known"),
         gxe.ExpectCompoundColumnsToBeUnique(
             column_list=["category", "pixels"],
@@ -124,20 +145,39 @@ def _expectations(rows: pd.DataFrame, params: Params) -> list[Any]:
             description="No picture occurs twice in a category, within or across train and test",
         ),
         gxe.ExpectColumnValuesToBeInSet(
-            column="label", value_set=[0], row_condition=Column("split").is_in(["train", "calibration"]), description="No defective image in train"
+            column="label",
+            value_set=[0],
+            row_condition=Column("split").is_in(["train", "calibration"]),
+            description="No defective image in train",
         ),
     ]
     if (rows["mask"] != "").any():
         missing = "either_value_is_missing"
         suite += [
-            gxe.ExpectColumnPairValuesToBeEqual(column_A="mask_width", column_B="width", ignore_row_if=missing, description="Masks are as wide as their images"),
-            gxe.ExpectColumnPairValuesToBeEqual(column_A="mask_height", column_B="height", ignore_row_if=missing, description="Masks are as high as their images"),
-            gxe.ExpectColumnValuesToBeBetween(column="mask_marked", min_value=1, description="Masks mark at least one pixel"),
+            gxe.ExpectColumnPairValuesToBeEqual(
+                column_A="mask_width",
+                column_B="width",
+                ignore_row_if=missing,
+                description="Masks are as wide as their images",
+            ),
+            gxe.ExpectColumnPairValuesToBeEqual(
+                column_A="mask_height",
+                column_B="height",
+                ignore_row_if=missing,
+                description="Masks are as high as their images",
+            ),
+            gxe.ExpectColumnValuesToBeBetween(
+                column="mask_marked", min_value=1, description="Masks mark at least one pixel"
+            ),
         ]
     for category in params.categories:
         usable = (Column("category") == category) & (Column("usable") == "yes")
         for what, condition, least in (
-            ("training images, with those held out for calibration", Column("split").is_in(["train", "calibration"]), params.data.min_train),
+            (
+                "training images, with those held out for calibration",
+                Column("split").is_in(["train", "calibration"]),
+                params.data.min_train,
+            ),
             ("training images left in the gallery", Column("split") == "train", 4),
             ("calibration images", Column("split") == "calibration", 1),
             ("normal test images", (Column("split") == "test") & (Column("label") == 0), 1),
@@ -145,7 +185,9 @@ def _expectations(rows: pd.DataFrame, params: Params) -> list[Any]:
         ):
             suite.append(
                 gxe.ExpectTableRowCountToBeBetween(
-                    min_value=least, row_condition=usable & condition, description=f"{category}: at least {least} usable {what}"
+                    min_value=least,
+                    row_condition=usable & condition,
+                    description=f"{category}: at least {least} usable {what}",
                 )
             )
     return suite
@@ -156,7 +198,13 @@ def _outcome(result: Any) -> Expectation:
     raised = any(info.get("raised_exception") for info in _exceptions(result.exception_info))
     if raised:
         raise RuntimeError(f"Great Expectations could not evaluate {config.type}: {result.exception_info}")
-    return Expectation(config.type, config.description or "", bool(result.success), result.result.get("unexpected_count"), bool(result.success))
+    return Expectation(
+        config.type,
+        config.description or "",
+        bool(result.success),
+        result.result.get("unexpected_count"),
+        bool(result.success),
+    )
 
 
 def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:
@@ -200,7 +248,12 @@ def offline(html: str) -> str:
         html = re.sub(rf"<{element}\b.*?</{element}\s*>", "", html, flags=re.S | re.I)
     html = re.sub(r"<link\b[^>]*>|<img\b[^>]*>", "", html, flags=re.S | re.I)
     # The filter card's buttons ran scripts; every row is shown.
-    html = re.sub(r'<div class="card mb-3">\s*<div class="card-header p-2">\s*<strong>Actions</strong>.*?(?=<div class="card d-md-block)', "", html, flags=re.S)
+    html = re.sub(
+        r'<div class="card mb-3">\s*<div class="card-header p-2">\s*<strong>Actions</strong>.*?(?=<div class="card d-md-block)',
+        "",
+        html,
+        flags=re.S,
+    )
     html = re.sub(r'\son\w+="[^"]*"', "", html)
     html = re.sub(r'href="[^"#]*/index\.html"', 'href="index.html"', html)
     html = re.sub(r'href="[^"#]*/expectations/[^"]*"', 'href="expectations.html"', html)
@@ -219,9 +272,15 @@ def _index(checked: Checked, params: Params, found: list[Expectation]) -> str:
     links = '<li><a href="results.html">Results</a> and <a href="expectations.html">expectations</a> as Great Expectations shows them</li>'
     quarantined = bad and not checked.blocking and params.data.on_invalid == "quarantine"
     unexplained = not all(e.explained for e in found)
-    status = '<b class="text-danger">failed</b>' if unexplained or (bad and not quarantined) else '<b class="text-success">passed</b>'
+    status = (
+        '<b class="text-danger">failed</b>'
+        if unexplained or (bad and not quarantined)
+        else '<b class="text-success">passed</b>'
+    )
     status += ", bad files left out" if quarantined else ""
-    outcomes: list[list[object]] = [["✓" if e.success else "✗", e.description, "" if e.unexpected is None else e.unexpected] for e in found]
+    outcomes: list[list[object]] = [
+        ["✓" if e.success else "✗", e.description, "" if e.unexpected is None else e.unexpected] for e in found
+    ]
     parts = [
         f"<h1>Data validation of {escape(params.dataset)}: {status}</h1>",
         f"<p>{len(usable)} rows of usable images, {len(checked.problems)} bad files, {len(checked.blocking)} shortages.</p><ul>{links}</ul>",

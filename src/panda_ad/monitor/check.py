@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from panda_ad.detector import Detector
 from panda_ad.errors import UserError
-from panda_ad.files import write_json
 from panda_ad.monitor.drift import Drift, Sample, TooFew, find_drift
 from panda_ad.monitor.log import LOG, Window, read_window
 from panda_ad.monitor.report import write_report
 from panda_ad.params import Params, load_params
 from panda_ad.registry.change import model_name
+from panda_ad.registry.load import Model, load_model
 from panda_ad.registry.monitoring import record_check
-from panda_ad.score import Model, load_model
+from panda_ad.scoring.detector import Detector
+from panda_ad.system.files import write_json
 
 REPORTS = Path("monitoring/reports")
 DRIFT_FOUND = 5
@@ -49,14 +49,21 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        names = {"category": self.category, "model": self.model, "version": self.version, "checked": self.checked.isoformat()}
+        names = {
+            "category": self.category,
+            "model": self.model,
+            "version": self.version,
+            "checked": self.checked.isoformat(),
+        }
         return names | self.drift.to_dict()
 
 
 def chosen_categories(wanted: Sequence[str], params: Params) -> list[str]:
     """`wanted`, or all categories where it is empty. UserError where one is not in params.yaml."""
     if unknown := [c for c in wanted if c not in params.categories]:
-        raise UserError(f"categories: {', '.join(unknown)} not in params.yaml, which has {', '.join(params.categories)}")
+        raise UserError(
+            f"categories: {', '.join(unknown)} not in params.yaml, which has {', '.join(params.categories)}"
+        )
     return list(wanted or params.categories)
 
 
@@ -69,12 +76,16 @@ def reference_of(detector: Detector) -> Sample:
     """The calibration images of a model. UserError where its bundle is from before monitoring."""
     if detector.reference is None:
         name = detector.config["category"]
-        raise UserError(f"category {name}: this version keeps no calibration images to compare with; run `dvc repro` and `panda-ad promote -c {name}`")
+        raise UserError(
+            f"category {name}: this version keeps no calibration images to compare with; run `dvc repro` and `panda-ad promote -c {name}`"
+        )
     known = detector.reference
     return Sample(detector.calibration, known.statistics.astype(np.float64), known.features.astype(np.float32))
 
 
-def check_category(category: str, alias: str = "staging", log: Path = LOG, reports: Path = REPORTS, params: Params | None = None) -> Check:
+def check_category(
+    category: str, alias: str = "staging", log: Path = LOG, reports: Path = REPORTS, params: Params | None = None
+) -> Check:
     """Compare the newest images that the version at `alias` has scored with its calibration images; write report and figures.
 
     Images that the version was made from do not count: it has seen them, and to it they look more normal than others.
@@ -89,7 +100,9 @@ def check_category(category: str, alias: str = "staging", log: Path = LOG, repor
     params = params or load_params()
     model = model_at(category, alias, params)
     reference = reference_of(model.detector)
-    window = read_window(category, model.name, model.version, last=params.monitor.window, log=log, without=model.detector.seen)
+    window = read_window(
+        category, model.name, model.version, last=params.monitor.window, log=log, without=model.detector.seen
+    )
     rate = float(model.detector.config["false_alarm_rate"])
     try:
         drift = find_drift(reference, window.sample, rate, params.monitor, params.seed)
@@ -98,9 +111,13 @@ def check_category(category: str, alias: str = "staging", log: Path = LOG, repor
     return _written(category, model, drift, reference, window, rate, reports)
 
 
-def _written(category: str, model: Model, drift: Drift, reference: Sample, window: Window, rate: float, reports: Path) -> Check:
+def _written(
+    category: str, model: Model, drift: Drift, reference: Sample, window: Window, rate: float, reports: Path
+) -> Check:
     checked = datetime.now(UTC)
-    check = Check(category, model.name, model.version, checked, drift, reports / f"{category}.html", reports / f"{category}.json")
+    check = Check(
+        category, model.name, model.version, checked, drift, reports / f"{category}.html", reports / f"{category}.json"
+    )
     write_report(check.report, drift, reference, window, rate, checked)
     write_json(check.data, check.to_dict())
     return check
@@ -123,5 +140,7 @@ def monitor(categories: Sequence[str], alias: str = "staging") -> tuple[list[Che
         except UserError as e:
             problems.append(str(e))
         except Exception as e:  # what nobody foresaw in one category says nothing of the others
-            problems.append(f"category {category}: could not be checked ({type(e).__name__}: {' '.join(str(e).split())[:300]})")
+            problems.append(
+                f"category {category}: could not be checked ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+            )
     return checks, problems

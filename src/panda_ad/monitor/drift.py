@@ -17,10 +17,10 @@ import numpy as np
 from scipy import stats
 from scipy.spatial.distance import cdist
 
-from panda_ad.calibration import threshold
 from panda_ad.errors import UserError
-from panda_ad.monitor.statistics import STATISTICS
+from panda_ad.features.image_statistics import STATISTICS
 from panda_ad.params import MonitorParams
+from panda_ad.scoring.calibration import threshold
 
 COMPONENTS = 16
 """Principal components of the features that the test of content looks at."""
@@ -51,8 +51,12 @@ class Sample:
     features: np.ndarray
 
     def __post_init__(self) -> None:
-        if len({len(self.scores), len(self.statistics), len(self.features)}) != 1 or self.statistics.shape[1:] != (len(STATISTICS),):
-            raise ValueError(f"sample: {self.scores.shape} scores, {self.statistics.shape} statistics, {self.features.shape} features")
+        if len({len(self.scores), len(self.statistics), len(self.features)}) != 1 or self.statistics.shape[1:] != (
+            len(STATISTICS),
+        ):
+            raise ValueError(
+                f"sample: {self.scores.shape} scores, {self.statistics.shape} statistics, {self.features.shape} features"
+            )
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -137,9 +141,13 @@ def find_drift(reference: Sample, window: Sample, rate: float, limits: MonitorPa
         The reference has fewer than four images.
     """
     if len(window) < limits.min_images:
-        raise TooFew(f"{len(window)} images in the log, {limits.min_images} are needed (monitor.min_images); score more")
+        raise TooFew(
+            f"{len(window)} images in the log, {limits.min_images} are needed (monitor.min_images); score more"
+        )
     if len(reference) < 4:
-        raise UserError(f"{len(reference)} calibration images are too few to compare with; raise data.calibration_fraction and retrain")
+        raise UserError(
+            f"{len(reference)} calibration images are too few to compare with; raise data.calibration_fraction and retrain"
+        )
     raw = [_alarms(reference.scores, window.scores, rate), _scores(reference.scores, window.scores)]
     raw += [_statistic(i, reference.statistics[:, i], window.statistics[:, i]) for i in range(len(STATISTICS))]
     raw.append(_content(reference.features, window.features, seed))
@@ -157,7 +165,9 @@ def find_drift(reference: Sample, window: Sample, rate: float, limits: MonitorPa
 def _judged(test: Test, adjusted: float, limits: MonitorParams) -> Test:
     large = test.shift >= TWICE if test.name == "alarms" else abs(test.shift) >= limits.min_shift
     drifted = adjusted <= limits.significance and large
-    return Test(**(asdict(test) | {"adjusted": adjusted, "drifted": drifted, "finding": test.finding if drifted else ""}))
+    return Test(
+        **(asdict(test) | {"adjusted": adjusted, "drifted": drifted, "finding": test.finding if drifted else ""})
+    )
 
 
 def _with_finding(test: Test, finding: str) -> Test:
@@ -176,7 +186,18 @@ def _alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
     k = max(1, math.floor(rate * (m + 1) + 1e-9))
     p = float(stats.betabinom.sf(alarms - 1, n, k, m + 1 - k)) if alarms else 1.0
     share = alarms / n
-    return Test("alarms", "beta-binomial", alarms, min(1.0, p), p, share / rate, rate, share, False, "more images score as defects")
+    return Test(
+        "alarms",
+        "beta-binomial",
+        alarms,
+        min(1.0, p),
+        p,
+        share / rate,
+        rate,
+        share,
+        False,
+        "more images score as defects",
+    )
 
 
 def _scores(reference: np.ndarray, window: np.ndarray) -> Test:
@@ -196,7 +217,9 @@ def _compared(name: str, reference: np.ndarray, window: np.ndarray, resolution: 
     before, after = float(np.median(reference)), float(np.median(window))
     spread = max(float(np.std(reference, ddof=1)), resolution, 1e-9 * abs(before), 1e-300)
     p = float(found.pvalue)
-    return Test(name, "Kolmogorov-Smirnov", float(found.statistic), p, p, (after - before) / spread, before, after, False, "")
+    return Test(
+        name, "Kolmogorov-Smirnov", float(found.statistic), p, p, (after - before) / spread, before, after, False, ""
+    )
 
 
 def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
@@ -206,7 +229,9 @@ def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
     better than any other sample, and the test would find that difference.
     """
     rng = np.random.default_rng(seed)
-    reference, window = (x[np.sort(rng.choice(len(x), MOST, replace=False))] if len(x) > MOST else x for x in (reference, window))
+    reference, window = (
+        x[np.sort(rng.choice(len(x), MOST, replace=False))] if len(x) > MOST else x for x in (reference, window)
+    )
     both = np.concatenate([reference, window]).astype(np.float64)
     both -= both.mean(axis=0)
     left, sizes, _ = np.linalg.svd(both, full_matrices=False)
@@ -251,5 +276,7 @@ def _shift_of_points(reference: np.ndarray, window: np.ndarray) -> float:
         direction = window[a::2].mean(axis=0) - reference[a::2].mean(axis=0)
         before, after = reference[b::2] @ direction, window[b::2] @ direction
         spread = float(np.std(before, ddof=1))
-        shifts.append((float(np.median(after)) - float(np.median(before))) / max(spread, 1e-300) if np.any(direction) else 0.0)
+        shifts.append(
+            (float(np.median(after)) - float(np.median(before))) / max(spread, 1e-300) if np.any(direction) else 0.0
+        )
     return float(np.mean(shifts))

@@ -6,14 +6,22 @@ import json
 from collections.abc import Iterable, Set
 from pathlib import Path
 
-from panda_ad.files import digest_if_readable, write_text
 from panda_ad.monitor.log import LOG, holders
+from panda_ad.system.files import digest_if_readable, write_text
 
 CACHE = Path(".cache/inbox")
 """Per category what its images held when they were last read, by path, size and time of change; safe to delete."""
 
 
-def due(files: Iterable[Path], category: str, model: str, version: str, window: int, seen: Set[str] = frozenset(), log: Path = LOG) -> list[Path]:
+def due(
+    files: Iterable[Path],
+    category: str,
+    model: str,
+    version: str,
+    window: int,
+    seen: Set[str] = frozenset(),
+    log: Path = LOG,
+) -> list[Path]:
     """The files whose content the log does not hold of any version, and of the newest `window` those that it does not hold of this one.
 
     Of these, images that the version was made from (sha256 in `seen`) are no part: monitoring leaves them out.

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_file
+from panda_ad.features.image_statistics import NAMES, as_float16, statistics_matrix
 from panda_ad.monitor.drift import Sample
-from panda_ad.monitor.statistics import NAMES, as_float16, statistics_matrix
+from panda_ad.system.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,7 +109,9 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
             new.append(entry)
     if not new:
         return None
-    path = log / category / f"{min(e.time for e in new).astimezone(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.parquet"
+    path = (
+        log / category / f"{min(e.time for e in new).astimezone(UTC):%Y%m%dT%H%M%S.%fZ}-{uuid.uuid4().hex[:8]}.parquet"
+    )
     with atomic_file(path) as temporary:
         pq.write_table(_table(new), temporary, compression="zstd")
     return path
@@ -129,7 +131,9 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
     found: dict[str, set[tuple[str, str]]] = {}
     for path in _files(log, category):
         for part in _read(path, None, None, ["sha256"]):
-            for sha256, model, version in zip(*(part[name].to_pylist() for name in ("sha256", "model", "version")), strict=True):
+            for sha256, model, version in zip(
+                *(part[name].to_pylist() for name in ("sha256", "model", "version")), strict=True
+            ):
                 found.setdefault(sha256, set()).add((model, version))
     return found
 
@@ -166,12 +170,18 @@ def read_window(
                 found[sha256] = min(time, found.get(sha256, time))
     if not found:
         if parts:
-            raise NothingLogged(f"{log / category}: {model} version {version} has scored nothing yet but images that it was made from")
+            raise NothingLogged(
+                f"{log / category}: {model} version {version} has scored nothing yet but images that it was made from"
+            )
         where = f"{log / category}: no verdict of {model} version {version}"
-        raise NothingLogged(f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)")
+        raise NothingLogged(
+            f"{where}; score images first (`panda-ad score IMAGES --model models:/{model}/{version} --log`)"
+        )
     table = pa.concat_tables(parts).sort_by([("time", "ascending"), ("sha256", "ascending")])
     times = table["time"].to_numpy().astype("datetime64[us]")
-    _, first = np.unique(np.array(table["sha256"].to_pylist()), return_index=True)  # two scorers at once may log an image twice
+    _, first = np.unique(
+        np.array(table["sha256"].to_pylist()), return_index=True
+    )  # two scorers at once may log an image twice
     keep = np.sort(first)
     if last is not None:
         keep = keep[-last:]
@@ -223,7 +233,9 @@ def _newest(path: Path) -> datetime:
 
     try:
         metadata = pq.read_metadata(path)
-        groups = [metadata.row_group(i).column(0).statistics.max for i in range(metadata.num_row_groups)]  # `time` is the first column
+        groups = [
+            metadata.row_group(i).column(0).statistics.max for i in range(metadata.num_row_groups)
+        ]  # `time` is the first column
         return max(groups)
     except (pa.ArrowException, OSError, AttributeError, ValueError):
         try:
@@ -244,6 +256,8 @@ def _read(path: Path, model: str | None, version: str | None, columns: list[str]
         if model is not None:
             rows = rows.filter(pc.and_(pc.equal(rows["model"], model), pc.equal(rows["version"], version)))
     except (pa.ArrowException, OSError, KeyError) as e:
-        raise UserError(f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again") from None
+        raise UserError(
+            f"{path}: damaged log file ({' '.join(str(e).split())[:120]}); move it away, its images can be scored again"
+        ) from None
     if len(rows):
         yield rows

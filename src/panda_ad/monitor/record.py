@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from panda_ad.data.layouts import printable
-from panda_ad.detector import Verdict
-from panda_ad.files import digest_file
+from panda_ad.features.image_statistics import image_statistics
 from panda_ad.monitor.log import LOG, Entry, append, known
-from panda_ad.monitor.statistics import image_statistics
+from panda_ad.scoring.detector import Verdict
+from panda_ad.system.files import digest_file
 
 
 class Recorder:

@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from panda_ad.files import write_text
+from panda_ad.features.image_statistics import STATISTICS
 from panda_ad.monitor.drift import Drift, Sample
 from panda_ad.monitor.log import Window
-from panda_ad.monitor.statistics import STATISTICS
 from panda_ad.report.page import render
+from panda_ad.system.files import write_text
 
 SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "monitor.js")
-NAMES = {"alarms": "alarms", "scores": "scores", "content": "content", "red_green": "red against green", "yellow_blue": "yellow against blue"}
+NAMES = {
+    "alarms": "alarms",
+    "scores": "scores",
+    "content": "content",
+    "red_green": "red against green",
+    "yellow_blue": "yellow against blue",
+}
 """Words for tests and statistics whose name is not one."""
 ADVICE = {
     "darker": "lamp, exposure, shutter, dirt on the window",
@@ -24,11 +30,15 @@ ADVICE = {
     "higher contrast": "stray light, background",
     "out of focus": "focus, distance, vibration, dirt on the lens",
     "sharper or noisier": "gain, exposure time, a resizing step",
-    **dict.fromkeys((f"colour cast towards {c}" for c in ("red", "green", "yellow", "blue")), "lamp’s age, white balance, daylight"),
+    **dict.fromkeys(
+        (f"colour cast towards {c}" for c in ("red", "green", "yellow", "blue")), "lamp’s age, white balance, daylight"
+    ),
     **dict.fromkeys(("paler colours", "stronger colours"), "lamp’s age, white balance, material"),
     "content has changed while light, focus and colour have not": "another product, position or background",
     "more images score as defects": "the parts, then the other findings",
-    **dict.fromkeys(("scores are higher", "scores are lower"), "the other findings; alone, a slow change of the product"),
+    **dict.fromkeys(
+        ("scores are higher", "scores are lower"), "the other findings; alone, a slow change of the product"
+    ),
 }
 """Where to look first, by finding, as in docs/operation.md."""
 BAND = (0.05, 0.5, 0.95)
@@ -79,7 +89,10 @@ def _data(reference: Sample, window: Window, rate: float, group: int, times: lis
         "rate": rate,
         "calibration": reference.scores.tolist(),
         "scores": window.sample.scores.tolist(),
-        "alarms": [{"until": end, "share": float(window.alarms[start:end].mean())} for start, end in zip([0, *ends], ends, strict=False)],
+        "alarms": [
+            {"until": end, "share": float(window.alarms[start:end].mean())}
+            for start, end in zip([0, *ends], ends, strict=False)
+        ],
         "times": times,
         "paths": window.paths,
         "figures": figures,

@@ -1,1 +1,0 @@
-"""The only code that knows MLflow: publish, gate, promote, serve."""

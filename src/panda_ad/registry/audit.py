@@ -22,7 +22,9 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def record(client: MlflowClient, name: str, *, action: str, alias: str, before: str | None, after: str, why: str) -> None:
+def record(
+    client: MlflowClient, name: str, *, action: str, alias: str, before: str | None, after: str, why: str
+) -> None:
     """Append a move of `alias` from version `before` (None: was not set) to `after`. Earlier records are never touched."""
     when = now()
     entry = {

@@ -42,7 +42,9 @@ def model_card(
     for key, title in _FIGURES.items():
         if key in metrics:
             low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-            interval = "" if low is None or high is None else f" ({_percent(confidence)} interval {low:.4f} to {high:.4f})"
+            interval = (
+                "" if low is None or high is None else f" ({_percent(confidence)} interval {low:.4f} to {high:.4f})"
+            )
             lines.append(f"- {title} **{metrics[key]:.4f}**{interval}")
     lines += [
         "",
@@ -107,9 +109,13 @@ def _percent(share: float) -> str:
 
 
 def _limits(metrics: Mapping[str, float], calibration: int, rate: float, facts: Mapping[str, Any]) -> list[str]:
-    limits = ["- Knows only what the good training images show: a new light, lens or material looks like a defect to it."]
+    limits = [
+        "- Knows only what the good training images show: a new light, lens or material looks like a defect to it."
+    ]
     if rate and calibration + 1 < 1 / rate:
-        limits.append(f"- {calibration} calibration images are too few to hold {_percent(rate)} false alarms; it takes {round(1 / rate) - 1}.")
+        limits.append(
+            f"- {calibration} calibration images are too few to hold {_percent(rate)} false alarms; it takes {round(1 / rate) - 1}."
+        )
     if "recall" in metrics and metrics["recall"] < 1:
         limits.append(f"- At its threshold it misses {_percent(1 - metrics['recall'])} of the test set's defects.")
     if "pixel_auroc" not in metrics:

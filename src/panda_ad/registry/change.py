@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import panda_ad
 from panda_ad.errors import UserError
-from panda_ad.files import digest_file
+from panda_ad.system.files import digest_file
 
 PACKAGE = Path(panda_ad.__file__).parent
 INPUTS = ("params.yaml", "dvc.yaml", "data.dvc", "requirements.lock", "src")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.lock import locked_params
-from panda_ad.processes import child_environment
 from panda_ad.registry.change import model_name
 from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
 from panda_ad.registry.promote import HELD_BACK
+from panda_ad.system.lock import locked_params
+from panda_ad.system.processes import child_environment
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -68,18 +68,26 @@ def clean(keep: int, delete: bool) -> list[str]:
 
 def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVersion, bool]]:
     """A model's versions, newest first, and whether each stays; none where it was never registered."""
-    versions: list[ModelVersion] = _every(lambda token: client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token))
+    versions: list[ModelVersion] = _every(
+        lambda token: client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token)
+    )
     found = sorted(versions, key=lambda v: -int(v.version))
     aliased = {str(version) for version in client.get_registered_model(name).aliases.values()} if found else set()
     held = [any(tag.startswith(HELD_BACK) for tag in version.tags) for version in found]
-    return [(v, n < keep or str(v.version) in aliased or back) for n, (v, back) in enumerate(zip(found, held, strict=True))]
+    return [
+        (v, n < keep or str(v.version) in aliased or back) for n, (v, back) in enumerate(zip(found, held, strict=True))
+    ]
 
 
 def _runs(client: MlflowClient, dataset: str) -> list[Run]:
     """Runs of the data set's experiments: training and monitoring."""
     found = [client.get_experiment_by_name(name) for name in (f"panda-{dataset}", f"panda-{dataset}-monitoring")]
     experiments = [experiment.experiment_id for experiment in found if experiment is not None]
-    return _every(lambda token: client.search_runs(experiments, max_results=_PAGE, page_token=token)) if experiments else []
+    return (
+        _every(lambda token: client.search_runs(experiments, max_results=_PAGE, page_token=token))
+        if experiments
+        else []
+    )
 
 
 def _every(search: Callable[[str | None], PagedList]) -> list[Any]:
@@ -96,9 +104,19 @@ def _remove_files(gone: list[str]) -> None:
     """MLflow only marks what is deleted; its files go with `mlflow gc`, which needs the store itself."""
     if not local_store():
         if gone:
-            gone.append("marked as deleted; `mlflow gc` on the tracking server, with its --backend-store-uri, removes the files")
+            gone.append(
+                "marked as deleted; `mlflow gc` on the tracking server, with its --backend-store-uri, removes the files"
+            )
         return
     command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", tracking_uri()]
-    done = subprocess.run(command, env=child_environment({"MLFLOW_TRACKING_URI": tracking_uri()}), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env=child_environment({"MLFLOW_TRACKING_URI": tracking_uri()}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
-        raise UserError(f"mlflow gc failed, the files of what was deleted are still there: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(
+            f"mlflow gc failed, the files of what was deleted are still there: {done.stderr.strip().splitlines()[-1:]}"
+        )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from panda_ad.errors import Unavailable, UserError
-from panda_ad.files import atomic_folder
+from panda_ad.system.files import atomic_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,8 +101,14 @@ def connect() -> MlflowClient:
         its own would be created for nothing.
     """
     uri = tracking_uri()
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root() / "mlflow.db").exists() and not (root() / "params.yaml").exists():
-        raise UserError(f"{root()}: neither mlflow.db nor params.yaml is here; run from the repository's folder, or set MLFLOW_TRACKING_URI")
+    if (
+        not os.environ.get("MLFLOW_TRACKING_URI")
+        and not (root() / "mlflow.db").exists()
+        and not (root() / "params.yaml").exists()
+    ):
+        raise UserError(
+            f"{root()}: neither mlflow.db nor params.yaml is here; run from the repository's folder, or set MLFLOW_TRACKING_URI"
+        )
     require_server()
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -112,7 +118,9 @@ def connect() -> MlflowClient:
 
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # retries too: the error at their end says it all
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a stack trace of the error that it raises as well
+        logging.getLogger("mlflow.store.db.utils").setLevel(
+            logging.CRITICAL
+        )  # a stack trace of the error that it raises as well
         if uri.startswith("sqlite:///"):
             _create_store(Path(uri.removeprefix("sqlite:///")))
         before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
@@ -166,7 +174,9 @@ def _preflight(uri: str) -> None:
     try:
         port = parts.port
     except ValueError:  # its text would be the password's beginning
-        raise UserError(f"MLFLOW_TRACKING_URI: {shown}: not an address; write / # ? of a password as %2F %23 %3F") from None
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {shown}: not an address; write / # ? of a password as %2F %23 %3F"
+        ) from None
     if scheme in ("http", "https"):
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         try:
@@ -181,7 +191,9 @@ def _preflight(uri: str) -> None:
         except OSError as e:
             raise Unavailable(f"{down} ({e})") from None
     elif scheme == "file" or not scheme:
-        raise UserError(f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; use sqlite:///FILE or a server's address")
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; use sqlite:///FILE or a server's address"
+        )
 
 
 def _create_store(path: Path) -> None:
@@ -266,7 +278,9 @@ def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
     if uri.startswith("file:") or uri.startswith("/"):
         folder = Path(unquote(urlsplit(uri).path))
         if not folder.is_dir():
-            raise UserError(f"{version.name} version {version.version}: its files are gone from {folder}; publish it again")
+            raise UserError(
+                f"{version.name} version {version.version}: its files are gone from {folder}; publish it again"
+            )
         return folder
     kept = _MODELS / version.tags["panda.bundle"]
     if not kept.is_dir():
@@ -284,5 +298,3 @@ def aliases(name: str, version: int | str) -> list[str]:
     with mlflow_errors():
         client = connect()
         return sorted(find_version(client, f"{name}/{version}").aliases)
-
-

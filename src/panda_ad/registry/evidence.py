@@ -38,7 +38,9 @@ def gather(
         An artifact is gone, or a test image is not here or differs from the one evaluated.
     """
     scores = score_table(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/scores.csv"))
-    metrics = json.loads(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads(
+        artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8")
+    )
     theirs, their_threshold = _rival(client, params, category, incumbent, scores)
     champions, champions_threshold = _rival(client, params, category, champion, scores)
     known = frozenset[str]()
@@ -98,9 +100,9 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
 
 def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """Scores that a bundle gives the images of `rows` (path, sha256, label): its columns with `score` replaced."""
-    from panda_ad.bundle import load_bundle
     from panda_ad.data.images import batches, decode, pixel_count
     from panda_ad.data.layouts import image_root
+    from panda_ad.scoring.bundle import load_bundle
 
     detector, root = load_bundle(bundle), image_root(params)
     scores: list[float] = []
@@ -111,9 +113,13 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
             try:
                 data = (root / path).read_bytes()
             except OSError as e:
-                raise UserError(f"{root / path}: {e.strerror}; needed to compare on the new test set, get it with `dvc checkout`") from None
+                raise UserError(
+                    f"{root / path}: {e.strerror}; needed to compare on the new test set, get it with `dvc checkout`"
+                ) from None
             if hashlib.sha256(data).hexdigest() != sha256:
-                raise UserError(f"{root / path}: not the image that was evaluated; run `dvc repro`, or `dvc checkout` for the images of dvc.lock")
+                raise UserError(
+                    f"{root / path}: not the image that was evaluated; run `dvc repro`, or `dvc checkout` for the images of dvc.lock"
+                )
             images.append(decode(data, path))
         scores += [v.score for v in detector.score(images)]
     return rows.assign(score=scores)
@@ -121,8 +127,8 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
 
 def latency_ms(bundle: Path) -> float:
     """Median milliseconds that the detector takes for one decoded image on this machine (one of its gallery's thumbnails)."""
-    from panda_ad.bundle import load_bundle
     from panda_ad.data.images import decode
+    from panda_ad.scoring.bundle import load_bundle
 
     detector = load_bundle(bundle)
     image = decode(detector.thumbnails[0], "thumbnail")
@@ -139,7 +145,9 @@ def score_table(path: Path) -> pd.DataFrame:
     """Read scores.csv; floats exactly as written."""
     import pandas as pd
 
-    return pd.read_csv(path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str})
+    return pd.read_csv(
+        path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str}
+    )
 
 
 def same_images(a: pd.DataFrame, b: pd.DataFrame) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from panda_ad.metrics import auroc, paired_bootstrap
+from panda_ad.evaluation.image_metrics import auroc, paired_bootstrap
 from panda_ad.params import GateParams
 
 if TYPE_CHECKING:
@@ -119,7 +119,13 @@ def image_auroc_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
 
 def recall_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
     """The same for recall where the false-alarm budget is spent on the good test images."""
-    return _not_worse("recall at the false-alarm budget not worse", recall_at_budget(e.budget), e, params.recall_margin, params.confidence)
+    return _not_worse(
+        "recall at the false-alarm budget not worse",
+        recall_at_budget(e.budget),
+        e,
+        params.recall_margin,
+        params.confidence,
+    )
 
 
 def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
@@ -128,7 +134,14 @@ def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
     Images with the wrong label spoil the threshold before they spoil the order of the scores: defects among the calibration images
     raise it, and AUROC does not see that.
     """
-    return _not_worse("defects caught less false alarms not worse", youden, e, params.decision_margin, params.confidence, decisions=True)
+    return _not_worse(
+        "defects caught less false alarms not worse",
+        youden,
+        e,
+        params.decision_margin,
+        params.confidence,
+        decisions=True,
+    )
 
 
 def youden(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -143,7 +156,9 @@ def image_auroc_near_best(e: Evidence, params: GateParams) -> list[Rule]:
     """
     if params.margin is None or e.best_before is None:
         return []
-    return _at_least("image AUROC near the best promoted before", auroc(e.labels, e.values), e.best_before - 2 * params.margin)
+    return _at_least(
+        "image AUROC near the best promoted before", auroc(e.labels, e.values), e.best_before - 2 * params.margin
+    )
 
 
 def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
@@ -153,13 +168,22 @@ def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
 
 def pixel_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
     """Pixel AUROC at least `min_pixel_auroc`, where it was measured."""
-    return _at_least("pixel AUROC floor", e.metrics["pixel_auroc"], params.min_pixel_auroc) if "pixel_auroc" in e.metrics else []
+    return (
+        _at_least("pixel AUROC floor", e.metrics["pixel_auroc"], params.min_pixel_auroc)
+        if "pixel_auroc" in e.metrics
+        else []
+    )
 
 
 def defect_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
     """AUROC of each kind of defect against the good images."""
     good = e.labels == 0
-    return _per_defect("AUROC floor of defect", e, params.min_defect_auroc, lambda kind: auroc(e.labels[good | kind], e.values[good | kind]))
+    return _per_defect(
+        "AUROC floor of defect",
+        e,
+        params.min_defect_auroc,
+        lambda kind: auroc(e.labels[good | kind], e.values[good | kind]),
+    )
 
 
 def defect_recall_floor(e: Evidence, params: GateParams) -> list[Rule]:
@@ -177,7 +201,11 @@ def must_catch(e: Evidence, params: GateParams) -> list[Rule]:
         own = np.flatnonzero((paths == entry) | (hashes == entry))
         if len(own):
             lowest = float(e.values[own].min())
-            rules.append(_rule(f"must catch {entry}", lowest, e.threshold, e.threshold - lowest, lowest > e.threshold, "score", ">"))
+            rules.append(
+                _rule(
+                    f"must catch {entry}", lowest, e.threshold, e.threshold - lowest, lowest > e.threshold, "score", ">"
+                )
+            )
         elif entry not in e.test_images:
             text = "not among the test images; give its path in the manifest or its sha256"
             rules.append(Rule(f"must catch {entry}", False, float("nan"), e.threshold, float("nan"), text))
@@ -238,10 +266,15 @@ def refusal(rules: list[Rule]) -> str:
     return "; ".join(f"{r.name}: {r.text}" for r in rules if not r.passed)
 
 
-def _not_worse(name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, decisions: bool = False) -> list[Rule]:
+def _not_worse(
+    name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, decisions: bool = False
+) -> list[Rule]:
     """Rules on a metric of labels and scores (with `decisions` less each version's threshold): against the version in place, and the champion."""
     rules: list[Rule] = []
-    rivals = ((name, e.incumbent, e.incumbent_threshold), (f"{name} than the champion's", e.champion, e.champion_threshold))
+    rivals = (
+        (name, e.incumbent, e.incumbent_threshold),
+        (f"{name} than the champion's", e.champion, e.champion_threshold),
+    )
     for title, rival, threshold in rivals:
         if margin is None or rival is None or (decisions and threshold is None):
             continue
@@ -280,9 +313,13 @@ def _at_least(name: str, value: float, limit: float | None) -> list[Rule]:
 
 
 def _at_most(name: str, value: float | None, limit: float | None, unit: str) -> list[Rule]:
-    return [] if limit is None or value is None else [_rule(name, value, limit, value - limit, value <= limit, unit, "<=")]
+    return (
+        [] if limit is None or value is None else [_rule(name, value, limit, value - limit, value <= limit, unit, "<=")]
+    )
 
 
 def _rule(name: str, value: float, limit: float, by: float, passed: bool, unit: str, sign: str) -> Rule:
-    text = f"{value:.4g}{f' {unit}' if unit else ''} (limit {sign} {limit:.4g})" + ("" if passed else f", off by {by:.4g}")
+    text = f"{value:.4g}{f' {unit}' if unit else ''} (limit {sign} {limit:.4g})" + (
+        "" if passed else f", off by {by:.4g}"
+    )
     return Rule(name, passed, value, limit, 0.0 if passed else by, text)

@@ -19,7 +19,7 @@ class PandaModel(PythonModel):
 
     def load_context(self, context):
         """Load the bundle. Torch is imported here, so that logging the model does not need it."""
-        from panda_ad.bundle import load_bundle
+        from panda_ad.scoring.bundle import load_bundle
 
         self.detector = load_bundle(context.artifacts["bundle"])
 
@@ -42,7 +42,9 @@ class PandaModel(PythonModel):
                 raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from None
             for v in self.detector.score(images, heatmaps=heatmap):
                 row = [v.score, v.p_value, "defect" if v.anomalous else "good", bool(v.anomalous)]
-                rows.append([*row, _png(v.heatmap)] if heatmap else row)  # a heat map as it is takes more than its image
+                rows.append(
+                    [*row, _png(v.heatmap)] if heatmap else row
+                )  # a heat map as it is takes more than its image
         columns = ["score", "p_value", "decision", "anomalous"] + (["heatmap"] if heatmap else [])
         return pd.DataFrame(rows, columns=columns, index=model_input.index)
 

@@ -52,7 +52,9 @@ def record_check(dataset: str, model: str, version: str, figures: Mapping[str, A
 
 
 def _run_of(client: MlflowClient, experiment: str, model: str, version: str) -> Run:
-    found = client.search_runs([experiment], f"tags.`panda.model` = '{model}' AND tags.`panda.version` = '{version}'", max_results=1)
+    found = client.search_runs(
+        [experiment], f"tags.`panda.model` = '{model}' AND tags.`panda.version` = '{version}'", max_results=1
+    )
     if found:
         return found[0]
     tags = {**provenance(), "mlflow.source.name": "panda-ad monitor", "panda.model": model, "panda.version": version}
@@ -71,4 +73,6 @@ def _log_metrics(client: MlflowClient, run: Run, figures: Mapping[str, Any]) -> 
         if test["after"] is not None:
             values[f"value/{name}"] = test["after"]
     now = int(time.time() * 1000)
-    client.log_batch(run.info.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items() if math.isfinite(v)])
+    client.log_batch(
+        run.info.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items() if math.isfinite(v)]
+    )

@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.files import write_json
-from panda_ad.lock import locked_params
 from panda_ad.params import Params
 from panda_ad.registry import audit
 from panda_ad.registry.change import model_name, plain
@@ -30,7 +28,9 @@ from panda_ad.registry.connection import connect, find_version, mlflow_errors
 from panda_ad.registry.evidence import gather
 from panda_ad.registry.gate import Rule, judge, refusal
 from panda_ad.registry.versions import registered
-from panda_ad.stages.common import BUILD
+from panda_ad.system.files import write_json
+from panda_ad.system.lock import locked_params
+from panda_ad.system.paths import BUILD
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -84,7 +84,11 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
     if to not in SOURCE:
         raise UserError(f"--to {to}: staging or champion is expected")
     with locked_params(f"promote to {to}") as params, mlflow_errors():
-        chosen = [categories] if isinstance(categories, str) else list(params.categories if categories is None else categories)
+        chosen = (
+            [categories]
+            if isinstance(categories, str)
+            else list(params.categories if categories is None else categories)
+        )
         _check(params, chosen)
         client = connect()
         decisions = []
@@ -92,7 +96,9 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
             decisions.append(_promote(client, params, category, to))
             write_json(BUILD / "decisions" / f"{category}.json", as_json(decisions[-1]))
     if refused := [d for d in decisions if d.outcome == "refused"]:
-        raise GateRefused("; ".join(f"{d.name} version {d.version} not promoted to @{d.to}: {d.reason}" for d in refused))
+        raise GateRefused(
+            "; ".join(f"{d.name} version {d.version} not promoted to @{d.to}: {d.reason}" for d in refused)
+        )
     return decisions
 
 
@@ -131,9 +137,15 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
 
 def _best_before(client: MlflowClient, model: RegisteredModel, candidate: ModelVersion, alias: str) -> float | None:
     """Highest image AUROC of the versions that were promoted to `alias` and not rolled back, as measured on the candidate's test images."""
-    promoted = {m["to"] for m in audit.records(model) if m["alias"] == alias and m["action"] == "promote"} - {str(candidate.version)}
+    promoted = {m["to"] for m in audit.records(model) if m["alias"] == alias and m["action"] == "promote"} - {
+        str(candidate.version)
+    }
     images = candidate.tags.get("panda.test_images", "")  # missing from versions published before there was this tag
-    same = client.search_model_versions(f"name = '{model.name}' AND tags.`panda.test_images` = '{images}'") if images else []
+    same = (
+        client.search_model_versions(f"name = '{model.name}' AND tags.`panda.test_images` = '{images}'")
+        if images
+        else []
+    )
     found = [v.tags for v in same if str(v.version) in promoted and f"{HELD_BACK}{alias}" not in v.tags]
     return max((float(tags["panda.image_auroc"]) for tags in found if "panda.image_auroc" in tags), default=None)
 
@@ -165,7 +177,9 @@ def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -
         client.set_model_version_tag(candidate.name, candidate.version, key, value)
 
 
-def _finish(client: MlflowClient, model: RegisteredModel, action: str, alias: str, before: str | None, after: str, why: str) -> None:
+def _finish(
+    client: MlflowClient, model: RegisteredModel, action: str, alias: str, before: str | None, after: str, why: str
+) -> None:
     """What follows a move of `alias`; the audit record comes last and says that all of it is done."""
     earlier = before if action == "promote" else audit.predecessor(audit.records(model), alias, after)
     if earlier is not None and _version(client, model.name, earlier) is not None:
@@ -237,7 +251,9 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
             left = audit.records(model)[-1]["from"]
             return Decision(category, name, alias, current, left, "rolled back", f"from version {left}, {_LATER}")
         if target is None or (to_version is None and target == current):
-            raise UserError(f"{name}: @{alias} has held no version before version {current}; name one with --to-version")
+            raise UserError(
+                f"{name}: @{alias} has held no version before version {current}; name one with --to-version"
+            )
         if target == current:
             raise UserError(f"{name}: version {target} is @{alias} already")
         version = find_version(client, f"{name}/{target}")
@@ -263,7 +279,9 @@ def as_json(decision: Decision) -> dict[str, Any]:
 
 def _check(params: Params, chosen: Sequence[str]) -> None:
     if unknown := [c for c in chosen if c not in params.categories]:
-        raise UserError(f"{', '.join(unknown)}: no such category in params.yaml, which has {', '.join(params.categories)}")
+        raise UserError(
+            f"{', '.join(unknown)}: no such category in params.yaml, which has {', '.join(params.categories)}"
+        )
 
 
 def _set_stage(client: MlflowClient, name: str, alias: str, version: str) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from panda_ad.files import digest_file
+from panda_ad.errors import UserError
 from panda_ad.params import Params
 from panda_ad.registry import connection
 from panda_ad.registry.change import Change, digest_files, provenance
+from panda_ad.system.files import digest_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _BATCH = 1000  # metrics per request, MLflow's limit
 _PARAMS = 100  # parameters per request, MLflow's limit
+RUN_FILES = ("params.yaml", "dvc.lock", "data.dvc")
+"""What of a run is put in place of its commit's files: publishing does not wait for a commit."""
+
 _HELD = "panda.artifacts"
 _VALUE = 6000  # characters of a parameter, MLflow's limit
 
@@ -105,8 +109,12 @@ def log_dataset(client: MlflowClient, run: Run, name: str, data_hash: str, split
         return
     profile = {"num_rows": sum(splits.values()), **splits}
     # 36 characters are MLflow's limit
-    dataset = Dataset(name, data_hash[:36], source_type="dvc", source=json.dumps({"uri": "data.dvc"}), profile=json.dumps(profile))
-    client.log_inputs(run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training and evaluation")])])
+    dataset = Dataset(
+        name, data_hash[:36], source_type="dvc", source=json.dumps({"uri": "data.dvc"}), profile=json.dumps(profile)
+    )
+    client.log_inputs(
+        run.info.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training and evaluation")])]
+    )
 
 
 def log_metrics(client: MlflowClient, run: Run, values: Mapping[str, float]) -> None:
@@ -156,7 +164,9 @@ def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]
         before = _held(run.data.tags.get(tag, ""))
         held = {}
         for path in (p for p in paths if p.exists()):
-            content = digest_files(path, (p for p in path.rglob("*") if p.is_file())) if path.is_dir() else digest_file(path)
+            content = (
+                digest_files(path, (p for p in path.rglob("*") if p.is_file())) if path.is_dir() else digest_file(path)
+            )
             held[path.name] = content[:16]
             if before.get(path.name) == content[:16]:
                 continue
@@ -174,3 +184,23 @@ def _held(tag: str) -> dict[str, str]:
         return dict(json.loads(tag))
     except ValueError:
         return {}
+
+
+def download_inputs(run_id: str, folder: Path) -> None:
+    """Write what a run was made from, as it logged it, over the files of `folder`, a clone at the run's commit.
+
+    Raises
+    ------
+    UserError
+        The run holds no params.yaml, or MLflow does not answer.
+    """
+    import mlflow.artifacts
+
+    with connection.mlflow_errors():
+        client = connection.connect()
+        held = {item.path for item in client.list_artifacts(run_id)}
+        for name in RUN_FILES:
+            if name in held:
+                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, dst_path=str(folder))
+    if "params.yaml" not in held:
+        raise UserError(f"run {run_id} holds no params.yaml, so its parameters are not known in full")

@@ -79,10 +79,14 @@ def register(
     from mlflow.entities import LoggedModelOutput, Metric
 
     experiment, run_id = run.info.experiment_id, run.info.run_id
-    known = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}' AND tags.`panda.bundle` = '{content}'")
+    known = client.search_logged_models(
+        [experiment], filter_string=f"source_run_id = '{run_id}' AND tags.`panda.bundle` = '{content}'"
+    )
     model = next(iter(known), None)
     if model is None:
-        model = client.create_logged_model(experiment, label, run_id, tags={"panda.bundle": content}, model_type="anomaly detector")
+        model = client.create_logged_model(
+            experiment, label, run_id, tags={"panda.bundle": content}, model_type="anomaly detector"
+        )
     if str(model.status) != "READY":
         with tempfile.TemporaryDirectory(prefix="panda-model-") as folder:
             save(Path(folder) / "model", bundle, example, model.artifact_location, run_id, model.model_id)
@@ -125,7 +129,9 @@ def save(folder: Path, bundle: Path, example: bytes, location: str, run_id: str,
             target = Path(code) / PACKAGE.name / path.relative_to(PACKAGE)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        shutil.copytree(bundle, Path(code) / "bundle")  # MLflow keeps a folder's name and refuses links: one path for every category
+        shutil.copytree(
+            bundle, Path(code) / "bundle"
+        )  # MLflow keeps a folder's name and refuses links: one path for every category
         mlflow.pyfunc.save_model(
             str(folder),
             mlflow_model=model,

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from panda_ad.files import write_text
 from panda_ad.report.content import Report
 from panda_ad.report.encode import encode_images
 from panda_ad.report.page import render
+from panda_ad.system.files import write_text
 
 SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "feature_map.js", "gallery.js", "report.js")
 
@@ -73,7 +73,12 @@ def project_2d(gallery: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.nd
 def _data(report: Report) -> dict[str, Any]:
     """What the page's scripts read."""
     n = len(report.scores)
-    lengths: dict[str, Sequence[Any] | np.ndarray] = {"paths": report.paths, "defects": report.defects, "labels": report.labels, "p_values": report.p_values}
+    lengths: dict[str, Sequence[Any] | np.ndarray] = {
+        "paths": report.paths,
+        "defects": report.defects,
+        "labels": report.labels,
+        "p_values": report.p_values,
+    }
     for name, values in lengths.items():
         if len(values) != n:
             raise ValueError(f"report: {len(values)} {name} for {n} scores")

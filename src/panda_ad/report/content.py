@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from panda_ad.calibration import Threshold
+from panda_ad.scoring.calibration import Threshold
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,16 @@ def render(template: str, scripts: Sequence[str], data: object, **context: objec
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"script-src {' '.join(map(_csp_hash, texts))}; style-src {' '.join(map(_csp_hash, styles))}"
     )
-    return _environment().get_template(template).render(
-        policy=policy,
-        scripts=[Markup(s) for s in texts],
-        styles=[Markup(s) for s in styles],
-        data=Markup(script_json(data)),
-        **context,
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            policy=policy,
+            scripts=[Markup(s) for s in texts],
+            styles=[Markup(s) for s in styles],
+            data=Markup(script_json(data)),
+            **context,
+        )
     )
 
 
@@ -63,7 +67,11 @@ def _csp_hash(text: str) -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_asset), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain}
     return environment

@@ -10,16 +10,19 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from panda_ad.activations import Activations, Item
-from panda_ad.adapt import Adapted, adapt, pack_snapshots
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
-from panda_ad.backbones import Backbone
+from panda_ad.adapt.snapshots import pack_snapshots
+from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.images import image_files, read_image
 from panda_ad.data.outliers import coarseness, is_grey, outlier_item
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_folder, write_json
+from panda_ad.features.backbones import Backbone
+from panda_ad.features.cache import Activations, Item
 from panda_ad.params import Params, load_params
-from panda_ad.stages.common import BUILD, CACHE, activations_for, backbone_for, category_rows, items_of, run_stage, threads
+from panda_ad.stages.common import activations_for, backbone_for, category_rows, items_of, threads
+from panda_ad.system.files import atomic_folder, write_json
+from panda_ad.system.paths import BUILD, CACHE
+from panda_ad.system.stage import run_stage
 
 
 def main(category: str) -> None:
@@ -41,18 +44,33 @@ def main(category: str) -> None:
         outliers = activations.view(outlier_items)
     fisher = given_fisher(params, backbone, activations) if params.adapt.method == "ewc" else None
     adapted = adapt(
-        backbone, activations.view(items), params.adapt, seed=params.seed, outliers=outliers, fisher=fisher, fisher_cache=CACHE / "fisher"
+        backbone,
+        activations.view(items),
+        params.adapt,
+        seed=params.seed,
+        outliers=outliers,
+        fisher=fisher,
+        fisher_cache=CACHE / "fisher",
     )
     trained = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
-    tensors = pack_snapshots(backbone.head.state_dict(), trained) | {f"classifier.{k}": v for k, v in (adapted.classifier or {}).items()}
+    tensors = pack_snapshots(backbone.head.state_dict(), trained) | {
+        f"classifier.{k}": v for k, v in (adapted.classifier or {}).items()
+    }
     with atomic_folder(BUILD / "adapt" / category) as folder:
         save_file(tensors, folder / "snapshots.safetensors")
         pd.DataFrame(adapted.history).to_csv(folder / "history.csv", index=False)
-        facts = {"method": params.adapt.method, "steps": adapted.steps or [0], "collapsed_at": adapted.collapsed_at, "fingerprint": backbone.fingerprint}
+        facts = {
+            "method": params.adapt.method,
+            "steps": adapted.steps or [0],
+            "collapsed_at": adapted.collapsed_at,
+            "fingerprint": backbone.fingerprint,
+        }
         write_json(folder / "adapt.json", {**facts, "provenance": adapted.provenance})
     print(f"{category}: {summary(params.adapt.method, adapted)}")
     if adapted.collapsed_at is not None:
-        print(f"{category}: features collapsed at step {adapted.collapsed_at} (adapt.on_collapse: {params.adapt.on_collapse})")
+        print(
+            f"{category}: features collapsed at step {adapted.collapsed_at} (adapt.on_collapse: {params.adapt.on_collapse})"
+        )
 
 
 def summary(method: str, adapted: Adapted) -> str:
@@ -60,7 +78,9 @@ def summary(method: str, adapted: Adapted) -> str:
     if len(adapted.history) < 2:
         return f"{method}, features as pretrained"
     first, last = adapted.history[0], adapted.history[-1]
-    moved = (f"{key.replace('_', ' ')} {first[key]:.4g} to {last[key]:.4g}" for key in ("centre_distance", "effective_rank"))
+    moved = (
+        f"{key.replace('_', ' ')} {first[key]:.4g} to {last[key]:.4g}" for key in ("centre_distance", "effective_rank")
+    )
     return f"{method}, {last['step']:.0f} steps: {', '.join(moved)}"
 
 
@@ -72,13 +92,17 @@ def given_fisher(params: Params, backbone: Backbone, activations: Activations) -
     if not source.is_dir():
         return load_fisher(source, backbone)
     if backbone.fc is None:
-        raise UserError("adapt.fisher: these weights hold no classifier to compare labels with; give a saved Fisher file instead")
+        raise UserError(
+            "adapt.fisher: these weights hold no classifier to compare labels with; give a saved Fisher file instead"
+        )
     files = image_files([source])
     labels = source_labels([file.parent.name for file in files], backbone.fc.out_features, str(source))
     items = folder_items(source, "adapt.fisher")
     activations.warm(items, label="fisher source")
     view = activations.view(items)
-    return cached_fisher(CACHE / "fisher", backbone, view, labels, samples=params.adapt.fisher_samples, seed=params.seed)
+    return cached_fisher(
+        CACHE / "fisher", backbone, view, labels, samples=params.adapt.fisher_samples, seed=params.seed
+    )
 
 
 def outliers_like(size: tuple[int, int], grey: bool, params: Params, category: str) -> list[Item]:
@@ -96,7 +120,10 @@ def outliers_like(size: tuple[int, int], grey: bool, params: Params, category: s
 
 def folder_items(folder: Path, key: str) -> list[Item]:
     """All images below a folder, in the order of their paths. UserError names the parameter where there is none."""
-    return [Item(hashlib.sha256(file.read_bytes()).hexdigest(), functools.partial(read_image, file)) for file in folder_files(folder, key)]
+    return [
+        Item(hashlib.sha256(file.read_bytes()).hexdigest(), functools.partial(read_image, file))
+        for file in folder_files(folder, key)
+    ]
 
 
 def folder_files(folder: Path, key: str) -> list[Path]:

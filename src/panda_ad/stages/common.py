@@ -1,84 +1,33 @@
-"""What every stage shares: error handling, the lock, timings, and access to images by manifest row."""
+"""What stages share: the backbone, the activation cache, and access to images by manifest row."""
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
-import resource
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from panda_ad.errors import UserError
-from panda_ad.files import write_json
-from panda_ad.lock import repository_lock
-from panda_ad.processes import keep_freed_memory
+from panda_ad.system.paths import CACHE, FEATURES
+from panda_ad.system.processes import keep_freed_memory
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from panda_ad.activations import Activations, Item
-    from panda_ad.backbones import Backbone
-    from panda_ad.detector import Detector, Scores
+    from panda_ad.features.backbones import Backbone
+    from panda_ad.features.cache import Activations, Item
     from panda_ad.params import Params
+    from panda_ad.scoring.detector import Detector, Scores
 
-BUILD = Path("build")
-MANIFEST = BUILD / "validation" / "manifest.csv"
-FEATURES = BUILD / "features"
 BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the precision they were computed in
-CACHE = Path(".cache")
-
-
-def run_stage(name: str, main: Callable[..., None]) -> NoReturn:
-    """Run a stage's `main`, called with the category where the command line gives one, and end the process with its exit code.
-
-    The stage's timing is left in build/timings. A user's mistake ends as one line on standard error.
-    """
-    status = _run(name, main)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # outputs are closed and renamed; taking torch's modules apart would cost each stage most of a second
-
-
-def _run(name: str, main: Callable[..., None]) -> int:
-    category = sys.argv[1] if len(sys.argv) > 1 else None
-    label = f"{name}{f' {category}' if category else ''}"
-    start = time.perf_counter()
-    try:
-        with repository_lock(f"stage {label.replace(' ', '@', 1)}") as restored:
-            if restored:  # what DVC has passed over as unchanged was made with the other parameters
-                raise UserError("DVC began with the parameters of a run that was killed; run `dvc repro` again")
-            main(*([category] if category else []))
-        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-        timing = {"stage": name, "category": category, "seconds": round(time.perf_counter() - start, 2), "peak_mb": round(peak)}
-        write_json(BUILD / "timings" / f"{name}{f'-{category}' if category else ''}.json", timing)
-    except UserError as e:
-        print(f"panda-ad: {label}: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print(f"panda-ad: {label}: stopped; the next run starts this stage again", file=sys.stderr)
-        return 130
-    except Exception as e:
-        # safetensors and faiss have exceptions of their own for it
-        if getattr(e, "errno", None) == errno.ENOSPC or "No space left on device" in str(e):
-            where = getattr(e, "filename", None) or BUILD
-            print(f"panda-ad: {label}: no space left on the disk ({where}); free some and run again", file=sys.stderr)
-            return UserError.exit_code
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def backbone_for(params: Params) -> Backbone:
     """The backbone that the parameters name."""
-    from panda_ad.backbones import load_backbone
+    from panda_ad.features.backbones import load_backbone
 
     return load_backbone(params.backbone.name, params.backbone.weights)
 
@@ -89,31 +38,38 @@ def activations_for(params: Params, backbone: Backbone, category: str | None = N
     `auto` may mean another precision where `extract` ran, and a model's parts must be of one. UserError where they are of other weights:
     DVC sees a weights file's name, not what it holds.
     """
-    from panda_ad.activations import Activations
-    from panda_ad.backbones import resolve_precision
+    from panda_ad.features.backbones import resolve_precision
+    from panda_ad.features.cache import Activations
 
     precision = params.backbone.precision
     if category is not None:
         made = json.loads((FEATURES / category / BACKBONE).read_text())
         check_weights(made["fingerprint"], backbone, f"{FEATURES / category}", "extract")
         precision = made["precision"]
-    return Activations(backbone, params.backbone.size, resolve_precision(precision), CACHE / "activations", params.backbone.cache_gb)
+    return Activations(
+        backbone, params.backbone.size, resolve_precision(precision), CACHE / "activations", params.backbone.cache_gb
+    )
 
 
 def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -> None:
     """UserError unless `what` was made with the backbone's weights."""
     if fingerprint != backbone.fingerprint:
-        raise UserError(f"{what} was made with other weights than backbone.weights holds now; run `dvc repro --force --single-item {stage}`, then `dvc repro`")
+        raise UserError(
+            f"{what} was made with other weights than backbone.weights holds now; run `dvc repro --force --single-item {stage}`, then `dvc repro`"
+        )
 
 
 def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
     """Manifest rows as images of the activation cache."""
-    from panda_ad.activations import Item
     from panda_ad.data.images import read_image
     from panda_ad.data.layouts import image_root
+    from panda_ad.features.cache import Item
 
     root = image_root(params)
-    return [Item(key, functools.partial(read_image, f"{root}/{path}", key)) for key, path in zip(rows["sha256"], rows["path"], strict=True)]
+    return [
+        Item(key, functools.partial(read_image, f"{root}/{path}", key))
+        for key, path in zip(rows["sha256"], rows["path"], strict=True)
+    ]
 
 
 def category_rows(category: str) -> dict[str, pd.DataFrame]:
@@ -135,7 +91,11 @@ def layers_needed(params: Params) -> tuple[str, ...]:
 
 
 def score_items(
-    detector: Detector, activations: Activations, items: Sequence[Item], layers: Sequence[str], raw: np.ndarray | None = None
+    detector: Detector,
+    activations: Activations,
+    items: Sequence[Item],
+    layers: Sequence[str],
+    raw: np.ndarray | None = None,
 ) -> Iterator[Scores]:
     """Score images from the activation cache, batch by batch, with heat maps where the model has a localiser.
 
@@ -148,7 +108,9 @@ def score_items(
         for i, part in enumerate(activations.batches(items, layers, batch)):
             at = slice(i * batch, (i + 1) * batch)
             pixels = (item.read() for item in items[at])
-            yield detector.score_activations(part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels)
+            yield detector.score_activations(
+                part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels
+            )
             bar.update(len(part["layer2"]))
 
 

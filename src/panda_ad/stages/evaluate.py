@@ -10,24 +10,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from panda_ad import metrics, pixel_metrics
-from panda_ad.bundle import load_bundle
-from panda_ad.calibration import p_values
-from panda_ad.detector import Detector, Scores, resize_map
-from panda_ad.files import atomic_file, write_json
+from panda_ad.evaluation import image_metrics as metrics
+from panda_ad.evaluation import pixel_metrics
+from panda_ad.evaluation.masks import PIXEL_SIDE, load_masks, with_masks
 from panda_ad.params import Params, load_params
+from panda_ad.scoring.bundle import load_bundle
+from panda_ad.scoring.calibration import p_values
+from panda_ad.scoring.detector import Detector, Scores, resize_map
 from panda_ad.stages.common import (
-    BUILD,
     activations_for,
     category_rows,
     items_of,
     layers_needed,
     raw_features,
-    run_stage,
     score_items,
     threads,
 )
-from panda_ad.stages.evaluate_masks import PIXEL_SIDE, load_masks, with_masks
+from panda_ad.system.files import atomic_file, write_json
+from panda_ad.system.paths import BUILD
+from panda_ad.system.stage import run_stage
 
 
 def main(category: str) -> None:
@@ -55,11 +56,18 @@ def main(category: str) -> None:
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
     table = rows[["path", "sha256", "label", "defect"]].assign(
-        score=scores.score, features_score=scores.whole, heatmap_peak=scores.peaks, p_value=p_values(detector.calibration, scores.score), anomalous=scores.score > limit.value, snapshot=scores.snapshot
+        score=scores.score,
+        features_score=scores.whole,
+        heatmap_peak=scores.peaks,
+        p_value=p_values(detector.calibration, scores.score),
+        anomalous=scores.score > limit.value,
+        snapshot=scores.snapshot,
     )
     write_csv(folder / "scores.csv", table)
     false_positive, true_positive, _ = metrics.roc_curve(labels, scores.score)
-    write_csv(folder / "roc.csv", pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive}))
+    write_csv(
+        folder / "roc.csv", pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive})
+    )
     write_csv(folder / "histogram.csv", histogram(labels, scores.score))
     from panda_ad.stages.evaluate_report import evaluation_report
 
@@ -67,7 +75,11 @@ def main(category: str) -> None:
     print(
         f"{category}: image AUROC {values['image_auroc']:.4f} [{values['image_auroc_low']:.4f}, {values['image_auroc_high']:.4f}]"
         + f", caught {100 * values['recall']:.0f} % at {100 * values['false_alarm_rate']:.0f} % false alarms"
-        + (f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}" if "pixel_auroc" in values else "")
+        + (
+            f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}"
+            if "pixel_auroc" in values
+            else ""
+        )
     )
 
 
@@ -94,17 +106,27 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
                     maps = np.memmap(file, np.float32, "w+", shape=(len(rows), *kept[0].shape))
             maps[done : done + len(kept)] = kept
     columns = ("score", "snapshot", "neighbours", "distances", "features")
-    score, snapshot, neighbours, distances, features = (np.concatenate([getattr(p, name) for p in parts]) for name in columns)
+    score, snapshot, neighbours, distances, features = (
+        np.concatenate([getattr(p, name) for p in parts]) for name in columns
+    )
     peaks = [part.peaks for part in parts if part.peaks is not None]
     whole = np.concatenate([part.whole for part in parts])
-    return Scores(score, snapshot, neighbours, distances, features, maps, whole, np.concatenate(peaks) if peaks else None)
+    return Scores(
+        score, snapshot, neighbours, distances, features, maps, whole, np.concatenate(peaks) if peaks else None
+    )
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dict[str, float]:
     """AUROC, average precision and FPR at 95 % TPR on raw scores, each with its stratified bootstrap interval."""
     values: dict[str, float] = {}
-    for name, metric in {"image_auroc": metrics.auroc, "average_precision": metrics.average_precision, "fpr_at_95_tpr": metrics.fpr_at_tpr}.items():
-        low, high = metrics.bootstrap_interval(metric, labels, scores, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+    for name, metric in {
+        "image_auroc": metrics.auroc,
+        "average_precision": metrics.average_precision,
+        "fpr_at_95_tpr": metrics.fpr_at_tpr,
+    }.items():
+        low, high = metrics.bootstrap_interval(
+            metric, labels, scores, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
+        )
         values |= {name: float(metric(labels, scores)), f"{name}_low": float(low), f"{name}_high": float(high)}
     return values
 
@@ -116,7 +138,9 @@ def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], param
         "au_pro": pixel_metrics.au_pro(masks, maps),
         "pixel_f1": pixel_metrics.pixel_f1(masks, maps),
     }
-    intervals = pixel_metrics.pixel_intervals(masks, maps, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+    intervals = pixel_metrics.pixel_intervals(
+        masks, maps, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
+    )
     for name, (low, high) in intervals.items():
         values |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return values

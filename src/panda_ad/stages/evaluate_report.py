@@ -12,17 +12,25 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from panda_ad import metrics, pixel_metrics
-from panda_ad.calibration import p_values
 from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root
-from panda_ad.detector import Detector, Scores
+from panda_ad.evaluation import image_metrics as metrics
+from panda_ad.evaluation import pixel_metrics
+from panda_ad.evaluation.masks import Masks, with_masks
 from panda_ad.params import Params
-from panda_ad.report import DefectRow, Metric, Neighbour, Report, ReportImage, project_2d, write_report
-from panda_ad.stages.common import BUILD
-from panda_ad.stages.evaluate_masks import Masks, with_masks
+from panda_ad.report.build import project_2d, write_report
+from panda_ad.report.content import DefectRow, Metric, Neighbour, Report, ReportImage
+from panda_ad.scoring.calibration import p_values
+from panda_ad.scoring.detector import Detector, Scores
+from panda_ad.system.paths import BUILD
 
-METHODS = {"none": "DN2", "compactness": "PANDA (compactness)", "ses": "PANDA-SES", "ewc": "PANDA-EWC", "oe": "PANDA-OE"}
+METHODS = {
+    "none": "DN2",
+    "compactness": "PANDA (compactness)",
+    "ses": "PANDA-SES",
+    "ewc": "PANDA-EWC",
+    "oe": "PANDA-OE",
+}
 """Methods as docs/results.md names them."""
 HEADLINE = {
     "image_auroc": ("Image AUROC", "chance that a defective image scores above a good one"),
@@ -65,7 +73,8 @@ def evaluation_report(
             mask=None if masks is None else masks[i],
             parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),
             neighbours=[
-                Neighbour(thumbs[n], float(d), detector.images[n]["path"]) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)
+                Neighbour(thumbs[n], float(d), detector.images[n]["path"])
+                for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)
             ],
         )
         for i in shown
@@ -111,13 +120,17 @@ def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: floa
     return np.argsort(-wrongness, kind="stable")
 
 
-def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: Masks | None, params: Params) -> list[DefectRow]:
+def per_defect(
+    labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: Masks | None, params: Params
+) -> list[DefectRow]:
     """Each kind of defect against all good test images."""
     out = []
     for kind in sorted(set(defects[labels == 1])):
         chosen = np.flatnonzero((labels == 0) | (defects == kind))
         y, s = labels[chosen], scores.score[chosen]
-        low, high = metrics.bootstrap_interval(metrics.auroc, y, s, params.evaluate.bootstrap, params.evaluate.confidence, params.seed)
+        low, high = metrics.bootstrap_interval(
+            metrics.auroc, y, s, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
+        )
         pixel = pro = None
         if masks is not None and scores.heatmaps is not None:
             known, maps = with_masks([scores.heatmaps[i] for i in chosen], [masks[i] for i in chosen])
@@ -127,7 +140,9 @@ def per_defect(labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: M
     return out
 
 
-def provenance(params: Params, detector: Detector, category: str, values: Mapping[str, float]) -> dict[str, dict[str, object]]:
+def provenance(
+    params: Params, detector: Detector, category: str, values: Mapping[str, float]
+) -> dict[str, dict[str, object]]:
     """Facts on data, model and settings, for the last section."""
     report = json.loads((BUILD / "validation" / "report.json").read_text())
     known = detector.config["provenance"]
@@ -148,7 +163,8 @@ def provenance(params: Params, detector: Detector, category: str, values: Mappin
             "adaptation": detector.config["method"],
             "snapshots at steps": ", ".join(map(str, detector.config["steps"])),
             "neighbours": detector.config["k"],
-            "localisation": params.localize.method + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
+            "localisation": params.localize.method
+            + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
         },
         "code": {"panda-ad": known["panda_ad"], "seed": params.seed},
     }

@@ -10,19 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from panda_ad.data.manifest import load_manifest, write_manifest
-from panda_ad.files import atomic_folder, write_json
 from panda_ad.params import load_params
-from panda_ad.stages.common import (
-    BACKBONE,
-    FEATURES,
-    MANIFEST,
-    activations_for,
-    backbone_for,
-    items_of,
-    layers_needed,
-    run_stage,
-    threads,
-)
+from panda_ad.stages.common import BACKBONE, activations_for, backbone_for, items_of, layers_needed, threads
+from panda_ad.system.files import atomic_folder, write_json
+from panda_ad.system.paths import FEATURES, MANIFEST
+from panda_ad.system.stage import run_stage
 
 
 def main() -> None:
@@ -51,7 +43,10 @@ def main() -> None:
         for category, part in rows.groupby("category"):
             (folder / str(category)).mkdir()
             write_manifest(part, folder / str(category) / "rows.csv")
-            facts = {"fingerprint": backbone.fingerprint, "precision": "bf16" if activations.precision == torch.bfloat16 else "fp32"}
+            facts = {
+                "fingerprint": backbone.fingerprint,
+                "precision": "bf16" if activations.precision == torch.bfloat16 else "fp32",
+            }
             write_json(folder / str(category) / BACKBONE, facts)
             np.save(folder / str(category) / "raw.npy", every[[position[key] for key in part["sha256"]]])
         (folder / "every.npy").unlink()

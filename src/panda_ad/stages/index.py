@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 
 from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
-from panda_ad.bundle import save_bundle
-from panda_ad.calibration import threshold
-from panda_ad.detector import Detector, with_state
-from panda_ad.files import atomic_folder
-from panda_ad.gallery import check_finite
-from panda_ad.monitor.statistics import Reference, as_float16, image_statistics, statistics_matrix
+from panda_ad.features.image_statistics import Reference, as_float16, image_statistics, statistics_matrix
 from panda_ad.params import load_params
+from panda_ad.scoring.bundle import save_bundle
+from panda_ad.scoring.calibration import threshold
+from panda_ad.scoring.detector import Detector, with_state
+from panda_ad.scoring.gallery import check_finite
+from panda_ad.scoring.whitening import fit_whitening
 from panda_ad.stages.common import (
-    BUILD,
     activations_for,
     backbone_for,
     category_rows,
@@ -29,18 +28,19 @@ from panda_ad.stages.common import (
     items_of,
     layers_needed,
     raw_features,
-    run_stage,
     score_items,
     threads,
 )
 from panda_ad.stages.index_gallery import build_galleries, check_neighbours, left_out_scores, normal_mean
 from panda_ad.stages.index_localizer import add_localizer
-from panda_ad.whitening import fit_whitening
+from panda_ad.system.files import atomic_folder
+from panda_ad.system.paths import BUILD
+from panda_ad.system.stage import run_stage
 
 if TYPE_CHECKING:
-    from panda_ad.activations import Activations, Item
-    from panda_ad.detector import Scores
+    from panda_ad.features.cache import Activations, Item
     from panda_ad.params import Params
+    from panda_ad.scoring.detector import Scores
 
 _THUMBNAIL = 96  # pixels, longest side
 _COLOURED = 256  # most calibration images whose heat maps set the overlays' colours
@@ -56,7 +56,9 @@ def main(category: str) -> None:
     layers = layers_needed(params)
     activations.warm([*train, *calibration], layers)
 
-    detector = adapted_detector(params, category, activations, {"train_images": len(train), "calibration_images": len(calibration)})
+    detector = adapted_detector(
+        params, category, activations, {"train_images": len(train), "calibration_images": len(calibration)}
+    )
     plain = training_features(detector, activations, train, raw_features(category)[rows["train"].index])
     matrices = plain
     if detector.config["whiten"]:
@@ -67,12 +69,21 @@ def main(category: str) -> None:
     whitened, left_out = detector.config["whiten"], None
     if whitened or params.verdict.score == "both":
         left_out = left_out_scores(plain, params.gallery, whitened, params.seed)
-    if whitened and left_out is not None:  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
+    if (
+        whitened and left_out is not None
+    ):  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
         detector.train_means = left_out.mean(axis=1)
     else:
-        detector.train_means = np.array([normal_mean(g, m, kept, members, params.gallery.k) for g, m in zip(detector.galleries, matrices, strict=True)])
+        detector.train_means = np.array(
+            [
+                normal_mean(g, m, kept, members, params.gallery.k)
+                for g, m in zip(detector.galleries, matrices, strict=True)
+            ]
+        )
     chosen = rows["train"].iloc[kept]
-    detector.images = [{"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)]
+    detector.images = [
+        {"path": path, "sha256": key} for path, key in zip(chosen["path"], chosen["sha256"], strict=True)
+    ]
     detector.seen = frozenset(rows["train"]["sha256"]) | frozenset(rows["calibration"]["sha256"])
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
     if params.localize.method != "none":
@@ -83,7 +94,10 @@ def main(category: str) -> None:
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
     heads = f"{len(detector.heads)} snapshot(s)"
-    print(f"{category}: {len(train)} normal images, {heads}, threshold {limit.value:.4g}" + (f"; {limit.message}" if limit.message else ""))
+    print(
+        f"{category}: {len(train)} normal images, {heads}, threshold {limit.value:.4g}"
+        + (f"; {limit.message}" if limit.message else "")
+    )
 
 
 def adapted_detector(params: Params, category: str, activations: Activations, counts: dict[str, int]) -> Detector:
@@ -92,7 +106,9 @@ def adapted_detector(params: Params, category: str, activations: Activations, co
     facts = json.loads((folder / "adapt.json").read_text())
     check_weights(facts["fingerprint"], backbone, str(folder), f"adapt@{category}")
     tensors = load_file(folder / "snapshots.safetensors")
-    classifier = {k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")} or None
+    classifier = {
+        k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")
+    } or None
     states = iter(unpack_snapshots(backbone.head.state_dict(), tensors))
     steps = facts["steps"] or [0]
     config = {
@@ -123,7 +139,9 @@ def adapted_detector(params: Params, category: str, activations: Activations, co
     return Detector(config, backbone, heads, [], np.empty(0), classifier)
 
 
-def training_features(detector: Detector, activations: Activations, train: Sequence[Item], raw: np.ndarray) -> list[np.ndarray]:
+def training_features(
+    detector: Detector, activations: Activations, train: Sequence[Item], raw: np.ndarray
+) -> list[np.ndarray]:
     """Features under each head, S times (M, D) float32; `raw` (M, D) are those under the unadapted one. UserError where they are not finite."""
     features: list[list[np.ndarray]] = [[] for _ in detector.heads]
     at = 0
@@ -152,7 +170,9 @@ def calibrate(detector: Detector, activations: Activations, calibration: Sequenc
             peaks.append(scores.heatmaps.max(axis=(1, 2)))
     detector.calibration = np.concatenate([part.score for part in held_out])
     statistics = statistics_matrix([image_statistics(item.read()) for item in calibration])
-    detector.reference = Reference(statistics.astype(np.float32), as_float16(np.concatenate([part.features for part in held_out])))
+    detector.reference = Reference(
+        statistics.astype(np.float32), as_float16(np.concatenate([part.features for part in held_out]))
+    )
     if detector.localizer is not None:
         detector.config["heatmap_range"] = heatmap_range(np.concatenate(usual), np.concatenate(peaks))
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from panda_ad.errors import UserError
-from panda_ad.gallery import Gallery, cluster_means, compress, score_left_out
-from panda_ad.image_score import FOLDS
 from panda_ad.params import GalleryParams
-from panda_ad.whitening import fit_whitening
+from panda_ad.scoring.gallery import Gallery, cluster_means, compress, score_left_out
+from panda_ad.scoring.image_score import FOLDS
+from panda_ad.scoring.whitening import fit_whitening
 
 
 def chosen_images(features: np.ndarray, params: GalleryParams, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -22,7 +22,9 @@ def chosen_images(features: np.ndarray, params: GalleryParams, seed: int) -> tup
     return kept[filled], members
 
 
-def build_galleries(matrices: Sequence[np.ndarray], params: GalleryParams, seed: int) -> tuple[list[Gallery], np.ndarray, np.ndarray | None]:
+def build_galleries(
+    matrices: Sequence[np.ndarray], params: GalleryParams, seed: int
+) -> tuple[list[Gallery], np.ndarray, np.ndarray | None]:
     """A gallery for each head from its features, S times (M, D), and what `chosen_images` says.
 
     One choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images.
@@ -45,7 +47,9 @@ def normal_mean(gallery: Gallery, features: np.ndarray, kept: np.ndarray, member
         return float(gallery.score(np.delete(features, kept, axis=0), k).mean())
     scores = score_left_out(gallery, features, members, k)
     if not np.isfinite(scores).any():
-        raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it")
+        raise UserError(
+            f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it"
+        )
     return float(scores[np.isfinite(scores)].mean())
 
 

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from panda_ad.backbones import MICRO_BATCH, in_micro_batches
-from panda_ad.detector import Detector
-from panda_ad.image_score import fit_scale, fit_usual, left_out_peaks
-from panda_ad.stages.common import BUILD, layers_needed
+from panda_ad.features.backbones import MICRO_BATCH, in_micro_batches
+from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.image_score import fit_scale, fit_usual, left_out_peaks
+from panda_ad.stages.common import layers_needed
+from panda_ad.system.paths import BUILD
 
 if TYPE_CHECKING:
-    from panda_ad.activations import Activations, Item
-    from panda_ad.localize.maps import Maps
+    from panda_ad.features.cache import Activations, Item
     from panda_ad.params import Params
+    from panda_ad.scoring.localize.maps import Maps
 
 _USUAL = 64  # most training images whose heat maps tell what is usual
 
@@ -37,7 +38,7 @@ def add_localizer(
     matrices : features of the training images under each head, S times (M, D), whitened where the model whitens.
     left_out : kNN scores (S, M) of `left_out_scores`; looked at with score `both` only.
     """
-    from panda_ad.localize import build_localizer
+    from panda_ad.scoring.localize.localizer import build_localizer
 
     views = {layer: activations.view(train, layer) for layer in layers_needed(params)}
     tiled = gallery_tiles(detector, train, params.localize.tiles) if params.localize.tiles else None
@@ -93,7 +94,7 @@ def gallery_tiles(detector: Detector, train: Sequence[Item], tiles: int) -> Maps
     """As `gallery_maps`, of the images' tiles, `tiles`^2 for each, computed from the pixels."""
     import torch
 
-    from panda_ad.localize.tiling import image_tiles
+    from panda_ad.scoring.localize.tiling import image_tiles
 
     @lru_cache(maxsize=1)
     def tiles_of(image: int):

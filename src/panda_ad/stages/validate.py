@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.files import atomic_folder, write_json
 from panda_ad.params import Params, load_params
-from panda_ad.stages.common import MANIFEST, run_stage
+from panda_ad.system.files import atomic_folder, write_json
+from panda_ad.system.paths import MANIFEST
+from panda_ad.system.stage import run_stage
 
 if TYPE_CHECKING:
     from panda_ad.data.checks import Checked
@@ -43,7 +44,11 @@ def main() -> None:
     for warning in checked.warnings:
         print(f"validate: {warning}")
     judge(checked, expectations, params, MANIFEST.parent / "problems.csv")
-    dropped = f", {len(checked.problems)} bad files left out (see {MANIFEST.parent / 'problems.csv'})" if checked.problems else ""
+    dropped = (
+        f", {len(checked.problems)} bad files left out (see {MANIFEST.parent / 'problems.csv'})"
+        if checked.problems
+        else ""
+    )
     print(f"validate: {len(checked.usable)} images usable{dropped}")
 
 
@@ -52,7 +57,9 @@ def report(checked: Checked, expectations: list[Expectation], params: Params) ->
     from panda_ad.data.manifest import data_hash
 
     usable = checked.usable
-    counts: dict[str, dict[str, dict[str, int]]] = {c: {s: {} for s in ("train", "calibration", "test")} for c in params.categories}
+    counts: dict[str, dict[str, dict[str, int]]] = {
+        c: {s: {} for s in ("train", "calibration", "test")} for c in params.categories
+    }
     for key, n in sorted(Counter(zip(usable["category"], usable["split"], usable["defect"], strict=True)).items()):
         counts[key[0]][key[1]][key[2]] = n
     return {
@@ -81,10 +88,14 @@ def judge(checked: Checked, expectations: list[Expectation], params: Params, lis
         shown = "; ".join(" ".join(f"{path}: {reason}".split()) for path, reason in found[:3])
         more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         hint = ", or set data.on_invalid: quarantine to go on without them" if not checked.blocking else ""
-        raise UserError(f"{len(found)} problem{'s' if len(found) > 1 else ''} in the data: {shown}{more}. All are in {listed}{hint}")
+        raise UserError(
+            f"{len(found)} problem{'s' if len(found) > 1 else ''} in the data: {shown}{more}. All are in {listed}{hint}"
+        )
     unexplained = [e.description for e in expectations if not e.explained]
     if unexplained:
-        raise UserError(f"the data breaks an expectation: {'; '.join(unexplained)} (see {listed.parent / 'data_docs' / 'index.html'})")
+        raise UserError(
+            f"the data breaks an expectation: {'; '.join(unexplained)} (see {listed.parent / 'data_docs' / 'index.html'})"
+        )
 
 
 def _write_problems(checked: Checked, path: Path) -> None:

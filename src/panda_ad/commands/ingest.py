@@ -1,0 +1,162 @@
+"""`panda-ad ingest`: new images into the data set, and the new set into DVC."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from panda_ad.commands.run import dvc, dvc_meanwhile
+from panda_ad.data.intake import Intake, Label, Split, take_in
+from panda_ad.errors import UserError
+from panda_ad.system.lock import locked_params
+
+_SHOWN = 20
+_SUSPECTS = 5
+
+
+def ingest(
+    paths: Sequence[Path], category: str, label: Label = "good", kind: str | None = None, split: Split | None = None,
+    masks: Path | None = None, check: bool = True,
+) -> None:  # fmt: skip
+    """Add images, record the new version with DVC, say what happened; see `take_in` for the parameters.
+
+    With `check`, images labelled good are scored with build/bundle/<category> where that is, and those that it calls defect are named: a
+    batch with the wrong label spoils every model trained on it.
+
+    Raises
+    ------
+    UserError
+        As `take_in` does; the data set is not here in full; or DVC fails (the images are in place then, and running again records them).
+    Busy
+        Another run is at work.
+    """
+    with locked_params("panda-ad ingest") as params:
+        root = Path(params.data.root)
+        tracked = _tracked(root)
+        _complete(root, tracked)
+        before = _version(tracked)
+        intake = take_in(params, category, paths, label, kind, split, masks)
+        unversioned = _unversioned(root)
+        with nullcontext() if unversioned else dvc_meanwhile("add", "--quiet", str(tracked.with_suffix(""))):
+            asked = check and label == "good" and intake.added
+            opinion, doubtful = _opinion(root, category, [path for _, path in intake.added]) if asked else ("", False)
+    print(_told(intake, category, root))
+    after = _version(tracked)
+    if unversioned:
+        print(unversioned)
+    elif after == before:
+        print(f"data: {after} as before ({tracked})")
+    else:
+        print(f"data: {before or 'none'} -> {after} ({tracked})")
+    if opinion:
+        print(f"panda-ad: warning: {opinion}" if doubtful else opinion, file=sys.stderr if doubtful else sys.stdout)
+    if intake.added:
+        keep = (
+            ""
+            if unversioned
+            else f"   (git commit {tracked} keeps this version; dvc push {tracked} sends its images to the remote)"
+        )
+        print(f"next: dvc repro{keep}")
+
+
+def _tracked(root: Path) -> Path:
+    """The .dvc file that versions the root, or would."""
+    candidates = [Path(f"{folder}.dvc") for folder in (root, *root.parents) if folder.name]
+    return next((f for f in candidates if f.is_file()), candidates[0] if candidates else Path("data.dvc"))
+
+
+def _output(tracked: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(tracked.read_text(encoding="utf-8"))["outs"][0])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError):
+        raise UserError(
+            f"{tracked}: not a file that DVC wrote; `git checkout {tracked}` brings back the last one"
+        ) from None
+
+
+def _version(tracked: Path) -> str:
+    """DVC's hash of the data, '' where it has none."""
+    return str(_output(tracked).get("md5", "")).removesuffix(".dir")
+
+
+def _complete(root: Path, tracked: Path) -> None:
+    """Fetch a versioned set that is not here, and refuse one that is here in part: recording it would drop the rest."""
+    recorded = _output(tracked).get("nfiles", 0)
+    folder = tracked.with_suffix("")
+    if recorded and not folder.exists():
+        dvc("pull", "--quiet", str(tracked))
+    here = sum(len(files) for _, _, files in os.walk(folder))
+    if here < recorded:
+        raise UserError(
+            f"{folder}: holds {here} files, its recorded version {recorded}; `dvc checkout {tracked}` brings them back, "
+            f"`dvc add {folder}` records that they are gone"
+        )
+
+
+def _unversioned(root: Path) -> str:
+    """'' or why DVC cannot record the set."""
+    if not Path(".dvc").is_dir():
+        return "data: not versioned, this folder is no DVC repository (dvc init)"
+    if not root.resolve().is_relative_to(Path.cwd().resolve()):
+        return f"data: not versioned, {root} lies outside this repository"
+    if not root.is_dir():
+        return f"data: no folder {root}"
+    return ""
+
+
+def _told(intake: Intake, category: str, root: Path) -> str:
+    counts = f"{category}: {len(intake.added)} added to {root / intake.folder}, {len(intake.known)} already there, {len(intake.refused)} quarantined"
+    copies = [f"in {_near(intake.quarantine)}, with reasons.csv"] if intake.quarantine else []
+    copies += [f"{intake.quarantined_before} of them before"] if intake.quarantined_before else []
+    lines = [counts + (f" ({'; '.join(copies)})" if copies else "")]
+    for title, found in (
+        ("already there", [(f, f"as {twin}") for f, twin in intake.known]),
+        ("quarantined", intake.refused),
+    ):
+        lines += [f"  {title}: {' '.join(f'{file}: {what}'.split())}" for file, what in found[:_SHOWN]]
+        if len(found) > _SHOWN:
+            lines.append(f"  {title}: and {len(found) - _SHOWN} more")
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def _near(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
+    """What the present model says to new 'good' images, in a line, and whether that is a warning; it names those that it calls defect."""
+    bundle = Path("build/bundle") / category
+    if not (bundle / "bundle.json").is_file():
+        return f"no model in {bundle} yet: that the new images are good is taken on trust", False
+    from panda_ad.commands.score import verdicts
+    from panda_ad.scoring.bundle import load_bundle
+
+    try:
+        detector = load_bundle(bundle)
+        found = [
+            (f, v)
+            for f, _, v in verdicts(detector, [root / path for path in added])
+            if not isinstance(v, str) and v.anomalous
+        ]
+    except UserError as e:
+        return f"the new images could not be compared with the present model: {e}", True
+    if not found:
+        return f"{bundle} calls all new images good", False
+    found.sort(key=lambda pair: -pair[1].score)
+    names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + (
+        f" and {len(found) - _SUSPECTS} more" if len(found) > _SUSPECTS else ""
+    )
+    return (
+        f"of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {detector.threshold().expected * len(added):.0f} are to be "
+        f"expected by its false-alarm rate): {names}. Look at them before you train",
+        True,
+    )

@@ -1,0 +1,225 @@
+"""Image metrics on raw scores, and their bootstrap intervals.
+
+All of them are functions of one curve: how many anomalous (`tp`) and normal (`fp`) images score at or above each distinct
+score. Tied scores enter together, so no result depends on the order of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from panda_ad.errors import UserError
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+_BLOCK = 2**21  # resample counts held at a time: bounds the bootstrap's memory to some 50 MB
+
+
+def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: P(anomalous scores above normal) + P(they tie) / 2 (Mann-Whitney with midranks).
+
+    Parameters
+    ----------
+    labels : (N,) of 0 (normal) and 1 (anomalous), both present.
+    scores : (N,) finite floats, higher is more anomalous.
+
+    Raises
+    ------
+    UserError
+        A score is NaN or infinite, a class is missing, or the lengths differ. So do all functions of this module.
+    """
+    return float(_auroc(*_curve(labels, scores)[:2]))
+
+
+def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Precision averaged over the anomalous images: sum of (recall step) x (precision there), without interpolation."""
+    return float(_average_precision(*_curve(labels, scores)[:2]))
+
+
+def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> float:
+    """False-positive rate at the highest threshold that finds at least a share `tpr` of the anomalous; no interpolation."""
+    if not 0 < tpr <= 1:
+        raise UserError(f"fpr_at_tpr: tpr must lie in (0, 1], not {tpr}")
+    return float(_fpr_at_tpr(*_curve(labels, scores)[:2], tpr))
+
+
+def recall(labels: np.ndarray, scores: np.ndarray, threshold: float) -> float:
+    """Share of the anomalous images with score > threshold, the rule of the verdict."""
+    labels, scores = _checked(labels, scores)
+    return float((scores[labels == 1] > threshold).mean())
+
+
+def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
+
+    One point per distinct score, thresholds descending, after the point (0, 0) with threshold infinity.
+    """
+    tp, fp, thresholds = _curve(labels, scores)
+    return np.r_[0, fp / fp[-1]], np.r_[0, tp / tp[-1]], np.r_[np.inf, thresholds]
+
+
+def precision_recall_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Precision, recall and threshold (score >= threshold), each (T,) float64: one point per distinct score, thresholds descending."""
+    tp, fp, thresholds = _curve(labels, scores)
+    return tp / (tp + fp), tp / tp[-1], thresholds
+
+
+def bootstrap_interval(
+    metric: Metric, labels: np.ndarray, scores: np.ndarray, n: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a metric; normal and anomalous images are resampled apart, so their numbers stay.
+
+    Parameters
+    ----------
+    metric : `auroc`, `average_precision`, `fpr_at_tpr` (vectorised), or any function of labels and scores (one call per resample).
+    n : resamples.  confidence : coverage, in (0, 1).  seed : of the resampling; the same seed gives the same interval.
+
+    Returns
+    -------
+    (low, high). Where the classes are fully separated every resample is as the sample is: AUROC's interval is then Newcombe's,
+    that of any other metric has no width.
+    """
+    labels, scores = _checked(labels, scores)
+    if metric is auroc and (whole := auroc(labels, scores)) in (0.0, 1.0):
+        low = separated_low(int((labels == 0).sum()), int((labels == 1).sum()), confidence)
+        return (low, 1.0) if whole == 1 else (0.0, 1 - low)
+    values = np.concatenate([_resampled(metric, labels, scores, counts) for counts in _resamples(labels, n, seed)])
+    return percentiles(values, confidence)
+
+
+def separated_low(normal: int, anomalous: int, confidence: float) -> float:
+    """Lower end of the interval of an AUROC of 1 from so many images.
+
+    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, Statistics in Medicine 2006,
+    method 5: the t at which (1 - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
+    z2, pairs = norm.ppf((1 + confidence) / 2) ** 2, normal * anomalous
+    more = (normal + anomalous) / 2 - 1
+
+    def beyond(t: float) -> float:
+        return (1 - t) * pairs - z2 * t * (1 + more * ((1 - t) / (2 - t) + t / (1 + t)))
+
+    return float(brentq(beyond, 0, 1))
+
+
+def paired_bootstrap(
+    metric: Metric, labels: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, n: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """metric(a) - metric(b) on n stratified resamples, the same images for both: (n,) float64."""
+    labels, scores_a = _checked(labels, scores_a)
+    _, scores_b = _checked(labels, scores_b)
+    return np.concatenate(
+        [
+            _resampled(metric, labels, scores_a, c) - _resampled(metric, labels, scores_b, c)
+            for c in _resamples(labels, n, seed)
+        ]
+    )
+
+
+def percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Central interval that holds a share `confidence` of the values."""
+    if not 0 < confidence < 1:
+        raise UserError(f"confidence must lie in (0, 1), not {confidence}")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (N,) int8 and scores (N,) float64, or UserError."""
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise UserError(
+            f"metrics: labels {labels.shape} and scores {scores.shape} must be two lists of the same length"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise UserError("metrics: a label is neither 0 (normal) nor 1 (anomalous)")
+    bad = np.flatnonzero(~np.isfinite(scores))
+    if len(bad):
+        raise UserError(
+            f"metrics: {len(bad)} of {len(scores)} scores are not finite (first: number {bad[0]}); the model is damaged"
+        )
+    normal, anomalous = int((labels == 0).sum()), int((labels == 1).sum())
+    if not normal or not anomalous:
+        raise UserError(
+            f"metrics: {normal} normal and {anomalous} anomalous test images; at least one of each is needed"
+        )
+    return labels.astype(np.int8), scores
+
+
+def _order(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order of descending score (N,), and the last position of each run of equal scores (T,)."""
+    order = np.argsort(-scores, kind="stable")
+    return order, np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]
+
+
+def _curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tp, fp (T,) int64 at each distinct score, descending, and these scores."""
+    labels, scores = _checked(labels, scores)
+    order, ends = _order(scores)
+    tp = np.cumsum(labels[order], dtype=np.int64)[ends]
+    return tp, ends + 1 - tp, scores[order][ends]
+
+
+def _resamples(labels: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each image is drawn, (B, N) int32, in blocks of rows that add up to n."""
+    if n < 1:
+        raise UserError(f"bootstrap: at least one resample is needed, not {n}")
+    rng = np.random.default_rng(seed)
+    size = len(labels)
+    members = [np.flatnonzero(labels == label) for label in (0, 1)]
+    done = 0
+    while done < n:
+        rows = min(max(1, _BLOCK // size), n - done)
+        offset = np.arange(rows)[:, None] * size
+        counts = np.zeros(rows * size, np.int64)
+        for group in members:
+            drawn = group[rng.integers(0, len(group), (rows, len(group)))]  # (rows, members)
+            counts += np.bincount((drawn + offset).ravel(), minlength=rows * size)
+        yield counts.reshape(rows, size).astype(np.int32)
+        done += rows
+
+
+def _resampled(metric: Metric, labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Metric on each resample: counts (B, N) -> (B,). A known metric is taken from weighted curves, without sorting again."""
+    if metric not in _OF_CURVE:
+        return np.array([metric(np.repeat(labels, row), np.repeat(scores, row)) for row in counts])
+    order, ends = _order(scores)
+    counts = counts[:, order]
+    total = np.cumsum(counts, axis=1, dtype=np.int32)[:, ends]
+    tp = np.cumsum(counts * labels[order], axis=1, dtype=np.int32)[:, ends]
+    return _OF_CURVE[metric](tp, total - tp)
+
+
+def _auroc(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    """tp, fp (..., T) -> (...): trapezoids under the ROC curve; sums of integers below 2**53 are exact in float64."""
+    twice = tp[..., 0].astype(np.float64) * fp[..., 0]
+    twice += np.einsum(
+        "...t,...t->...",
+        (fp[..., 1:] - fp[..., :-1]).astype(np.float64),
+        (tp[..., 1:] + tp[..., :-1]).astype(np.float64),
+    )
+    return twice / (2.0 * tp[..., -1].astype(np.float64) * fp[..., -1])
+
+
+def _average_precision(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
+    steps = np.diff(tp, axis=-1, prepend=0)
+    # a resample may hold nothing above a threshold: precision 0 / 0, with a step of 0
+    return (steps * (tp / np.maximum(tp + fp, 1))).sum(axis=-1) / tp[..., -1]
+
+
+def _fpr_at_tpr(tp: np.ndarray, fp: np.ndarray, tpr: float = 0.95) -> np.ndarray:
+    # a share of 0.95 of 20 is 19, though 0.95 * 20 may exceed it in the last bit
+    first = np.argmax(tp >= tpr * tp[..., -1:] - 1e-9, axis=-1)
+    return np.take_along_axis(fp, first[..., None], axis=-1)[..., 0] / fp[..., -1]
+
+
+_OF_CURVE: dict[Metric, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    auroc: _auroc,
+    average_precision: _average_precision,
+    fpr_at_tpr: _fpr_at_tpr,
+}

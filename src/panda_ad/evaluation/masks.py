@@ -1,0 +1,69 @@
+"""Of stage `evaluate`: what is known of where defects are, and the heat maps that are compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import adaptive_max_pool2d
+
+from panda_ad.data.images import read_mask
+from panda_ad.data.layouts import image_root
+from panda_ad.params import Params
+from panda_ad.scoring.detector import resize_map
+
+PIXEL_SIDE = 384
+"""Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""
+
+Masks = list[np.ndarray | None]
+"""Per image a bool (H, W), empty where it is good; None where it is defective and nobody has marked where."""
+
+
+def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
+    """Ground truth of manifest rows; None where no image has any. UserError where a mask is not the one that `validate` read.
+
+    A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
+    """
+    if not (rows["mask"] != "").any():
+        return None
+    root: Path = image_root(params)
+    masks: Masks = []
+    for row in rows.itertuples():
+        if row.label and not row.mask:
+            masks.append(None)
+            continue
+        scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
+        size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
+        mask = read_mask(root / row.mask, row.mask_sha256) if row.mask else np.zeros(size, bool)
+        masks.append(mask if mask.shape == size else reduce_mask(mask, size))
+    return masks
+
+
+def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool (H, W) -> bool `size`, not larger: true where any of the pixels behind is."""
+    return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
+
+
+@dataclass(frozen=True)
+class MapsAsMasks(Sequence[np.ndarray]):
+    """Heat maps, N times float32 (h, w), each brought to the shape of its mask when it is asked for: together they take more than memory."""
+
+    maps: Sequence[np.ndarray] | np.ndarray
+    masks: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+        return resize_map(self.maps[i], self.masks[i].shape)
+
+
+def with_masks(maps: Sequence[np.ndarray] | np.ndarray, masks: Masks) -> tuple[list[np.ndarray], MapsAsMasks]:
+    """Masks, and heat maps to compare with them, of the images whose defects are marked."""
+    known = [(heatmap, mask) for heatmap, mask in zip(maps, masks, strict=True) if mask is not None]
+    marked = [mask for _, mask in known]
+    return marked, MapsAsMasks([heatmap for heatmap, _ in known], marked)

@@ -1,0 +1,103 @@
+"""From scores to verdicts: conformal p-values, and a threshold that keeps a false-alarm budget.
+
+Calibration scores are those of normal images that neither the gallery nor the adaptation saw; test images play no part.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import betaincinv
+
+from panda_ad.errors import UserError
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A decision rule: an image is anomalous where its score > value.
+
+    Attributes
+    ----------
+    value : the threshold, in units of the score.
+    rate : the false-alarm rate asked for, in (0, 1).
+    expected : the mean of the true false-alarm rate over draws of the calibration set, k / (M + 1); more than `rate` where n is not `enough`.
+    interval : (low, high) in which the true false-alarm rate lies with 95 % confidence, given so many calibration scores.
+    n : calibration scores.
+    enough : whether n suffices to keep the rate (n + 1 >= 1 / rate).
+    message : empty if it does, else one line that says what is missing and what the threshold does instead.
+    """
+
+    value: float
+    rate: float
+    expected: float
+    interval: tuple[float, float]
+    n: int
+    enough: bool
+    message: str
+
+
+def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Conformal p-values (1 + #{calibration >= score}) / (M + 1) (Vovk et al. 2005, 2.2).
+
+    For a good image exchangeable with the calibration images, P(p <= r) <= r for every rate r.
+
+    Parameters
+    ----------
+    calibration : (M,) finite scores of normal images.
+    scores : (N,) finite.
+
+    Returns
+    -------
+    (N,) float64 in [1 / (M + 1), 1].
+    """
+    ordered = np.sort(_finite(calibration, "calibration"))
+    at_least = len(ordered) - np.searchsorted(ordered, _finite(scores, "image", empty=True), side="left")
+    return (1 + at_least) / (len(ordered) + 1)
+
+
+def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) -> Threshold:
+    """Lowest threshold whose expected false-alarm rate is at most `rate`; score > value there means p-value <= rate.
+
+    With k = floor(rate (M + 1)), the value is the k-th largest calibration score. Whatever the (continuous) distribution of the
+    scores, the true false-alarm rate of that rule is Beta(k, M + 1 - k) distributed over draws of the calibration set (mean
+    k / (M + 1)); its central quantiles are the interval. With k = 0 no threshold among the scores keeps the rate: the largest score is
+    taken, and `enough` and `message` say so.
+
+    Parameters
+    ----------
+    calibration : (M,) finite scores of normal images, M >= 1.
+    rate : share of good parts that may raise an alarm, in (0, 1). Another rate needs no retraining, only this function.
+
+    Raises
+    ------
+    UserError
+        No calibration score, one that is not finite, or a rate outside (0, 1).
+    """
+    if not 0 < rate < 1:
+        raise UserError(f"verdict.false_alarm_rate must lie between 0 and 1, not {rate}")
+    ordered = np.sort(_finite(calibration, "calibration"))
+    n = len(ordered)
+    allowed = math.floor(rate * (n + 1) + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    k = max(allowed, 1)
+    tail = (1 - confidence) / 2
+    low, high = (float(betaincinv(k, n + 1 - k, q)) for q in (tail, 1 - tail))
+    message = ""
+    if not allowed:
+        message = (
+            f"{n} calibration images are too few for a false-alarm rate of {rate:g}: at least {math.ceil(1 / rate - 1 - 1e-9)} are needed; "
+            f"the threshold is their largest score, whose expected rate is {1 / (n + 1):.3g}"
+        )
+    return Threshold(float(ordered[n - k]), float(rate), k / (n + 1), (low, high), n, bool(allowed), message)
+
+
+def _finite(values: np.ndarray, what: str, empty: bool = False) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or (not empty and not len(values)):
+        raise UserError(
+            f"calibration: no {what} scores; leave normal images out of the gallery (data.calibration_fraction)"
+        )
+    if not np.isfinite(values).all():
+        raise UserError(f"calibration: a {what} score is not finite; the model is damaged")
+    return values

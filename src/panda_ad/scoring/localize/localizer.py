@@ -1,0 +1,76 @@
+"""Where the defect is: two localisers behind one seam, `heatmaps`, `save` and `load_localizer`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from panda_ad.params import LocalizeParams
+from panda_ad.scoring.localize.maps import Maps
+from panda_ad.scoring.localize.patch_memory import PatchMemory
+from panda_ad.scoring.localize.spade import Spade
+
+__all__ = ["Localizer", "build_localizer", "load_localizer"]
+
+
+class Localizer(Protocol):
+    """What the detector needs of a localiser."""
+
+    @property
+    def tiles(self) -> int:
+        """Tiles per side of an image, T (`tiling.image_tiles`); 1: maps are those of whole images."""
+        ...
+
+    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Heat maps of B images; an image's map does not depend on the others.
+
+        Parameters
+        ----------
+        maps : {'layer1', 'layer2', 'layer3'}: float16 (B * T^2, C, h, w), image by image; `PatchMemory` needs no layer1.
+        pooled : float32 (B, D), features under the same head as the gallery's; only `Spade` looks at them.
+        size : network input (height, width), pixels.
+
+        Returns
+        -------
+        float32 (B, H, W), `tiling.grid`'s shape (without tiles the input size), a distance in feature space, at least 0; higher is more anomalous.
+        """
+        ...
+
+    def without(self, image: int) -> Localizer:
+        """The same as if it had never seen the gallery image of that index; only while what `build_localizer` made is in memory."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write into an existing, empty folder."""
+        ...
+
+
+def build_localizer(params: LocalizeParams, maps: Maps, pooled: np.ndarray, seed: int) -> Localizer:
+    """Build what `params.method` ('spade' or 'patch_memory') needs from the normal training images.
+
+    Parameters
+    ----------
+    maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices; with `params.tiles`, of
+        their tiles, image by image.
+    pooled : float32 (M, D), pooled features of the same images under the same head.
+    seed : of the coreset.
+    """
+    if params.method == "spade":
+        return Spade.build(maps, pooled, params.neighbours, params.sigma)
+    if params.method == "patch_memory":
+        tiles = params.tiles or 1
+        return PatchMemory.build(
+            maps, len(pooled) * tiles**2, params.memory_fraction, params.memory_limit, params.sigma, seed, tiles
+        )
+    raise ValueError(f"localize.method {params.method!r} builds no localiser")
+
+
+def load_localizer(folder: Path) -> Localizer:
+    """Read a saved localiser; large arrays stay memory-mapped. OSError, KeyError or ValueError where it is missing or damaged."""
+    config = json.loads((folder / "localizer.json").read_text(encoding="utf-8"))
+    kinds: dict[str, type[Spade] | type[PatchMemory]] = {"spade": Spade, "patch_memory": PatchMemory}
+    return kinds[config["method"]].load(folder, config)

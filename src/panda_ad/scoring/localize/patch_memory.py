@@ -1,0 +1,143 @@
+"""Patch memory (PatchCore, Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3), for comparison with SPADE.
+
+Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its image score, the map's maximum (`panda_ad.scoring.image_score`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from panda_ad.scoring.gallery import greedy_coreset
+from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, upsample
+from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
+from panda_ad.scoring.localize.tiling import blend, grid
+from panda_ad.system.files import write_json
+
+POOL = 100_000
+"""Most patches the coreset chooses from, drawn at random: keeps the greedy choice in the processor's cache."""
+_PROJECTED = 32  # dimensions in which the coreset measures distances (Johnson-Lindenstrauss, section 3.2)
+
+
+@dataclass
+class PatchMemory:
+    """A coreset of the normal images' patch features; a position's anomaly is the Euclidean distance to the nearest.
+
+    Attributes
+    ----------
+    rows : the memory, float16 (K, C2 + C3).
+    basis : for the search.
+    sigma : pixels of the heat map.
+    tiles : tiles per side of an image; 1: the whole image is one.
+    sources : int64 (K,), index of the image that each row is of; known until it is saved.
+    """
+
+    rows: Rows
+    basis: Basis
+    sigma: float
+    tiles: int = 1
+    sources: Tensor | None = field(default=None, repr=False)
+    _packed: Packed = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._packed = pack(self.rows, self.basis)
+
+    @classmethod
+    def build(
+        cls, maps: Maps, count: int, fraction: float, limit: int, sigma: float, seed: int, tiles: int = 1
+    ) -> PatchMemory:
+        """Memory of `fraction` of the patches of `count` images or tiles, at most `limit`, chosen greedily from at most `POOL`."""
+        generator = torch.Generator().manual_seed(seed)
+        parts: list[Tensor] = []
+        sources: list[int] = []
+        total = 0
+        quota = max(1, POOL // count)  # patches drawn from each
+        for i in range(0, count, BATCH):
+            batch = positions(patch_features(maps(slice(i, i + BATCH))))  # (B, P, C)
+            total += batch.shape[0] * batch.shape[1]
+            for j, rows in enumerate(batch, start=i):
+                drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
+                parts.append(rows[drawn])
+                sources += [j // tiles**2] * len(drawn)
+        pool = torch.cat(parts)
+        chosen = choose(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)
+        values = pool[chosen]
+        basis = fit_basis(values)
+        return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles, torch.tensor(sources)[chosen])
+
+    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """See `Localizer.heatmaps`."""
+        shape, overlap = grid(size, self.tiles)
+        per_image = self.tiles**2
+        out = np.empty((len(maps["layer2"]) // per_image, *shape), np.float32)
+        for i in range(len(out)):
+            parts = [self._sharp(maps, b, size) for b in range(i * per_image, (i + 1) * per_image)]
+            out[i] = smooth(torch.from_numpy(blend(parts, shape, size, overlap)), self.sigma)
+        return out
+
+    def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
+        """Heat map of row `b` before smoothing, float32 (height, width)."""
+        features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
+        distances = nearest(positions(features)[0], [self._packed], self.basis)
+        return upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
+
+    def without(self, image: int) -> PatchMemory:
+        """See `Localizer.without`. A memory that holds nothing else is left as it is."""
+        assert self.sources is not None
+        kept = self.sources != image
+        if not kept.any():
+            return self
+        return replace(self, rows=Rows(self.rows.values[kept], self.rows.bounds[kept]), sources=self.sources[kept])
+
+    def save(self, folder: Path) -> None:
+        """Write localizer.json and memory.safetensors."""
+        tensors = {
+            "values": self.rows.values,
+            "bounds": self.rows.bounds,
+            "mean": self.basis.mean,
+            "axes": self.basis.axes,
+        }
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
+        config = {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank}
+        write_json(folder / "localizer.json", config | ({"tiles": self.tiles} if self.tiles > 1 else {}))
+
+    @classmethod
+    def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
+        """Read what `save` wrote."""
+        t = load_file(folder / "memory.safetensors")
+        return cls(
+            Rows(t["values"], t["bounds"]),
+            Basis(t["mean"], t["axes"], config["rank"]),
+            config["sigma"],
+            config.get("tiles", 1),
+        )
+
+
+def patch_features(maps: dict[str, Tensor]) -> Tensor:
+    """Locally aware patch features: mean of each 3 x 3 neighbourhood (of what lies inside the map), layer3 brought to layer2's grid.
+
+    layer2 (B, C2, h, w), layer3 (B, C3, h', w') -> float16 (B, C2 + C3, h, w). Each image is computed alone.
+    """
+    out = []
+    for layer2, layer3 in zip(maps["layer2"], maps["layer3"], strict=True):
+        pooled2, pooled3 = (F.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in (layer2, layer3))
+        pooled3 = F.interpolate(pooled3, size=pooled2.shape[2:], mode="bilinear", align_corners=False)
+        out.append(torch.cat([pooled2, pooled3], dim=1).half())
+    return torch.cat(out)
+
+
+def choose(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """`greedy_coreset` in a Gaussian random projection to 32 dimensions, without copies of chosen rows: indices (at most `size`,) int64."""
+    x = rows.float()
+    x = x - x.mean(0)
+    if x.shape[1] > _PROJECTED:
+        x = x @ torch.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
+    first = int(torch.randint(len(x), (1,), generator=generator))
+    return greedy_coreset(x, size, first, least=1e-6 * float(x.square().sum(1).max()))

@@ -1,0 +1,8 @@
+"""Folders of a project, relative to its root: where stages write, and where caches lie."""
+
+from pathlib import Path
+
+BUILD = Path("build")
+MANIFEST = BUILD / "validation" / "manifest.csv"
+FEATURES = BUILD / "features"
+CACHE = Path(".cache")
