@@ -1,7 +1,4 @@
-# make run    everything: environment, data, pipeline, registration, promotion; then says where to look
-# make test   everything the tests need, and the tests
-# make ui     MLflow and Prefect servers on loopback, with the retrain deployment
-# make lock   resolve the dependencies of pyproject.toml anew
+# The two commands of the README, and what developers need; `make help` lists them.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,18 +10,30 @@ export DVC_NO_ANALYTICS = 1
 # a works network that looks into TLS has its certificate in the system's store; uv looks only into its own by default
 export UV_SYSTEM_CERTS ?= true
 
-.PHONY: run test ui lock lint
-run: $(VENV)/.ready
+.PHONY: help run test test-fast coverage ui lint format lock
+run: $(VENV)/.ready       ## everything: environment, data, pipeline, registration, promotion; then says where to look
 	@PATH="$(BIN):$$PATH" panda-ad run
 
-test: $(VENV)/.ready-dev lint
+test: $(VENV)/.ready-dev lint   ## everything the tests need, and all tests
 	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile
 
-ui: $(VENV)/.ready
+test-fast: $(VENV)/.ready-dev   ## the tests that start no server and run no whole pipeline
+	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile tests/unit
+
+coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
+	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
+
+ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
 	@PATH="$(BIN):$$PATH" panda-ad ui
 
-lint: $(VENV)/.ready-dev
+lint: $(VENV)/.ready-dev  ## ruff (rules and format), mypy, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: $(VENV)/.ready-dev      ## let ruff format and mend what it can
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+help:                     ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 # bytecode is compiled at installation: otherwise the first import of each library costs seconds in every stage
 $(VENV)/.ready: requirements.lock pyproject.toml
@@ -43,6 +52,6 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	    || echo "no chromium: the browser tests will be skipped"
 	@touch $@
 
-lock:
+lock:                     ## resolve the dependencies of pyproject.toml anew
 	@$(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	    --extra dev pyproject.toml -o requirements.lock

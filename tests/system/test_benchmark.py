@@ -24,7 +24,7 @@ from panda_ad.params import Params, load_params, parse_params
 from panda_ad.registry.connection import connect
 from panda_ad.system.processes import Group
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLASSES = ("disc", "stripes", "blank")
 
 

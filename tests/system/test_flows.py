@@ -9,17 +9,15 @@ from pathlib import Path
 
 import pytest
 from prefect.logging import disable_run_logger
-from prefect_project import ROOT, call, make_project, new_data
+from prefect_project import call, make_project, new_data
 
+import flows.common
+from flows.common import Stage, read_pipeline, select
+from flows.retrain import run_stage
 from panda_ad.errors import Busy, UserError
 from panda_ad.registry.change import provenance
 from panda_ad.system.changed_params import changed_params
 from panda_ad.system.processes import child_environment
-
-sys.path.insert(0, str(ROOT))
-import flows.common
-from flows.common import Stage, read_pipeline, select
-from flows.retrain import run_stage
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,19 @@
 """The sample data: reproducible, annotated where it is defective and only there, complete in DVC, and no toy."""
 
 import json
-import sys
 from io import BytesIO
 from pathlib import Path
 
+import make_sample
 import numpy as np
 import pytest
+import sample_difficulty
 import yaml
+from make_sample import CATEGORIES, DEFECTS, defective_image, image_rng, normal_image
 from PIL import Image
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import make_sample
-import sample_difficulty
-from make_sample import CATEGORIES, DEFECTS, defective_image, image_rng, normal_image
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = [(category, defect) for category in CATEGORIES for defect in DEFECTS[category]]
 
 

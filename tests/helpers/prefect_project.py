@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = str(Path(sys.executable).parent)
 
 # Stages look at files that DVC does not know of, so that a test can make one slow or fail.

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,8 @@ import pytest
 from browser import browser, file_url, watch  # noqa: F401
 from monitor_project import drop, make_monitored
 from prefect.logging import disable_run_logger
-from registry_project import ROOT
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(ROOT))
 from flows import monitor as monitor_flow
 from flows import score as score_flow
 from panda_ad.cli import app

@@ -19,7 +19,7 @@ from panda_ad.system.files import digest_file
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFECTS = ("hole", "stain")
 NAME = "panda-sample-fabric"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from make_sample import _MODULES, image_rng
+from sample.camera import draw_camera, photograph, reduce
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
@@ -21,10 +21,6 @@ from panda_ad.features import image_statistics as statistics
 from panda_ad.features.image_statistics import NAMES, image_statistics, statistics_matrix
 from panda_ad.monitor.drift import Sample, TooFew, _energy, _shift_of_points, find_drift
 from panda_ad.params import MonitorParams, parse_params
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from make_sample import _MODULES, image_rng
-from sample.camera import draw_camera, photograph, reduce
 
 LIMITS = MonitorParams(window=200, min_images=15, significance=0.01, min_shift=0.5)
 
