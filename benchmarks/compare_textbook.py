@@ -1,4 +1,4 @@
-"""How much faster `ses` on cached trunk activations is than the textbook run, on this machine.
+"""How much faster `ses` on cached frozen activations is than the textbook run, on this machine.
 
     PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane          # full: 5,000 train, 10,000 test, 15 epochs
 

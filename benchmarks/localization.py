@@ -1,4 +1,4 @@
-"""Time per image and peak memory of both localisers against the plain implementation: `python benchmarks/localization.py`.
+"""Time per image and peak memory of both localizers against the plain implementation: `python benchmarks/localization.py`.
 
 ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 10 % of the patches, random images (blurred noise, seeded).
 Each method runs in a process of its own, so that its peak memory is its own. Plain: float32, pairwise differences by
@@ -23,7 +23,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from panda_ad.features.backbones import in_micro_batches, load_backbone, resolve_precision, trunk_activations
+from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, resolve_precision
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.maps import positions
@@ -34,7 +34,7 @@ SAMPLE = 48  # positions per layer timed in the plain implementation
 
 
 def random_images(seed: int, count: int, size: int) -> Tensor:
-    """float32 (count, 3, size, size): noise of a coarse and a fine scale, roughly normalised as photographs are."""
+    """float32 (count, 3, size, size): noise of a coarse and a fine scale, roughly normalized as photographs are."""
     noise = np.random.default_rng(seed).normal(size=(count, 3, size, size)).astype(np.float32)
     coarse, fine = (ndimage.gaussian_filter(noise, (0, 0, s, s)) * s for s in (8, 1.5))
     return torch.from_numpy(coarse * 3 + fine)
@@ -43,13 +43,15 @@ def random_images(seed: int, count: int, size: int) -> Tensor:
 def features(images: Tensor) -> tuple[dict[str, Tensor], np.ndarray]:
     """Layers (float16) and pooled features of preprocessed images."""
     backbone = load_backbone("embedded")
-    layer1, layer2 = trunk_activations(backbone, images, resolve_precision("auto"))
-    layer3, pooled = in_micro_batches(lambda x: (backbone.head.maps(x.float())[0], backbone.head(x.float())), layer2)
+    layer1, layer2 = frozen_activations(backbone, images, resolve_precision("auto"))
+    layer3, pooled = in_micro_batches(
+        lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
+    )
     return {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}, pooled.numpy()
 
 
 def build(folder: Path, count: int, size: int) -> None:
-    """Build and save both localisers, the gallery's activations on disk as in the pipeline."""
+    """Build and save both localizers, the gallery's activations on disk as in the pipeline."""
     arrays: dict[str, np.ndarray] = {}
     pooled = np.empty((count, 512), np.float32)
     for i in range(0, count, 20):
@@ -63,7 +65,7 @@ def build(folder: Path, count: int, size: int) -> None:
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
         params = LocalizeParams(
-            method=method, neighbours=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
+            method=method, neighbors=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
         )
         localizer = build_localizer(
             params, lambda i: {k: torch.from_numpy(np.array(v[i])) for k, v in arrays.items()}, pooled, 0

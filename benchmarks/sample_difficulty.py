@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import rankdata
 
-from panda_ad.features.backbones import Backbone, in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone, preprocess
 
 Images = list[NDArray[np.uint8]]
 RAW_LIMIT = 0.75
@@ -50,8 +50,8 @@ def pixels(images: Images, side: int) -> NDArray[np.float32]:
 def features(images: Images, side: int, backbone: Backbone) -> NDArray[np.float32]:
     """Pooled features of the head at network input `side` x `side`, (N, D)."""
     x = torch.stack([preprocess(rgb, (side, side)) for rgb in images])
-    _, layer2 = trunk_activations(backbone, x, torch.float32)
-    return in_micro_batches(backbone.head, layer2.float())[0].numpy()
+    _, layer2 = frozen_activations(backbone, x, torch.float32)
+    return in_micro_batches(backbone.adapted, layer2.float())[0].numpy()
 
 
 def read(folder: Path) -> Images:

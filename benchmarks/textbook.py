@@ -1,6 +1,6 @@
 """PANDA as a textbook writes it, to measure against: no cache, one process, float32 throughout.
 
-Every epoch decodes, resizes and normalises each training image again and runs the whole network on it, frozen layers too,
+Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers too,
 and evaluates: features of all training and test images by the whole network, leave-one-out and test kNN scores. The score
 is sample-wise early stopping over these evaluations (paper, section 3.3), the same as `ses` of panda-ad computes.
 

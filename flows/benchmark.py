@@ -41,7 +41,7 @@ def bench_of(settings: Settings, data: Path, out: Path, cache: Path) -> Bench:
 
 @task(cache_policy=NO_CACHE, task_run_name="{job.label}")
 def prepare(job: Job, settings: Settings, data: Path, out: Path, cache: Path) -> None:
-    """Trunk activations and raw test features of a data set or category, which all its classes share, computed once."""
+    """FrozenLayers activations and raw test features of a data set or category, which all its classes share, computed once."""
     bench = bench_of(settings, data, out, cache)
     bench.raw(bench.test_items(job)[0])
 

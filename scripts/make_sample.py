@@ -3,7 +3,7 @@
     python scripts/make_sample.py [--out data] [--seed 7] [--force]
 
 `fabric` is a texture, `grid` a regular structure, `capsule` an object on a background. Light, exposure, position, rotation,
-scale, colour, grain and focus vary between normal images as they do between photographs. Each image has a random stream of its
+scale, color, grain and focus vary between normal images as they do between photographs. Each image has a random stream of its
 own, from (seed, category, part, number): image 17 is the same whether 20 or 200 are made. The same seed gives the same pixels
 (with the same versions of numpy and scipy); the bytes of the JPEG files also depend on the libjpeg inside Pillow, so the files
 are the same only with the same Pillow wheel. The published bytes are those that `data.dvc` names.

@@ -33,7 +33,7 @@ IMPRINT = "250"
 
 @dataclass(frozen=True)
 class Capsule:
-    """The lying object. `a`, `b`: position of every canvas point along and across its axis, pixels from its centre."""
+    """The lying object. `a`, `b`: position of every canvas point along and across its axis, pixels from its center."""
 
     a: Field
     b: Field
@@ -61,7 +61,7 @@ def _imprint() -> tuple[NDArray[np.float64], ...]:
 
 
 def draw(rng: np.random.Generator) -> Capsule:
-    """Draw where the capsule lies, how it has rolled, its colours and the conveyor under it."""
+    """Draw where the capsule lies, how it has rolled, its colors and the conveyor under it."""
     x, y = pixel_grid()
     angle = np.deg2rad(rng.normal(-20, 4.5))
     a, b = rotate(x - SIZE / 2 - rng.normal(0, 3), y - SIZE / 2 - rng.normal(0, 3), angle)

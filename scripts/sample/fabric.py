@@ -1,4 +1,4 @@
-"""A texture: two-coloured twill, two warp threads over, one under."""
+"""A texture: two-colored twill, two warp threads over, one under."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Cloth:
     weft_tone: NDArray[np.float64]
     fuzz: Field
     dye: Field
-    warp_colour: NDArray[np.float64]
-    weft_colour: NDArray[np.float64]
+    warp_color: NDArray[np.float64]
+    weft_color: NDArray[np.float64]
 
 
 def draw(rng: np.random.Generator) -> Cloth:
@@ -54,12 +54,12 @@ def render(cloth: Cloth, missing: Field | None = None) -> Surface:
     twist = 0.07 * np.sin(2 * np.pi * (v * 2 + x * 0.5))
     warp_shade = (0.30 + 0.80 * warp + twist + 0.10 * x) * cloth.warp_tone[i % 160]
     weft_shade = (0.30 + 0.75 * weft + 0.07 * np.sin(2 * np.pi * (u * 2 + y * 0.5))) * cloth.weft_tone[j % 160]
-    warp_rgb, weft_rgb = warp_shade[..., None] * cloth.warp_colour, weft_shade[..., None] * cloth.weft_colour
+    warp_rgb, weft_rgb = warp_shade[..., None] * cloth.warp_color, weft_shade[..., None] * cloth.weft_color
     out = np.where(over[..., None] > 0, warp_rgb, weft_rgb)
     if missing is not None:  # the weft lies bare, with a dark gap where the thread was
         bare = (0.22 + 0.55 * np.sqrt(np.clip(1 - y**2, 0, 1)) * (0.65 + 0.35 * np.abs(x)))[
             ..., None
-        ] * cloth.weft_colour
+        ] * cloth.weft_color
         out = mix(out, bare, missing)
     return out * (cloth.dye + 0.07 * cloth.fuzz)[..., None]
 
@@ -75,7 +75,7 @@ def hole(cloth: Cloth, rng: np.random.Generator) -> Surface:
     out = render(cloth)
     rim = np.exp(-((inside / 2.2) ** 2)) * np.clip(0.5 + 0.5 * cloth.fuzz, 0, 1)
     out = mix(out, np.array([0.10, 0.11, 0.13]), step(inside, 2.0) * 0.93)
-    return mix(out, cloth.weft_colour * 1.15, 0.7 * rim)
+    return mix(out, cloth.weft_color * 1.15, 0.7 * rim)
 
 
 def stain(cloth: Cloth, rng: np.random.Generator) -> Surface:
@@ -110,7 +110,7 @@ def cut(cloth: Cloth, rng: np.random.Generator) -> Surface:
     edge = gape - d + 0.5 * cloth.fuzz
     out = mix(
         render(cloth),
-        cloth.weft_colour * 1.2,
+        cloth.weft_color * 1.2,
         0.75 * np.exp(-(((edge + 1.0) / 1.5) ** 2)) * np.clip(0.7 + 0.4 * cloth.fuzz, 0, 1),
     )
     return mix(out, np.array([0.08, 0.09, 0.11]), step(edge, 1.2) * 0.95)
@@ -122,13 +122,13 @@ def foreign_fibre(cloth: Cloth, rng: np.random.Generator) -> Surface:
     angle = rng.uniform(0, 2 * np.pi)
     points = path(rng, _spot(rng, 48), angle, rng.uniform(70, 120), 0.28)
     points = points + (np.array([SIZE / 2, SIZE / 2]) - points.mean(axis=0)) * 0.5
-    colour = np.array([[0.72, 0.20, 0.17], [0.92, 0.89, 0.80], [0.12, 0.11, 0.12], [0.80, 0.62, 0.18]][rng.integers(4)])
+    color = np.array([[0.72, 0.20, 0.17], [0.92, 0.89, 0.80], [0.12, 0.11, 0.12], [0.80, 0.62, 0.18]][rng.integers(4)])
     thick = rng.uniform(1.5, 2.2)
     shadow, _ = distance_to(points + np.array([1.3, 1.6]), x, y)
     d, _ = distance_to(points, x, y)
     out = render(cloth) * (1 - 0.4 * step(thick - shadow, 2.5))[..., None]
     shade = 0.65 + 0.45 * np.sqrt(np.clip(1 - (d / thick) ** 2, 0, 1)) + 0.06 * cloth.fuzz
-    return mix(out, shade[..., None] * colour, step(thick - d))
+    return mix(out, shade[..., None] * color, step(thick - d))
 
 
 DEFECTS = {"cut": cut, "foreign_fibre": foreign_fibre, "hole": hole, "missing_thread": missing_thread, "stain": stain}

@@ -36,7 +36,7 @@ class Sheet:
     wall: tuple[float, float]
     brushed: Field
     patches: Field
-    colour: NDArray[np.float64]
+    color: NDArray[np.float64]
     backing: NDArray[np.float64]
 
 
@@ -53,15 +53,15 @@ def draw(rng: np.random.Generator) -> Sheet:
         np.pad(brushed, 60, mode="wrap"), -np.rad2deg(angle), reshape=False, order=1, mode="nearest"
     )[60:-60, 60:-60]
     patches = 0.03 * smooth_noise(rng, 18)
-    colour = np.array([0.62, 0.63, 0.64]) * rng.uniform(0.95, 1.06) + rng.normal(0, 0.006, 3)
+    color = np.array([0.62, 0.63, 0.64]) * rng.uniform(0.95, 1.06) + rng.normal(0, 0.006, 3)
     backing = np.array([0.13, 0.14, 0.16]) * rng.uniform(0.8, 1.3)
     wall_angle, depth = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.6)
     wall = (depth * np.cos(wall_angle), depth * np.sin(wall_angle))
-    return Sheet(u, v, pitch, pitch * rng.uniform(0.295, 0.315), angle, wall, brushed, patches, colour, backing)
+    return Sheet(u, v, pitch, pitch * rng.uniform(0.295, 0.315), angle, wall, brushed, patches, color, backing)
 
 
 def _to_hole(sheet: Sheet, u: Field, v: Field) -> tuple[Field, Field]:
-    """Offset to the centre of the nearest hole, pixels."""
+    """Offset to the center of the nearest hole, pixels."""
     half = sheet.pitch / 2
     return np.mod(u + half, sheet.pitch) - half, np.mod(v + half, sheet.pitch) - half
 
@@ -76,19 +76,19 @@ def render(sheet: Sheet, u: Field | None = None, v: Field | None = None, opened:
     if opened is not None:
         shift = [round(w * OVERSAMPLE) for w in (sheet.wall[1], sheet.wall[0])]
         inside, below = np.maximum(inside, opened), np.maximum(below, np.roll(opened, shift, axis=(0, 1)))
-    metal = (1 + sheet.brushed + sheet.patches)[..., None] * sheet.colour
+    metal = (1 + sheet.brushed + sheet.patches)[..., None] * sheet.color
     slope = (
         np.gradient(inside, axis=1) * 0.6 + np.gradient(inside, axis=0) * 0.8
     )  # the bevel catches light from the lower right
     rim = np.exp(-(((inside + 0.9) / 0.9) ** 2))
     metal = metal * (1 + 0.55 * rim * slope * OVERSAMPLE)[..., None]
-    wall = sheet.colour * 0.62
+    wall = sheet.color * 0.62
     out = mix(metal, np.broadcast_to(wall, metal.shape), step(inside, 0.8))
     return mix(out, np.broadcast_to(sheet.backing, metal.shape), step(np.minimum(inside, below), 0.9))
 
 
-def _hole_centre(sheet: Sheet, rng: np.random.Generator, margin: float = 32) -> tuple[float, float]:
-    """Image coordinates of a hole's centre in the middle of the image."""
+def _hole_center(sheet: Sheet, rng: np.random.Generator, margin: float = 32) -> tuple[float, float]:
+    """Image coordinates of a hole's center in the middle of the image."""
     x, y = pixel_grid()
     du, dv = _to_hole(sheet, sheet.u, sheet.v)
     inner = (np.minimum(x, y) > margin) & (np.maximum(x, y) < SIZE - margin)
@@ -100,18 +100,18 @@ def _hole_centre(sheet: Sheet, rng: np.random.Generator, margin: float = 32) -> 
 def blocked(sheet: Sheet, rng: np.random.Generator) -> Surface:
     """A hole clogged with paint or dirt that spills over its rim."""
     x, y = pixel_grid()
-    centre = _hole_centre(sheet, rng, 24)
-    lump = blob(rng, x, y, centre, sheet.radius * rng.uniform(1.3, 2.6), 0.35)
-    colour = np.array([[0.50, 0.49, 0.46], [0.30, 0.24, 0.19], [0.66, 0.62, 0.52]][rng.integers(3)])
+    center = _hole_center(sheet, rng, 24)
+    lump = blob(rng, x, y, center, sheet.radius * rng.uniform(1.3, 2.6), 0.35)
+    color = np.array([[0.50, 0.49, 0.46], [0.30, 0.24, 0.19], [0.66, 0.62, 0.52]][rng.integers(3)])
     relief = np.gradient(ndimage.gaussian_filter(np.clip(lump, 0, 4) + 0.7 * smooth_noise(rng, 1.5), 2), axis=0)
     shade = 1 + 0.9 * relief + 0.06 * smooth_noise(rng, 1.0)
-    return mix(render(sheet), shade[..., None] * colour, step(lump, 1.2))
+    return mix(render(sheet), shade[..., None] * color, step(lump, 1.2))
 
 
 def broken(sheet: Sheet, rng: np.random.Generator) -> Surface:
-    """The bridge between two neighbouring holes torn out, or two or three in a row."""
+    """The bridge between two neighboring holes torn out, or two or three in a row."""
     x, y = pixel_grid()
-    cx, cy = _hole_centre(sheet, rng)
+    cx, cy = _hole_center(sheet, rng)
     angle = sheet.angle + rng.integers(4) * np.pi / 2
     d, _ = distance_to(path(rng, (cx, cy), angle, sheet.pitch * rng.integers(1, 4), 0.02, 0.06), x, y)
     return render(sheet, opened=rng.uniform(3.6, 5.8) - d + 0.8 * smooth_noise(rng, 1.2))
@@ -120,7 +120,7 @@ def broken(sheet: Sheet, rng: np.random.Generator) -> Surface:
 def bent(sheet: Sheet, rng: np.random.Generator) -> Surface:
     """A dent: holes pushed out of line, light falling differently."""
     x, y = pixel_grid()
-    cx, cy = _hole_centre(sheet, rng, 44)
+    cx, cy = _hole_center(sheet, rng, 44)
     sigma, angle = rng.uniform(15, 21), rng.uniform(0, 2 * np.pi)
     dx, dy = (x - cx) / sigma, (y - cy) / sigma
     bump = np.exp(-(dx**2 + dy**2) / 2)
@@ -146,8 +146,8 @@ def scratch(sheet: Sheet, rng: np.random.Generator) -> Surface:
         d, place = distance_to(points, x, y)
         lip, _ = distance_to(points + np.array([0.9, 1.1]), x, y)
         width = rng.uniform(1.0, 1.7) * np.sqrt(np.clip(4 * place * (1 - place), 0.05, 1))
-        out = mix(out, sheet.colour * 0.45, metal * step(width - lip) * 0.8)
-        out = mix(out, np.minimum(sheet.colour * 1.5, 1.0), metal * step(width - d))
+        out = mix(out, sheet.color * 0.45, metal * step(width - lip) * 0.8)
+        out = mix(out, np.minimum(sheet.color * 1.5, 1.0), metal * step(width - d))
     return out
 
 
@@ -160,8 +160,8 @@ def rust(sheet: Sheet, rng: np.random.Generator) -> Surface:
     du, dv = _to_hole(sheet, sheet.u, sheet.v)
     metal = step(np.hypot(du, dv) - sheet.radius)
     grain = 1 + 0.16 * smooth_noise(rng, 0.9)
-    colour = np.array([0.47, 0.29, 0.17]) * rng.uniform(0.85, 1.15)
-    return mix(render(sheet), grain[..., None] * colour, metal * np.clip(reach * 0.6, 0, 1) * 0.85)
+    color = np.array([0.47, 0.29, 0.17]) * rng.uniform(0.85, 1.15)
+    return mix(render(sheet), grain[..., None] * color, metal * np.clip(reach * 0.6, 0, 1) * 0.85)
 
 
 DEFECTS = {"bent": bent, "blocked": blocked, "broken": broken, "rust": rust, "scratch": scratch}

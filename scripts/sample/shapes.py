@@ -50,11 +50,11 @@ def smooth_noise(rng: np.random.Generator, sigma: float | tuple[float, float]) -
 
 
 def blob(
-    rng: np.random.Generator, x: Field, y: Field, centre: tuple[float, float], radius: float, roughness: float = 0.25
+    rng: np.random.Generator, x: Field, y: Field, center: tuple[float, float], radius: float, roughness: float = 0.25
 ) -> Field:
     """Signed distance, roughly, to the edge of an irregular round patch: positive inside, pixels."""
     stretch = rng.uniform(0.75, 1.3)
-    dx, dy = rotate(x - centre[0], y - centre[1], rng.uniform(0, np.pi))
+    dx, dy = rotate(x - center[0], y - center[1], rng.uniform(0, np.pi))
     dx, dy = dx * stretch, dy / stretch
     angle = np.arctan2(dy, dx)
     edge = np.full_like(x, radius)
@@ -102,5 +102,5 @@ def distance_to(points: NDArray[np.float64], x: Field, y: Field, reach: float = 
 
 
 def mix(below: Surface, above: Surface | NDArray[np.float64], alpha: Field) -> Surface:
-    """`above` (a surface or one colour) over `below` with opacity `alpha`, 0..1."""
+    """`above` (a surface or one color) over `below` with opacity `alpha`, 0..1."""
     return below + alpha[..., None] * (above - below)

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from panda_ad.errors import UserError
 
+RENAMED = {"localize.neighbours": "localize.neighbors"}
+"""Keys of earlier parameter files, with their present names."""
+
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Pixels = Annotated[int, Field(ge=16, le=4096)]
@@ -79,7 +82,7 @@ class GalleryParams(_Section):
 
 class LocalizeParams(_Section):
     method: Literal["none", "spade", "patch_memory"]
-    neighbours: PositiveInt
+    neighbors: PositiveInt
     memory_fraction: Annotated[float, Field(gt=0, le=1)]
     memory_limit: PositiveInt
     sigma: Annotated[float, Field(ge=0)]
@@ -228,7 +231,7 @@ def _problem(error, raw: dict) -> str:
         keys.append(str(part))
     key = ".".join(keys)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key"
+        return f"{key}: is called {RENAMED[key]} now" if key in RENAMED else f"{key}: unknown key"
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")

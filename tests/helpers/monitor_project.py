@@ -39,7 +39,7 @@ def make_monitored(folder: Path) -> Path:
 
 
 def drop(folder: Path, count: int, seed: int, shift: int = 0) -> None:
-    """Put good images into inbox/fabric, their grey values moved by `shift`."""
+    """Put good images into inbox/fabric, their gray values moved by `shift`."""
     inbox = folder / "inbox/fabric"
     inbox.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""A report made of generated images: woven textures with five kinds of defect, heat maps, masks and neighbours."""
+"""A report made of generated images: woven textures with five kinds of defect, heat maps, masks and neighbors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.report.build import project_2d
-from panda_ad.report.content import DefectRow, Metric, Neighbour, Report, ReportImage
+from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage
 from panda_ad.scoring.calibration import p_values, threshold
 
 KINDS = ("crack", "hole", "stain", "scratch", "missing thread")
@@ -52,7 +52,7 @@ def demo(
 ) -> Report:
     """A report of `good + 5 per_kind` images; scores overlap, so that it has mistakes."""
     rng = np.random.default_rng(seed)
-    gallery = [Neighbour(_bytes(weave(rng, 64, 84)), 0.0, f"train/good/{i:03d}.png") for i in range(80)]
+    gallery = [Neighbor(_bytes(weave(rng, 64, 84)), 0.0, f"train/good/{i:03d}.png") for i in range(80)]
     paths, defects, labels, scores, images = [], [], [], [], []
     features = [rng.normal(0, 1, (80, 12))]
     for kind in ("good", *KINDS):
@@ -66,7 +66,7 @@ def demo(
             score = float(np.exp(rng.normal(1.0, 0.25) + label * strength * (0.6 if kind == "stain" else 1.6)))
             path = f"test/{kind}/{i:03d}.png"
             near = [
-                Neighbour(gallery[j].thumb, float(score * (0.3 + 0.05 * k)), gallery[j].path)
+                Neighbor(gallery[j].thumb, float(score * (0.3 + 0.05 * k)), gallery[j].path)
                 for k, j in enumerate(rng.choice(80, 5, replace=False))
             ]
             paths.append(path)
@@ -136,8 +136,8 @@ def demo(
                 "backbone": "embedded (ResNet-18)",
                 "input size": [128, 128],
                 "adaptation": "ses, 4 snapshots, 15 epochs",
-                "neighbours": 2,
-                "localisation": "patch_memory",
+                "neighbors": 2,
+                "localization": "patch_memory",
             },
             "code": {"commit": "8814b2a", "seed": 0, "params": {"adapt.method": "ses", "gallery.k": 2}},
         },

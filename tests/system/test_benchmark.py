@@ -17,7 +17,7 @@ from panda_ad.benchmark.protocols import choose_test, train_refs
 from panda_ad.benchmark.runner import METHODS, benchmark, make_settings, plan
 from panda_ad.benchmark.sources import Images, as_item, read_set
 from panda_ad.benchmark.tables import build_table
-from panda_ad.data.outliers import is_grey
+from panda_ad.data.outliers import is_gray
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.params import Params, load_params, parse_params
@@ -190,8 +190,8 @@ def test_subsets_are_stratified_and_stable(data):
     assert [images.test_class[i] for i in chosen].count("a") == 8 and len(set(chosen)) == 10
     assert (chosen == choose_test(images, 10)).all()
     assert [r[0, 0, 0] for r in train_refs(images, ["a"], 5)] == [r[0, 0, 0] for r in train_refs(images, ["a"], 5)]
-    grey = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    assert as_item(grey).read().shape == (4, 4, 3) and as_item(grey).key != as_item(grey.T).key
+    gray = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    assert as_item(gray).read().shape == (4, 4, 3) and as_item(gray).key != as_item(gray.T).key
 
 
 def cell(target: str, method: str, seed: int, labels: list[int], scores: list[float]) -> dict:
@@ -311,7 +311,7 @@ def test_dask_cluster_gives_the_same_cells(data, tmp_path, monkeypatch):
         np.testing.assert_allclose(dask[name]["scores"], one["scores"], rtol=1e-4, err_msg=name)
 
 
-def test_outliers_for_grey_images_are_grey_whoever_came_before(data, params, tmp_path):
+def test_outliers_for_gray_images_are_gray_whoever_came_before(data, params, tmp_path):
     bench = Bench(
         make_settings(params, ["oe"], None, None, [f"oe.outliers={data / 'outliers'}"], data, False),
         data,
@@ -319,10 +319,10 @@ def test_outliers_for_grey_images_are_grey_whoever_came_before(data, params, tmp
         tmp_path / "c",
     )
     files = sorted((data / "outliers" / "stripes").iterdir())
-    colour = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    grey = np.repeat(colour[..., :1], 3, axis=2)
-    assert not is_grey(bench.outliers(("outliers", "x"), files, colour)[0].read())
-    assert is_grey(bench.outliers(("outliers", "x"), files, grey)[0].read())
+    color = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    gray = np.repeat(color[..., :1], 3, axis=2)
+    assert not is_gray(bench.outliers(("outliers", "x"), files, color)[0].read())
+    assert is_gray(bench.outliers(("outliers", "x"), files, gray)[0].read())
 
 
 def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params, tmp_path):

@@ -47,7 +47,7 @@ def test_changed_params_last_for_the_run_only():
     with changed_params(["adapt.method=ewc", "gallery.k=3", "categories=[grid]"]):
         text = Path("params.yaml").read_text()
         assert "method: ewc" in text and "k: 3" in text
-        assert "# nearest neighbours summed into the score" in text, "comments stay"
+        assert "# nearest neighbors summed into the score" in text, "comments stay"
         Path("dvc.lock").write_text("of the run")
     assert snapshot() == before
     assert not SAVED.exists()

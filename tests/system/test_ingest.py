@@ -1,4 +1,4 @@
-"""New images: recognised, checked, quarantined, recorded; a kill or a second run harms nothing."""
+"""New images: recognized, checked, quarantined, recorded; a kill or a second run harms nothing."""
 
 import csv
 import os
@@ -309,7 +309,7 @@ def test_the_new_version_is_recorded_with_dvc(project, drop, capfd, monkeypatch)
 
 
 def test_images_labelled_good_are_shown_to_the_present_model(project, tmp_path, capfd, monkeypatch):
-    """Grey parts; a bright spot is a defect. The batch holds two of each, all called good."""
+    """Gray parts; a bright spot is a defect. The batch holds two of each, all called good."""
     from panda_ad.stages import adapt, extract, index, validate
 
     shutil.rmtree(project / "data")

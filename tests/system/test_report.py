@@ -12,7 +12,7 @@ from browser import browser, file_url, watch  # noqa: F401
 from report_demo import KINDS, demo
 
 from panda_ad.report.build import build_report, write_report
-from panda_ad.report.content import Neighbour, Report
+from panda_ad.report.content import Neighbor, Report
 from panda_ad.scoring.calibration import threshold
 
 
@@ -81,7 +81,7 @@ def test_page_opens_offline_in_both_schemes(open_page, page_file, scheme):
     assert blank == 0
 
 
-def test_pictures_carry_heat_map_outline_and_neighbours(open_page, page_file, report):
+def test_pictures_carry_heat_map_outline_and_neighbors(open_page, page_file, report):
     page = open_page(page_file)
     page.select_option("#filter-kind", "hole")
     page.wait_for_timeout(200)
@@ -94,7 +94,7 @@ def test_pictures_carry_heat_map_outline_and_neighbours(open_page, page_file, re
     row = int(card.get_attribute("data-row"))
     near = card.locator(".near img").evaluate_all("imgs => imgs.map(i => [i.alt, i.naturalWidth])")
     assert [alt.split(",")[0].removeprefix("normal image ") for alt, _ in near] == [
-        n.path for n in report.images[row].neighbours[:3]
+        n.path for n in report.images[row].neighbors[:3]
     ]
     assert all(width > 0 for _, width in near)
     page.uncheck("#show-heat")
@@ -335,7 +335,7 @@ def test_hostile_names_stay_text(open_page, report, tmp_path):
         replace(
             image,
             path=evil + image.path,
-            neighbours=[Neighbour(n.thumb, n.distance, evil + n.path) for n in image.neighbours],
+            neighbors=[Neighbor(n.thumb, n.distance, evil + n.path) for n in image.neighbors],
         )
         for image in report.images
     ]
@@ -379,7 +379,7 @@ def test_policy_stops_a_script_that_is_not_the_pages_own(browser, page_file, tmp
 
 @pytest.mark.parametrize("case", ["bare", "normals", "infinite", "many kinds", "equal", "one calibration score"])
 def test_unusual_reports_open(open_page, report, tmp_path, case):
-    plain = [replace(image, heatmap=None, mask=None, neighbours=()) for image in report.images]
+    plain = [replace(image, heatmap=None, mask=None, neighbors=()) for image in report.images]
     good = np.flatnonzero(report.labels == 0)
     kinds = [d if d == "good" else f"kind {i % 13}" for i, d in enumerate(report.defects)]
     odd = {
@@ -426,8 +426,8 @@ def test_report_of_500_images_of_noise_stays_under_10_mb():
     report = demo(good=10, per_kind=2, size=(48, 64))
     rng = np.random.default_rng(0)
     images = []
-    for i in range(500):  # noise is the worst case of a JPEG, and no neighbour is shared
-        near = [Neighbour(rng.integers(0, 256, (96, 96, 3), np.uint8), 1.0, f"train/{i}-{j}.png") for j in range(2)]
+    for i in range(500):  # noise is the worst case of a JPEG, and no neighbor is shared
+        near = [Neighbor(rng.integers(0, 256, (96, 96, 3), np.uint8), 1.0, f"train/{i}-{j}.png") for j in range(2)]
         mask = rng.random((128, 128)) < 0.02
         images.append(
             replace(
@@ -436,7 +436,7 @@ def test_report_of_500_images_of_noise_stays_under_10_mb():
                 rgb=rng.integers(0, 256, (256, 256, 3), np.uint8),
                 heatmap=rng.random((128, 128), np.float32),
                 mask=mask if i % 2 else None,
-                neighbours=near,
+                neighbors=near,
             )  # fmt: skip
         )
     big = replace(

@@ -1,4 +1,4 @@
-"""What a report shows, before it is a page: projections, outlines, colours."""
+"""What a report shows, before it is a page: projections, outlines, colors."""
 
 from __future__ import annotations
 

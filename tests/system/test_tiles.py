@@ -15,7 +15,7 @@ from registry_project import make_project, read_rows, write_rows
 from scipy import ndimage
 
 from panda_ad.data.images import decode, read_image
-from panda_ad.features.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, preprocess
 from panda_ad.params import LocalizeParams, load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.detector import resize_map
@@ -55,11 +55,11 @@ def maps_of(
 
     def layers(images):
         parts = torch.cat([image_tiles(image, size, tiles or 1) for image in images])
-        layer2 = trunk_activations(backbone, parts, torch.float32)[1]
-        (layer3,) = in_micro_batches(lambda x: backbone.head.layer3(x.float()), layer2)
+        layer2 = frozen_activations(backbone, parts, torch.float32)[1]
+        (layer3,) = in_micro_batches(lambda x: backbone.adapted.layer3(x.float()), layer2)
         return {"layer2": layer2, "layer3": layer3.half()}
 
-    values = {"neighbours": 5, "memory_fraction": 0.3, "memory_limit": 1000, "sigma": sigma, "tiles": tiles}
+    values = {"neighbors": 5, "memory_fraction": 0.3, "memory_limit": 1000, "sigma": sigma, "tiles": tiles}
     gallery = layers(train)
     localizer = build_localizer(
         LocalizeParams(method="patch_memory", **values),
@@ -218,8 +218,8 @@ def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_r
     for i in (0, 4, len(images) - 1):
         (alone,) = detector.score(images[i : i + 1], heatmaps=True)
         np.testing.assert_array_equal(alone.heatmap, together[i].heatmap)
-        assert (alone.score, alone.p_value, alone.neighbours, alone.region) == tuple(
-            getattr(together[i], name) for name in ("score", "p_value", "neighbours", "region")
+        assert (alone.score, alone.p_value, alone.neighbors, alone.region) == tuple(
+            getattr(together[i], name) for name in ("score", "p_value", "neighbors", "region")
         )
     evaluated = score_rows(detector, load_params(), rows, "fabric")
     assert evaluated.heatmaps.shape == (len(rows), 160, 160)

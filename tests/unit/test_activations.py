@@ -1,4 +1,4 @@
-"""The activation cache gives what the trunk gives, survives kills and stays within its budget."""
+"""The activation cache gives what the frozen layers gives, survives kills and stays within its budget."""
 
 import gc
 import hashlib
@@ -103,7 +103,7 @@ def test_pooled_features_are_computed_once(backbone, tmp_path):
     cache.warm(some)
     first = np.concatenate(list(cache.pooled([*some[:40], some[0]])))
     layer2 = torch.from_numpy(make(backbone, tmp_path / "other").compute(some)["layer2"])
-    (direct,) = in_micro_batches(lambda x: backbone.head(x.float()), layer2)
+    (direct,) = in_micro_batches(lambda x: backbone.adapted(x.float()), layer2)
     np.testing.assert_array_equal(first, direct.numpy()[[*range(40), 0]])
     for name in ("layer2.f16", "layer2.keys"):  # what is left must do for the images known, and only for them
         (cache.folder / name).unlink()

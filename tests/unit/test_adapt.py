@@ -51,7 +51,7 @@ def backbone() -> Backbone:
 
 @pytest.fixture(scope="module")
 def layer2() -> np.ndarray:
-    """Trunk activations of 10 'images' at 32 px, float16 (10, 128, 4, 4); like real ones they are not negative."""
+    """FrozenLayers activations of 10 'images' at 32 px, float16 (10, 128, 4, 4); like real ones they are not negative."""
     return np.abs(np.random.default_rng(0).normal(0, 1, (10, 128, 4, 4))).astype(np.float16)
 
 
@@ -69,7 +69,7 @@ def adapted(backbone, layer2, outliers) -> dict:
 
 
 def with_state(backbone: Backbone, state: dict) -> torch.nn.Module:
-    head = copy.deepcopy(backbone.head)
+    head = copy.deepcopy(backbone.adapted)
     head.load_state_dict(state, strict=False)
     return head
 
@@ -82,7 +82,7 @@ def test_the_pretrained_backbone_is_bit_identical_after_training(adapted):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_trains_and_batch_norm_statistics_do_not(adapted, backbone, method):
-    state, base = adapted[method].snapshots[-1], backbone.head.state_dict()
+    state, base = adapted[method].snapshots[-1], backbone.adapted.state_dict()
     assert set(state) == {k for k in base if not k.endswith("num_batches_tracked")}
     for name, value in state.items():
         assert value.dtype == torch.float32
@@ -97,13 +97,13 @@ def test_steps_and_history(adapted):
         history = adapted[method].history
         assert [row["step"] for row in history] == [0, 2, 4]  # once an epoch
         assert history[-1]["epoch"] == 2 and np.isfinite(history[-1]["loss"])
-        assert {"centre_distance", "feature_variance", "effective_rank"} <= set(history[0])
+        assert {"center_distance", "feature_variance", "effective_rank"} <= set(history[0])
     assert adapted["ewc"].history[-1]["penalty"] > 0
 
 
 def test_the_first_ses_snapshot_is_the_pretrained_head(adapted, backbone):
     for name, value in adapted["ses"].snapshots[0].items():
-        assert torch.equal(value, backbone.head.state_dict()[name])
+        assert torch.equal(value, backbone.adapted.state_dict()[name])
 
 
 def test_ses_follows_compactness(adapted):
@@ -125,10 +125,10 @@ def test_ses_with_one_snapshot_equals_compactness_up_to_scale(backbone, layer2):
 def test_one_step_by_hand(backbone, layer2):
     """The first step against autograd written out: eval mode, clip, weight decay, learning rate."""
     result = adapt(backbone, layer2, params(batch_size=10, epochs=1), seed=0)
-    head = copy.deepcopy(backbone.head).requires_grad_(True)
+    head = copy.deepcopy(backbone.adapted).requires_grad_(True)
     features = head(torch.from_numpy(layer2).float())
-    centre = features.detach().mean(dim=0)
-    loss = ((features - centre) ** 2).sum(dim=1).mean() / 512
+    center = features.detach().mean(dim=0)
+    loss = ((features - center) ** 2).sum(dim=1).mean() / 512
     assert result.history[-1]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     named = dict(head.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()))
@@ -143,23 +143,23 @@ def test_one_step_by_hand(backbone, layer2):
 
 def test_training_lowers_the_loss(backbone, layer2):
     result = adapt(backbone, layer2, params(epochs=10, learning_rate=0.3), seed=0)
-    assert result.history[-1]["centre_distance"] < 0.99 * result.history[0]["centre_distance"]
+    assert result.history[-1]["center_distance"] < 0.99 * result.history[0]["center_distance"]
 
 
 def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
-    fisher = {k: torch.ones_like(p) for k, p in backbone.head.named_parameters()}
+    fisher = {k: torch.ones_like(p) for k, p in backbone.adapted.named_parameters()}
 
     def distance(strength: float) -> float:
         result = adapt(
             backbone, layer2, params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0), seed=0, fisher=fisher
         )
-        base = backbone.head.state_dict()
+        base = backbone.adapted.state_dict()
         return float(sum((v - base[k]).square().sum() for k, v in result.snapshots[0].items()))
 
     free, held = distance(0.0), distance(1e4)
     assert held < 0.5 * free
     plain = adapt(backbone, layer2, params(epochs=8, weight_decay=0.0), seed=0)
-    base = backbone.head.state_dict()
+    base = backbone.adapted.state_dict()
     assert free == pytest.approx(
         float(sum((v - base[k]).square().sum() for k, v in plain.snapshots[0].items())), rel=1e-6
     )
@@ -196,7 +196,7 @@ def test_bfloat16_training_goes_the_same_way(backbone, layer2):
         adapt(backbone, layer2, params(epochs=4), seed=0, precision=p).snapshots[0]
         for p in (torch.float32, torch.bfloat16)
     ]
-    base = backbone.head.state_dict()
+    base = backbone.adapted.state_dict()
     a, b = (torch.cat([(s[k] - base[k]).flatten() for k in s]) for s in states)
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.95
 
@@ -242,8 +242,8 @@ def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collap
     assert result.steps[-1] == good < result.collapsed_at
     before = [row for row in result.history if row["step"] == good][0]
     features = features_of(with_state(backbone, result.snapshots[-1]), layer2)
-    centre = features_of(backbone.head, layer2).double().mean(dim=0).float()
-    assert feature_statistics(features, centre)["feature_variance"] == pytest.approx(
+    center = features_of(backbone.adapted, layer2).double().mean(dim=0).float()
+    assert feature_statistics(features, center)["feature_variance"] == pytest.approx(
         before["feature_variance"], rel=1e-5
     )
 
@@ -271,7 +271,7 @@ def test_packing_keeps_the_differences_and_twice_is_as_once(seed, magnitude):
 
 
 def test_packing_of_real_heads(adapted, backbone):
-    base = backbone.head.state_dict()
+    base = backbone.adapted.state_dict()
     packed = pack_snapshots(base, adapted["ses"].snapshots)
     assert all(v.is_contiguous() and (v.dtype == torch.float16 or k.endswith(".scale")) for k, v in packed.items())
     assert not any("running" in k for k in packed)

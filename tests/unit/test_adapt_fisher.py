@@ -18,7 +18,7 @@ from panda_ad.adapt.fisher import (
     source_labels,
 )
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import Backbone, Head, load_backbone
+from panda_ad.features.backbones import AdaptedLayers, Backbone, load_backbone
 from panda_ad.features.resnet import ResNet
 
 
@@ -39,7 +39,7 @@ class Logistic:
     fingerprint = "logistic"
 
     def __init__(self) -> None:
-        self.head, self.fc = TwoParameters(), nn.Linear(2, 2)
+        self.adapted, self.fc = TwoParameters(), nn.Linear(2, 2)
         with torch.no_grad():
             self.fc.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
             self.fc.bias.zero_()
@@ -83,7 +83,7 @@ def test_it_is_no_squared_mean_gradient(backbone, layer2):
     """The embedded head against per-image autograd with the same labels; the mean gradient squared would be smaller."""
     labels = np.array([3, 7, 3, 190, 0])
     found = estimate_fisher(backbone, layer2, labels, samples=99, seed=0)
-    head = copy.deepcopy(backbone.head).requires_grad_(True)
+    head = copy.deepcopy(backbone.adapted).requires_grad_(True)
     name, parameter = "layer4.1.conv2.weight", head.layer4[1].conv2.weight
     each = []
     for row, label in zip(layer2, labels, strict=True):
@@ -93,7 +93,7 @@ def test_it_is_no_squared_mean_gradient(backbone, layer2):
         each.append(torch.autograd.grad(loss, parameter)[0])
     torch.testing.assert_close(found[name], torch.stack(each).square().mean(dim=0), rtol=1e-3, atol=1e-7)
     assert float(torch.stack(each).mean(dim=0).square().sum()) < 0.9 * float(found[name].sum())
-    assert set(found) == {n for n, _ in backbone.head.named_parameters()}
+    assert set(found) == {n for n, _ in backbone.adapted.named_parameters()}
 
 
 def test_samples_limit_and_seed(backbone, layer2):
@@ -141,8 +141,8 @@ def whole(backbone) -> OrderedDict:
     """A Fisher value for every parameter of the network, in torchvision's order."""
     torch.manual_seed(0)
     named = [
-        *backbone.trunk.named_parameters(),
-        *backbone.head.named_parameters(),
+        *backbone.frozen.named_parameters(),
+        *backbone.adapted.named_parameters(),
         ("fc.weight", backbone.fc.weight),
         ("fc.bias", backbone.fc.bias),
     ]
@@ -171,7 +171,7 @@ def test_resnet152_parameter_names():
 
     with torch.device("meta"):
         net = resnets.resnet152()
-        ours = Head(ResNet("resnet152", 1000))
+        ours = AdaptedLayers(ResNet("resnet152", 1000))
     shapes = {k: v.shape for k, v in net.named_parameters() if k.startswith(("layer3", "layer4"))}
     assert {k: v.shape for k, v in ours.named_parameters()} == shapes
 

@@ -57,7 +57,7 @@ def test_ewc_refuses_another_backbones_fisher():
 
 
 def test_ses_by_hand():
-    """Head 0 scores the three images 2, 6, 4 (normal mean 2), head 1 scores them 1, 1, 3 (mean 0.5)."""
+    """AdaptedLayers 0 scores the three images 2, 6, 4 (normal mean 2), head 1 scores them 1, 1, 3 (mean 0.5)."""
     scores, decided = ses_scores(np.array([[2.0, 6.0, 4.0], [1.0, 1.0, 3.0]]), np.array([2.0, 0.5]))
     np.testing.assert_array_equal(scores, [2.0, 3.0, 6.0])
     np.testing.assert_array_equal(decided, [1, 0, 1])
@@ -221,14 +221,14 @@ def test_each_epoch_shows_each_row_once():
 @pytest.mark.parametrize(("n", "d"), [(50, 8), (6, 20)])
 def test_feature_statistics(n, d):
     x = np.random.default_rng(0).normal(size=(n, d)) * np.linspace(1, 3, d)
-    centre = np.linspace(0, 1, d)
-    found = feature_statistics(torch.tensor(x), torch.tensor(centre))
+    center = np.linspace(0, 1, d)
+    found = feature_statistics(torch.tensor(x), torch.tensor(center))
     covariance = np.cov(x.T, bias=True)
     p = np.linalg.eigvalsh(covariance).clip(0)
     p = p[p > 1e-10] / p.sum()
     assert found["feature_variance"] == pytest.approx(np.trace(covariance) / d)
     assert found["effective_rank"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-6)
-    assert found["centre_distance"] == pytest.approx(np.linalg.norm(x - centre, axis=1).mean())
+    assert found["center_distance"] == pytest.approx(np.linalg.norm(x - center, axis=1).mean())
 
 
 def test_collapse_is_seen():

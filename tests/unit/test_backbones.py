@@ -15,10 +15,10 @@ from panda_ad.features.backbones import (
     EMBEDDED,
     Backbone,
     fingerprint,
+    frozen_activations,
     in_micro_batches,
     load_backbone,
     preprocess,
-    trunk_activations,
 )
 from panda_ad.features.resnet import NAMES, ResNet
 
@@ -48,7 +48,7 @@ def test_agrees_with_torchvisions_own_forward_pass(backbone):
     x = torch.stack([preprocess(p, (64, 64)) for p in pixels(3)])
     with torch.inference_mode():
         expected = net.eval()(x)
-        got = backbone.fc(backbone.head(backbone.trunk(x)[1]))
+        got = backbone.fc(backbone.adapted(backbone.frozen(x)[1]))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -66,9 +66,9 @@ def test_trunk_and_head_compute_what_torchvisions_layers_do(name):
     x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         first = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))
-        layer1, layer2 = ours.trunk(x)
+        layer1, layer2 = ours.frozen(x)
         assert torch.equal(layer1, first) and torch.equal(layer2, net.layer2(first))
-        layer3, layer4 = ours.head.maps(layer2)
+        layer3, layer4 = ours.adapted.maps(layer2)
         assert torch.equal(layer3, net.layer3(layer2)) and torch.equal(layer4, net.layer4(layer3))
 
 
@@ -102,7 +102,7 @@ def test_local_files(tmp_path, suffix):
     save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
     loaded = load_backbone("resnet18", str(file))
     assert loaded.fc.out_features == 7
-    torch.testing.assert_close(loaded.head.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+    torch.testing.assert_close(loaded.adapted.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 
 
 def test_published_weights_are_found_under_torch_home(tmp_path, monkeypatch):
@@ -157,8 +157,8 @@ def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision)
     x = torch.stack([preprocess(p, (32, 48)) for p in pixels(n, seed)])
 
     def features(t):
-        layer1, layer2 = trunk_activations(backbone, t, precision)
-        return layer1, layer2, *in_micro_batches(lambda y: backbone.head(y.float()), layer2)
+        layer1, layer2 = frozen_activations(backbone, t, precision)
+        return layer1, layer2, *in_micro_batches(lambda y: backbone.adapted(y.float()), layer2)
 
     together = features(x)
     for i in {0, n // 2, n - 1}:
@@ -166,7 +166,7 @@ def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision)
             assert torch.equal(a[0], b[i])
 
 
-def test_preprocess_keeps_the_whole_image_and_normalises():
+def test_preprocess_keeps_the_whole_image_and_normalizes():
     white = np.full((30, 60, 3), 255, np.uint8)
     out = preprocess(white, (32, 32))
     assert out.shape == (3, 32, 32)

@@ -174,7 +174,7 @@ def test_the_heads_features_and_gradient_are_the_librarys(side, precision, toler
     )
     found = []
     for products in (False, True):
-        head = copy.deepcopy(backbone.head).eval().requires_grad_(True)
+        head = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
         if products:
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
@@ -199,7 +199,7 @@ def test_training_goes_where_the_librarys_convolutions_go(monkeypatch, repo_root
     ours = adapt(backbone, layer2, params, seed=0).snapshots[-1]
     monkeypatch.setattr(convolution, "small_convolutions", lambda precision: nullcontext())
     plain = adapt(backbone, layer2, params, seed=0).snapshots[-1]
-    start = backbone.head.state_dict()
+    start = backbone.adapted.state_dict()
     moved = sum(float((plain[k] - start[k]).square().sum()) for k in plain) ** 0.5
     apart = sum(float((plain[k] - ours[k]).square().sum()) for k in plain) ** 0.5
     assert 0 < apart < 5e-3 * moved

@@ -13,7 +13,7 @@ from panda_ad.errors import UserError
 from panda_ad.params import GalleryParams
 from panda_ad.scoring.gallery import Gallery, cluster_means, compress, score_left_out
 from panda_ad.scoring.whitening import fit_whitening
-from panda_ad.stages.index_gallery import build_galleries, left_out_scores, normal_mean
+from panda_ad.stages.index_gallery import build_galleries, normal_mean, out_of_fold_scores
 from panda_ad.system.files import write_json
 
 
@@ -77,7 +77,7 @@ def test_leave_one_out_equals_brute_force(features):
 
 @pytest.mark.parametrize("copies", [1, 2, 50])
 def test_leave_one_out_keeps_exact_duplicates(features, copies):
-    """A copy of an image is another image; with one copy the second neighbour is a different image, with two it is a copy."""
+    """A copy of an image is another image; with one copy the second neighbor is a different image, with two it is a copy."""
     doubled = np.concatenate([features, np.repeat(features[:1], copies, axis=0)])
     expected = brute(doubled, doubled, 2, leave_out=True)[0].sum(axis=1)
     scores = Gallery(doubled).leave_one_out(2)
@@ -109,7 +109,7 @@ def test_scores_do_not_depend_on_batch_order_or_threads(seed, k, threads, batch,
 def test_k_larger_than_the_gallery_is_a_users_mistake(features):
     gallery = Gallery(features[:3])
     assert gallery.search(features, 3)[0].shape == (300, 3)
-    with pytest.raises(UserError, match="gallery.k: 4 neighbours are asked for, the gallery has 3"):
+    with pytest.raises(UserError, match="gallery.k: 4 neighbors are asked for, the gallery has 3"):
         gallery.search(features, 4)
     with pytest.raises(UserError, match="the gallery has 2"):
         gallery.leave_one_out(3)
@@ -160,14 +160,14 @@ def test_kmeans_finds_clusters():
     rng = np.random.default_rng(0)
     means = rng.normal(0, 20, (4, 6))
     features = (means[np.arange(200) % 4] + rng.normal(0, 0.1, (200, 6))).astype(np.float32)
-    centres, indices = compress(features, "kmeans", 4, 0)
-    assert centres.dtype == np.float32
+    centers, indices = compress(features, "kmeans", 4, 0)
+    assert centers.dtype == np.float32
     assert sorted(indices % 4) == [0, 1, 2, 3]
-    np.testing.assert_allclose(centres[np.argsort(indices % 4)], means, atol=0.2)
-    np.testing.assert_array_equal(compress(features, "kmeans", 4, 0)[0], centres)
+    np.testing.assert_allclose(centers[np.argsort(indices % 4)], means, atol=0.2)
+    np.testing.assert_array_equal(compress(features, "kmeans", 4, 0)[0], centers)
 
 
-def test_coreset_is_greedy_k_centre(features):
+def test_coreset_is_greedy_k_center(features):
     kept, indices = compress(features, "coreset", 20, 3)
     np.testing.assert_array_equal(kept, features[indices])
     for i in range(1, 20):  # each is the farthest from all before it
@@ -208,11 +208,11 @@ def test_the_mean_normal_score_is_of_images_that_do_not_find_themselves(features
     assert normal_mean(cluster_means(few, members), few, np.arange(11), members, 2) == pytest.approx(expected, rel=0.3)
 
 
-def test_more_neighbours_than_a_gallery_has_are_refused(features):
+def test_more_neighbors_than_a_gallery_has_are_refused(features):
     params = GalleryParams(k=17, normalize=False, whiten=True, compression="none", size=20)
-    assert left_out_scores([features[:30]], params, True, 0).shape == (1, 30)
-    with pytest.raises(UserError, match=r"gallery\.k: 17 neighbours are asked for, the gallery has 16; lower it"):
-        left_out_scores([features[:20]], params, True, 0)
+    assert out_of_fold_scores([features[:30]], params, True, 0).shape == (1, 30)
+    with pytest.raises(UserError, match=r"gallery\.k: 17 neighbors are asked for, the gallery has 16; lower it"):
+        out_of_fold_scores([features[:20]], params, True, 0)
 
 
 @pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
@@ -222,7 +222,7 @@ def test_left_out_scores_are_those_of_new_images(compression):
     spread = np.logspace(0, -1, 64)
     train, new = ((rng.normal(size=(n, 64)) * spread).astype(np.float32) for n in (100, 400))
     params = GalleryParams(k=2, normalize=False, whiten=True, compression=compression, size=20)
-    scores = left_out_scores([train, 2 * train], params, True, 0)
+    scores = out_of_fold_scores([train, 2 * train], params, True, 0)
     whiten = fit_whitening(train)
     (gallery,), kept, members = build_galleries([whiten(train)], params, 0)
     expected = gallery.score(whiten(new), 2).mean()
@@ -234,7 +234,7 @@ def test_left_out_scores_are_those_of_new_images(compression):
 
 
 def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch):
-    """Neighbours are shown as images: the n-th cluster of the deciding snapshot must be the one whose image is n-th in the bundle."""
+    """Neighbors are shown as images: the n-th cluster of the deciding snapshot must be the one whose image is n-th in the bundle."""
     import shutil
 
     import pandas as pd
@@ -243,7 +243,7 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     from registry_project import make_project
 
     from panda_ad.data.images import read_image
-    from panda_ad.features.backbones import preprocess, trunk_activations
+    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.scoring.bundle import load_bundle
     from panda_ad.stages import adapt, extract, index
 
@@ -272,7 +272,7 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     train = rows[rows["split"] == "train"]
     number = {path: i for i, path in enumerate(train["path"])}
     x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in train["path"]])
-    features = detector.features(trunk_activations(detector.backbone, x, detector.precision)[1])[0]
+    features = detector.features(frozen_activations(detector.backbone, x, detector.precision)[1])[0]
     members = detector.galleries[-1].search(features[-1], 1)[1][:, 0]
     assert len(detector.galleries[0]) == len(detector.images) == 5
     for gallery, under in zip(detector.galleries, features, strict=True):

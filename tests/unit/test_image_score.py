@@ -20,22 +20,30 @@ from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
 from panda_ad.params import parse_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
-from panda_ad.scoring.image_score import FOLDS, Scale, Usual, fit_scale, fit_usual, image_scores, left_out_peaks
+from panda_ad.scoring.image_score import (
+    FOLDS,
+    PixelStatistics,
+    RobustScale,
+    fit_pixel_statistics,
+    fit_robust_scale,
+    image_scores,
+    out_of_fold_peaks,
+)
 from panda_ad.scoring.localize.maps import positions
 from panda_ad.scoring.localize.patch_memory import patch_features
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
 def test_the_scale_is_median_and_normal_iqr(values):
-    scale = fit_scale(np.array(values))
-    assert scale.centre == pytest.approx(np.median(values), abs=1e-6)
+    scale = fit_robust_scale(np.array(values))
+    assert scale.center == pytest.approx(np.median(values), abs=1e-6)
     assert scale.spread == pytest.approx(iqr(values, scale="normal") or 1.0, rel=1e-6)
 
 
 def test_a_few_bad_images_among_the_normal_ones_hardly_move_the_scale():
     normal = np.random.default_rng(0).normal(5, 2, 100)
     with_bad = np.concatenate([normal, [500.0] * 5])
-    assert fit_scale(with_bad).spread == pytest.approx(fit_scale(normal).spread, rel=0.2)
+    assert fit_robust_scale(with_bad).spread == pytest.approx(fit_robust_scale(normal).spread, rel=0.2)
     assert np.std(with_bad) > 10 * np.std(normal)
 
 
@@ -43,7 +51,7 @@ def test_both_adds_what_the_parts_say_in_units_of_their_spread():
     features, peaks = np.array([1.0, 3.0, 2.0]), np.array([10.0, 10.0, 40.0])
     assert image_scores("features", features, None, None) is features
     assert image_scores("heatmap", features, peaks, None) is peaks
-    both = image_scores("both", features, peaks, (Scale(1.0, 0.5), Scale(10.0, 10.0)))
+    both = image_scores("both", features, peaks, (RobustScale(1.0, 0.5), RobustScale(10.0, 10.0)))
     assert both.tolist() == [0.0, 4.0, 5.0]
 
 
@@ -52,7 +60,7 @@ def test_a_spot_counts_by_what_is_usual_at_its_place():
     noisy = np.ones((8, 8))
     noisy[:, 0] = 10  # a border where normal images differ
     normal = (5 + rng.normal(size=(400, 8, 8)) * noisy).astype(np.float32)
-    usual = fit_usual(normal)
+    usual = fit_pixel_statistics(normal)
     np.testing.assert_allclose(usual.mean, normal.mean(axis=0), rtol=1e-5)
     at_border, inside = np.full((2, 8, 8), 5, np.float32)
     at_border[3, 0] += 12
@@ -65,20 +73,20 @@ def test_a_spot_counts_by_what_is_usual_at_its_place():
 def test_no_place_is_steadier_than_the_median_place():
     maps = np.random.default_rng(1).normal(size=(50, 6, 6)).astype(np.float32)
     maps[:, 0, 0] = 3.0
-    usual = fit_usual(maps)
+    usual = fit_pixel_statistics(maps)
     assert usual.spread[0, 0] == pytest.approx(np.median(maps.std(axis=0)), rel=1e-5)
-    assert fit_usual(np.ones((3, 4, 4), np.float32)).spread.tolist() == np.ones((4, 4)).tolist()
+    assert fit_pixel_statistics(np.ones((3, 4, 4), np.float32)).spread.tolist() == np.ones((4, 4)).tolist()
 
 
 def test_left_out_peaks_are_those_of_new_images():
     """Smooth maps of few images: a map that shaped the mean and spread would peak too low."""
     rng = np.random.default_rng(2)
     maps = rng.normal(size=(40, 12, 12)).astype(np.float32)
-    new = fit_usual(maps).peaks(rng.normal(size=(400, 12, 12)).astype(np.float32))
-    assert np.median(left_out_peaks(maps)) == pytest.approx(np.median(new), rel=0.06)
-    first = left_out_peaks(maps)[:8]
-    assert first.tolist() == fit_usual(maps[8:]).peaks(maps[:8]).tolist()
-    assert isinstance(fit_usual(maps), Usual)
+    new = fit_pixel_statistics(maps).peaks(rng.normal(size=(400, 12, 12)).astype(np.float32))
+    assert np.median(out_of_fold_peaks(maps)) == pytest.approx(np.median(new), rel=0.06)
+    first = out_of_fold_peaks(maps)[:8]
+    assert first.tolist() == fit_pixel_statistics(maps[8:]).peaks(maps[:8]).tolist()
+    assert isinstance(fit_pixel_statistics(maps), PixelStatistics)
 
 
 @pytest.fixture(scope="module", params=[(64, 64)])
@@ -137,7 +145,7 @@ def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles
     )
     monkeypatch.setattr(index, "_USUAL", count - 1)
     detector = SimpleNamespace(localizer=whole, size=size)
-    found = index.left_out_maps(detector, lambda i: {k: v[i] for k, v in gallery.items()}, pooled[:count], 3)
+    found = index.out_of_fold_maps(detector, lambda i: {k: v[i] for k, v in gallery.items()}, pooled[:count], 3)
     each = [
         whole.without(i).heatmaps(
             {k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}, pooled[i : i + 1], size
@@ -208,14 +216,14 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
     """By hand: each fold against whitening and gallery of the others, by the loaded bundle's own heads; a seen image would look too normal."""
     import pandas as pd
 
-    from panda_ad.features.backbones import preprocess, trunk_activations
+    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.scoring.whitening import fit_whitening
 
     folder = make_plant(tmp_path / "plant", monkeypatch, {"whiten": whiten}, score="both")
     detector = load_bundle("build/bundle/fabric")
     manifest = pd.read_csv("build/features/fabric/rows.csv")
     train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] == "train"]["path"]]
-    _, layer2 = trunk_activations(
+    _, layer2 = frozen_activations(
         detector.backbone, torch.stack([preprocess(i, detector.size) for i in train]), detector.precision
     )
     seen = detector.score_activations(layer2, heatmaps=True)
@@ -231,11 +239,11 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
                 squared = np.square(white(features[rest]).astype(np.float64) - white(features[i : i + 1])).sum(axis=1)
                 ratio[i] = np.sort(squared)[:2].sum() / mean
         ratios.append(ratio)
-    scale = fit_scale(np.max(ratios, axis=0))
-    assert detector.scales[0].centre == pytest.approx(scale.centre, rel=1e-4)
+    scale = fit_robust_scale(np.max(ratios, axis=0))
+    assert detector.scales[0].center == pytest.approx(scale.center, rel=1e-4)
     assert detector.scales[0].spread == pytest.approx(scale.spread, rel=1e-4)
-    assert detector.scales[0].centre > 2 * np.median(seen.whole)
-    assert detector.scales[1].centre > 1.2 * np.median(seen.peaks)
+    assert detector.scales[0].center > 2 * np.median(seen.whole)
+    assert detector.scales[1].center > 1.2 * np.median(seen.peaks)
 
 
 def test_an_older_bundle_scores_by_features_and_an_older_program_refuses_the_new_one(tmp_path, monkeypatch):

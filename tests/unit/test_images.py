@@ -85,7 +85,7 @@ def test_byte_limit(monkeypatch, tmp_path):
         read_image(tmp_path / "a.png")
 
 
-def test_sixteen_bit_grey_uses_the_full_range():
+def test_sixteen_bit_gray_uses_the_full_range():
     values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
     expected = np.array([[0, 1, 128, 255]])
     for kind in ("PNG", "TIFF"):
@@ -142,9 +142,9 @@ def test_twelve_bit_tiff_is_scaled_from_its_own_range():
     np.testing.assert_array_equal(decode(data, "x")[0, :, 0], [255, 0])
 
 
-def test_palette_grey_alpha_cmyk_and_one_bit():
-    grey = Image.fromarray(RGB[:, :, 0])
-    np.testing.assert_array_equal(decode(encode(grey), "x"), np.repeat(RGB[:, :, :1], 3, 2))
+def test_palette_gray_alpha_cmyk_and_one_bit():
+    gray = Image.fromarray(RGB[:, :, 0])
+    np.testing.assert_array_equal(decode(encode(gray), "x"), np.repeat(RGB[:, :, :1], 3, 2))
 
     palette = Image.fromarray(RGB).quantize(16)
     np.testing.assert_array_equal(decode(encode(palette), "x"), np.asarray(palette.convert("RGB")))
@@ -233,7 +233,7 @@ def test_odd_names(tmp_path):
         read_image(tmp_path)
 
 
-def test_mask_is_binarised_at_half(tmp_path):
+def test_mask_is_binarized_at_half(tmp_path):
     Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
 

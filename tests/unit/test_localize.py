@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from panda_ad.features.backbones import in_micro_batches, load_backbone, preprocess, trunk_activations
+from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, preprocess
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.patch_memory import choose, patch_features
@@ -16,7 +16,7 @@ from panda_ad.scoring.localize.tiling import blend, boxes, tiles
 def params(method, **changes):
     values = {
         "method": method,
-        "neighbours": 5,
+        "neighbors": 5,
         "memory_fraction": 0.3,
         "memory_limit": 20_000,
         "sigma": 2.0,
@@ -39,8 +39,10 @@ def world(request):
     images = [texture(rng, size) for _ in range(15)]
     images[-1][8:24, 8:24] = 255 - images[-1][8:24, 8:24] // 3
     backbone = load_backbone("embedded")
-    layer1, layer2 = trunk_activations(backbone, torch.stack([preprocess(i, size) for i in images]), torch.float32)
-    layer3, pooled = in_micro_batches(lambda x: (backbone.head.maps(x.float())[0], backbone.head(x.float())), layer2)
+    layer1, layer2 = frozen_activations(backbone, torch.stack([preprocess(i, size) for i in images]), torch.float32)
+    layer3, pooled = in_micro_batches(
+        lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
+    )
     layers = {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}
     return (
         size,
@@ -81,7 +83,7 @@ def test_spade_equals_naive(world):
 
 
 def naive_patch_features(layer2, layer3):
-    """One image, neighbourhood by neighbourhood."""
+    """One image, neighborhood by neighborhood."""
 
     def mean3x3(x):
         out = torch.empty_like(x)
@@ -139,9 +141,9 @@ def test_a_gallery_image_is_normal_everywhere(world):
         assert own.max() < 1e-3
 
 
-def test_spade_with_fewer_images_than_neighbours_and_at_another_input_size(world):
+def test_spade_with_fewer_images_than_neighbors_and_at_another_input_size(world):
     size, gallery, pooled, layers, features = world
-    ours = build("spade", world, neighbours=50).heatmaps(layers, features, size)
+    ours = build("spade", world, neighbors=50).heatmaps(layers, features, size)
     expected = naive_spade(gallery, pooled, {k: v[0] for k, v in layers.items()}, features[0], size, 12, 2.0)
     np.testing.assert_allclose(ours[0], expected, rtol=1e-5)
     larger = {k: v.repeat(1, 1, 2, 1) for k, v in layers.items()}

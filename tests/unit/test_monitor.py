@@ -103,11 +103,11 @@ def sample(images: list[np.ndarray], seed: int, score: float = 5.0) -> Sample:
 
 CHANGES = {
     "nothing": ({}, set()),
-    "dimmer": ({"light": 0.5}, {"darker", "colour cast towards yellow", "colour cast towards red"}),
-    "stronger lamp": ({"light": -0.5}, {"brighter", "colour cast towards blue", "colour cast towards green"}),
+    "dimmer": ({"light": 0.5}, {"darker", "color cast towards yellow", "color cast towards red"}),
+    "stronger lamp": ({"light": -0.5}, {"brighter", "color cast towards blue", "color cast towards green"}),
     "focus": ({"blur": 1.2}, {"out of focus"}),
-    "yellow": ({"balance": (1.03, 1.03, 0.85)}, {"colour cast towards yellow"}),
-    "green": ({"balance": (0.93, 1.03, 0.97)}, {"colour cast towards green"}),
+    "yellow": ({"balance": (1.03, 1.03, 0.85)}, {"color cast towards yellow"}),
+    "green": ({"balance": (0.93, 1.03, 0.97)}, {"color cast towards green"}),
 }
 
 
@@ -141,7 +141,7 @@ def test_other_content_under_the_same_light_is_called_content():
         for image in photographs("capsule", "two")
     ]
     drift = find_drift(sample(photographs("capsule", "one"), 1), sample(moved, 2), 0.05, LIMITS)
-    assert drift.findings == ["content has changed while light, focus and colour have not"]
+    assert drift.findings == ["content has changed while light, focus and color have not"]
 
 
 def test_light_that_moves_features_is_no_content():

@@ -10,8 +10,8 @@ from conftest import noise, save
 from PIL import Image
 from registry_project import make_project
 
-from panda_ad.data.outliers import coarseness, is_grey, outlier_item
-from panda_ad.features.backbones import preprocess, trunk_activations
+from panda_ad.data.outliers import coarseness, is_gray, outlier_item
+from panda_ad.features.backbones import frozen_activations, preprocess
 from panda_ad.features.cache import Activations
 
 
@@ -19,26 +19,26 @@ def test_larger_ones_are_reduced_by_area_and_smaller_ones_stay(tmp_path):
     large, small, wide = (
         save(noise(i, size), tmp_path / f"{i}.png") for i, size in enumerate([(64, 96), (8, 12), (10, 96)])
     )
-    reduced = outlier_item(large, (32, 48), grey=False).read()
+    reduced = outlier_item(large, (32, 48), gray=False).read()
     assert reduced.shape == (32, 48, 3) and reduced.dtype == np.uint8
-    # without antialiasing, neighbouring pixels of noise would keep their spread
+    # without antialiasing, neighboring pixels of noise would keep their spread
     assert reduced.std() < 0.7 * noise(0, (64, 96)).std()
-    np.testing.assert_array_equal(outlier_item(small, (32, 48), grey=False).read(), noise(1, (8, 12)))
-    assert outlier_item(wide, (32, 48), grey=False).read().shape == (
+    np.testing.assert_array_equal(outlier_item(small, (32, 48), gray=False).read(), noise(1, (8, 12)))
+    assert outlier_item(wide, (32, 48), gray=False).read().shape == (
         10,
         48,
         3,
     )  # each side for itself: the network squeezes them apart
 
 
-def test_colour_goes_where_the_normal_images_have_none(tmp_path):
+def test_color_goes_where_the_normal_images_have_none(tmp_path):
     path = save(noise(0), tmp_path / "a.png")
-    read = outlier_item(path, (16, 16), grey=True).read()
-    assert is_grey(read) and not is_grey(noise(0))
+    read = outlier_item(path, (16, 16), gray=True).read()
+    assert is_gray(read) and not is_gray(noise(0))
     np.testing.assert_array_equal(read[:, :, 0], np.array(Image.fromarray(noise(0)).convert("L")))
 
 
-def test_the_key_holds_file_resolution_and_colour(tmp_path):
+def test_the_key_holds_file_resolution_and_color(tmp_path):
     a, b = save(noise(0), tmp_path / "a.png"), save(noise(1), tmp_path / "b.png")
     variants = [
         (a, (16, 16), False),
@@ -98,5 +98,5 @@ def test_adapt_trains_on_outliers_at_the_resolution_of_its_images(plant, side, s
     if side > 32:
         image = image.resize((32, 32), Image.Resampling.BILINEAR)
     x = preprocess(np.array(image), (64, 64))[None]
-    expected = trunk_activations(view.activations.backbone, x, view.activations.precision)[1].numpy()[0]
+    expected = frozen_activations(view.activations.backbone, x, view.activations.precision)[1].numpy()[0]
     np.testing.assert_array_equal(view[[2]][0], expected)

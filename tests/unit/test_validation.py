@@ -199,7 +199,7 @@ def test_every_accepted_kind_of_image_is_usable(make_params):
     Image.fromarray(np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)).save(folder / "sixteen.png")
     Image.fromarray(noise(1)).quantize(8).save(folder / "palette.png")
     Image.fromarray(noise(2)).convert("CMYK").save(folder / "cmyk.jpg")
-    Image.fromarray(noise(3)[:, :, 0]).save(folder / "grey.png")
+    Image.fromarray(noise(3)[:, :, 0]).save(folder / "gray.png")
     Image.fromarray(np.dstack([noise(4), noise(5)[:, :, :1]])).save(folder / "alpha.png")
     exif = Image.Exif()
     exif[274] = 6

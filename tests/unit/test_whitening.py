@@ -15,16 +15,16 @@ from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.whitening import FLOOR, fit_whitening, ledoit_wolf_shrinkage
 
 
-def correlated(m: int, d: int, seed: int = 0, centre: float = 3.0) -> np.ndarray:
+def correlated(m: int, d: int, seed: int = 0, center: float = 3.0) -> np.ndarray:
     """(m, d) float32, directions of different variance, off the origin."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(m, d)) @ rng.normal(size=(d, d)) + centre).astype(np.float32)
+    return (rng.normal(size=(m, d)) @ rng.normal(size=(d, d)) + center).astype(np.float32)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(2, 12), st.integers(0, 10**6), st.floats(-30, 30))
-def test_unshrunk_whitened_training_features_have_identity_covariance(d, seed, centre):
-    x = correlated(20 * d, d, seed, centre)
+def test_unshrunk_whitened_training_features_have_identity_covariance(d, seed, center):
+    x = correlated(20 * d, d, seed, center)
     z = fit_whitening(x, shrinkage=0.0)(x).astype(np.float64)
     assert z.dtype == np.float64 and z.shape == x.shape
     variances = np.linalg.eigvalsh(np.cov(x.T.astype(np.float64), bias=True))
@@ -48,8 +48,8 @@ def test_distances_are_mahalanobis_distances(m, d):
 @given(st.integers(2, 60), st.integers(1, 30), st.integers(0, 10**6))
 def test_shrinkage_is_that_of_ledoit_and_wolf(m, d, seed):
     x = correlated(m, d, seed).astype(np.float64)
-    centred = x - x.mean(axis=0)
-    found = ledoit_wolf_shrinkage(centred, centred.T @ centred / m)
+    centered = x - x.mean(axis=0)
+    found = ledoit_wolf_shrinkage(centered, centered.T @ centered / m)
     assert found == pytest.approx(ledoit_wolf(x)[1], abs=1e-9)
     assert 0 <= found <= 1
 
@@ -83,13 +83,13 @@ def test_a_feature_that_never_changes_neither_breaks_nor_decides_by_rounding():
         assert np.isfinite(outside) and outside > 1e6 * inside
 
 
-def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_digit(tmp_path, monkeypatch):
+def test_the_stages_whiten_what_is_normalized_and_the_bundle_keeps_it_to_the_digit(tmp_path, monkeypatch):
     """Two snapshots and a compressed gallery; scores of the loaded bundle from a naive computation, and as evaluated."""
     import pandas as pd
     import torch
 
     from panda_ad.data.images import read_image
-    from panda_ad.features.backbones import preprocess, trunk_activations
+    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.stages import adapt, evaluate, extract, index
 
     folder = make_project(tmp_path / "plant")
@@ -115,11 +115,11 @@ def test_the_stages_whiten_what_is_normalised_and_the_bundle_keeps_it_to_the_dig
     whitenings, detector.whitenings = detector.whitenings, []
 
     def plain(paths) -> list[np.ndarray]:
-        """Normalised features under each head, float64, not whitened."""
+        """Normalized features under each head, float64, not whitened."""
         x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in paths])
         return [
             f.astype(np.float64)
-            for f in detector.features(trunk_activations(detector.backbone, x, detector.precision)[1])[0]
+            for f in detector.features(frozen_activations(detector.backbone, x, detector.precision)[1])[0]
         ]
 
     manifest = pd.read_csv("build/features/fabric/rows.csv")

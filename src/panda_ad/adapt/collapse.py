@@ -23,30 +23,30 @@ SAMPLE = 256
 """Training images looked at; a fixed, seeded choice where there are more."""
 
 
-def feature_statistics(features: Tensor, centre: Tensor) -> dict[str, float]:
+def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
     """What the watch logs.
 
     Parameters
     ----------
-    features : (N, D) of normal training images.  centre : (D,), of the compactness loss.
+    features : (N, D) of normal training images.  center : (D,), of the compactness loss.
 
     Returns
     -------
-    centre_distance : mean of ||f(x) - c||, in feature units.
+    center_distance : mean of ||f(x) - c||, in feature units.
     feature_variance : trace of the covariance / D.
-    effective_rank : exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli, EUSIPCO 2007), 1 to
+    effective_rank : exp of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli, EUSIPCO 2007), 1 to
         min(N - 1, D); 0 where all features are equal.
     """
     x = features.double()
-    centred = x - x.mean(dim=0)
+    centered = x - x.mean(dim=0)
     # the smaller of covariance and Gram matrix has the same non-zero spectrum
-    gram = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
+    gram = centered @ centered.T if len(x) < x.shape[1] else centered.T @ centered
     spectrum = torch.linalg.eigvalsh(gram).clamp(min=0) / len(x)
     trace = float(spectrum.sum())
     p = spectrum / max(trace, 1e-300)
     p = p[p > 1e-12]
     return {
-        "centre_distance": float((x - centre.double()).norm(dim=1).mean()),
+        "center_distance": float((x - center.double()).norm(dim=1).mean()),
         "feature_variance": trace / x.shape[1],
         "effective_rank": math.exp(float(-(p * p.log()).sum())) if trace > 1e-20 else 0.0,
     }

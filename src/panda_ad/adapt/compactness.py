@@ -15,18 +15,18 @@ from panda_ad.errors import UserError
 _PASS = 64  # images per forward pass without gradients
 
 
-def compactness_loss(features: Tensor, centre: Tensor) -> Tensor:
+def compactness_loss(features: Tensor, center: Tensor) -> Tensor:
     """mean over images of ||f(x) - c||^2 / d.
 
     Parameters
     ----------
-    features : (B, D).  centre : (D,), the mean of the unadapted training features; a constant.
+    features : (B, D).  center : (D,), the mean of the unadapted training features; a constant.
 
     Returns
     -------
     scalar tensor.
     """
-    return (features - centre).square().sum(dim=1).mean() / features.shape[1]
+    return (features - center).square().sum(dim=1).mean() / features.shape[1]
 
 
 def rows_of(layer2: Any, rows: np.ndarray, device: torch.device) -> Tensor:

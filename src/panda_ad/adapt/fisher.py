@@ -53,7 +53,7 @@ def estimate_fisher(
 
     Parameters
     ----------
-    layer2 : array-like of float16 (N, C2, h, w), trunk activations.
+    layer2 : array-like of float16 (N, C2, h, w), frozen activations.
     labels : (N,) class numbers of the classifier, or None to draw them from its predictions.
     samples : most images used.
 
@@ -70,7 +70,7 @@ def estimate_fisher(
         raise UserError(
             "adapt.method ewc: the weights hold no classifier (fc) to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses"
         )
-    head = copy.deepcopy(backbone.head).eval().requires_grad_(True)
+    head = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
     device = next(head.parameters()).device
     fc = copy.deepcopy(backbone.fc).to(device)
     names, parameters = zip(*head.named_parameters(), strict=True)
@@ -151,19 +151,23 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
         raise UserError(f"{source}: cannot be read ({' '.join(str(e).split())[:120]})") from None
     except Exception as e:  # torch.load raises pickle's own errors on a file that is not a checkpoint
         raise UserError(f"{source}: not a file of plain tensors ({type(e).__name__})") from None
-    names = [name for name, _ in backbone.head.named_parameters()]
+    names = [name for name, _ in backbone.adapted.named_parameters()]
     if isinstance(raw, Sequence):
-        trunk = len(list(backbone.trunk.parameters()))
-        whole = {len(names): 0, trunk + len(names): trunk, trunk + len(names) + 2: trunk}  # head; without fc; with fc
+        frozen = len(list(backbone.frozen.parameters()))
+        whole = {
+            len(names): 0,
+            frozen + len(names): frozen,
+            frozen + len(names) + 2: frozen,
+        }  # head; without fc; with fc
         if len(raw) not in whole:
             raise UserError(
-                f"{source}: holds {len(raw)} tensors, a {backbone.name} has {trunk + len(names)} without its classifier"
+                f"{source}: holds {len(raw)} tensors, a {backbone.name} has {frozen + len(names)} without its classifier"
             )
         raw = dict(zip(names, raw[whole[len(raw)] :][: len(names)], strict=True))
     if not isinstance(raw, Mapping):
         raise UserError(f"{source}: a mapping of parameter names to tensors is expected, found {type(raw).__name__}")
     fisher = {str(k).removeprefix("module."): v.detach().float() for k, v in raw.items() if isinstance(v, Tensor)}
-    check_fisher(fisher, backbone.head, source)
+    check_fisher(fisher, backbone.adapted, source)
     return {name: fisher[name] for name in names}
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def linear_head(dimension: int, generator: torch.Generator) -> nn.Linear:
-    """nn.Linear(dimension, 1), float32, with torch's default initialisation (uniform in +-1/sqrt(dimension)) drawn from `generator`."""
+    """nn.Linear(dimension, 1), float32, with torch's default initialization (uniform in +-1/sqrt(dimension)) drawn from `generator`."""
     head = nn.Linear(dimension, 1)
     bound = 1 / math.sqrt(dimension)
     with torch.no_grad():

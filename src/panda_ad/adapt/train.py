@@ -38,10 +38,10 @@ class Adapted:
     ----------
     snapshots : head state dicts, float32, without `num_batches_tracked`; [] for method none.
     steps : training steps behind each snapshot; 0 is the pretrained head.
-    history : per watched step: step, epoch, loss, penalty (ewc), gradient_norm, clipped, centre_distance, feature_variance,
+    history : per watched step: step, epoch, loss, penalty (ewc), gradient_norm, clipped, center_distance, feature_variance,
         effective_rank. Step 0 has features' figures only.
-    collapsed_at : first watched step at which the features had collapsed, or None. Not judged for oe, which has no centre to fall into.
-    classifier : oe's linear head {weight (1, D), bias (1,)}, on features as the head gives them, not L2-normalised; else None.
+    collapsed_at : first watched step at which the features had collapsed, or None. Not judged for oe, which has no center to fall into.
+    classifier : oe's linear head {weight (1, D), bias (1,)}, on features as the head gives them, not L2-normalized; else None.
     provenance : what was done, JSON.
     """
 
@@ -90,7 +90,7 @@ def adapt(
         raise UserError("adapt: there are no normal training images")
     if method == "oe" and (outliers is None or len(outliers) == 0):
         raise UserError("adapt.outliers: holds no images; method oe needs some to tell normal images from")
-    head = copy.deepcopy(backbone.head).eval().requires_grad_(True)
+    head = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
     device = next(head.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     epochs = params.epochs or EPOCHS[method]
@@ -106,15 +106,15 @@ def adapt(
     }
     provenance |= {"precision": str(precision).removeprefix("torch.")}
 
-    # The unadapted features: their mean is the centre, a choice of them the collapse watch's reference.
+    # The unadapted features: their mean is the center, a choice of them the collapse watch's reference.
     with products(torch.float32, device):
         everything = features_of(head, layer2)
-    centre = everything.double().mean(dim=0).float()
+    center = everything.double().mean(dim=0).float()
     rows = chosen_rows(n, SAMPLE, seed)
     reference, dimension = everything[rows], everything.shape[1]
     del everything
 
-    on_device = centre.to(device)
+    on_device = center.to(device)
     normal = minibatches(n, params.batch_size, generator)
     parameters = list(head.parameters())
     linear = penalty = None
@@ -153,7 +153,7 @@ def adapt(
         layer2,
         rows,
         reference,
-        centre,
+        center,
         keep_at=snapshot_steps(steps, params.snapshots) if method == "ses" else [steps],
         steps=steps,
         epochs=epochs,

@@ -27,7 +27,7 @@ class Watch:
     ----------
     head : as yet unadapted.
     layer2, rows : the training images (`adapt`), and those that are looked at.
-    reference : their unadapted features, (len(rows), D).  centre : (D,).
+    reference : their unadapted features, (len(rows), D).  center : (D,).
     keep_at : steps whose heads are kept; 0 is the unadapted one.
     steps, epochs : of the training.
     judge : whether collapse is judged.  fall_back : whether it ends training, the last good head kept.
@@ -45,7 +45,7 @@ class Watch:
         layer2: Any,
         rows: np.ndarray,
         reference: Tensor,
-        centre: Tensor,
+        center: Tensor,
         *,
         keep_at: Sequence[int],
         steps: int,
@@ -54,11 +54,11 @@ class Watch:
         fall_back: bool,
         penalty: ElasticPenalty | None,
     ):
-        self.head, self.layer2, self.rows, self.centre = head, layer2, rows, centre
+        self.adapted, self.layer2, self.rows, self.center = head, layer2, rows, center
         self.keep_at, self.steps, self.epochs = keep_at, steps, epochs
         self.judge, self.fall_back, self.penalty = judge, fall_back, penalty
         self.at = sorted({*keep_at, *snapshot_steps(steps, min(WATCHED, epochs) + 1)} - {0})
-        self.start = feature_statistics(reference, centre)
+        self.start = feature_statistics(reference, center)
         self.history: list[dict[str, float]] = [{"step": 0.0, "epoch": 0.0, **self.start}]
         self.collapsed_at: int | None = None
         self._last_good = (0, head_state(head))
@@ -66,13 +66,13 @@ class Watch:
 
     def __call__(self, step: int, since: Since) -> bool:
         """Look at the head after `step`; True ends training. UserError where its features are not finite."""
-        with products(torch.float32, next(self.head.parameters()).device):
-            features = features_of(self.head, self.layer2, self.rows)
+        with products(torch.float32, next(self.adapted.parameters()).device):
+            features = features_of(self.adapted, self.layer2, self.rows)
         if not torch.isfinite(features).all():
             raise UserError(
                 f"adapt: the features are not finite after step {step} of {self.steps}; lower adapt.learning_rate"
             )
-        now = feature_statistics(features, self.centre)
+        now = feature_statistics(features, self.center)
         row = {"step": float(step), "epoch": step * self.epochs / self.steps, "loss": since.loss}
         if self.penalty is not None:
             row["penalty"] = self.penalty.value()
@@ -84,9 +84,9 @@ class Watch:
                 self.snapshots[good] = state
                 return True
         if step in self.keep_at:
-            self.snapshots[step] = head_state(self.head)
+            self.snapshots[step] = head_state(self.adapted)
         if self.collapsed_at is None:
-            self._last_good = (step, head_state(self.head))
+            self._last_good = (step, head_state(self.adapted))
         return False
 
     @property

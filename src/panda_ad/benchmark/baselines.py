@@ -54,14 +54,14 @@ def deep_svdd(train: np.ndarray, queries: np.ndarray, seed: int, epochs: int = 5
     with torch.no_grad():
         for layer in layers:
             layer.weight.normal_(0, layer.in_features**-0.5, generator=generator)
-        centre = network(x).mean(dim=0)
-        centre = torch.where(centre.abs() < 0.1, torch.where(centre < 0, -0.1, 0.1), centre)
+        center = network(x).mean(dim=0)
+        center = torch.where(center.abs() < 0.1, torch.where(center < 0, -0.1, 0.1), center)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, weight_decay=1e-6)
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).split(200):
             optimizer.zero_grad()
-            F.mse_loss(network(x[rows]), centre.expand(len(rows), -1), reduction="sum").div(len(rows)).backward()
+            F.mse_loss(network(x[rows]), center.expand(len(rows), -1), reduction="sum").div(len(rows)).backward()
             optimizer.step()
     with torch.no_grad():
         q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)) / scale
-        return (network(q) - centre).square().sum(dim=1).double().numpy()
+        return (network(q) - center).square().sum(dim=1).double().numpy()

@@ -23,9 +23,9 @@ from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.benchmark.protocols import OUTLIERS, Job, Settings, choose, choose_test, train_refs
 from panda_ad.benchmark.sources import Images, Ref, as_item, read_labelled, read_set
-from panda_ad.data.outliers import is_grey, outlier_item
+from panda_ad.data.outliers import is_gray, outlier_item
 from panda_ad.evaluation.image_metrics import auroc
-from panda_ad.features.backbones import Head, load_backbone, resolve_precision
+from panda_ad.features.backbones import AdaptedLayers, load_backbone, resolve_precision
 from panda_ad.features.cache import Activations, Item
 from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.ses import ses_scores
@@ -51,8 +51,8 @@ class Bench:
         self.settings, self.data, self.out = settings, data, out
         self.backbone = load_backbone(b.name, b.weights)
         self.activations = Activations(self.backbone, b.size, resolve_precision(b.precision), cache, b.cache_gb)
-        self.head = copy.deepcopy(self.backbone.head).to(memory_format=torch.contiguous_format)
-        self._pretrained = copy.deepcopy(self.head.state_dict())
+        self.adapted = copy.deepcopy(self.backbone.adapted).to(memory_format=torch.contiguous_format)
+        self._pretrained = copy.deepcopy(self.adapted.state_dict())
         self._items: dict[tuple, list[Item]] = {}
 
     def images(self, job: Job) -> Images:
@@ -68,15 +68,15 @@ class Bench:
 
     def outliers(self, name: tuple, files: Sequence[Ref], like: np.ndarray) -> list[Item]:
         """Outlier images as items, at the resolution of the normal images, of which `like`, uint8 (H, W, 3), is one."""
-        size, grey = (like.shape[0], like.shape[1]), is_grey(like)
-        name = (*name, *size, grey)
+        size, gray = (like.shape[0], like.shape[1]), is_gray(like)
+        name = (*name, *size, gray)
         if name not in self._items:
-            self._items[name] = [outlier_item(path, size, grey) for path in files if isinstance(path, Path)]
+            self._items[name] = [outlier_item(path, size, gray) for path in files if isinstance(path, Path)]
             self.activations.warm(self._items[name], label=" ".join(map(str, name)))
         return self._items[name]
 
     def layer2(self, items: Sequence[Item]) -> np.ndarray:
-        """Trunk activations, float16 (N, C2, h, w), in memory: 16 kB an image at 64 px."""
+        """FrozenLayers activations, float16 (N, C2, h, w), in memory: 16 kB an image at 64 px."""
         return self.activations.view(items)[:]
 
     def train_items(self, job: Job) -> list[Item]:
@@ -93,7 +93,7 @@ class Bench:
         return items, np.array([images.test_class[i] not in job.normal for i in chosen])
 
     def features(self, layer2: np.ndarray, state: Mapping[str, torch.Tensor] | None = None) -> np.ndarray:
-        """Pooled features under a head, by default the pretrained one: (N, C2, h, w) -> float32 (N, D), normalised if the settings say so."""
+        """Pooled features under a head, by default the pretrained one: (N, C2, h, w) -> float32 (N, D), normalized if the settings say so."""
         return self._normalized(head_features(self.with_state(self._pretrained if state is None else state), layer2))
 
     def _normalized(self, features: np.ndarray) -> np.ndarray:
@@ -111,10 +111,10 @@ class Bench:
                 np.save(f, values)
         return self._normalized(np.load(path))
 
-    def with_state(self, state: Mapping[str, torch.Tensor]) -> Head:
+    def with_state(self, state: Mapping[str, torch.Tensor]) -> AdaptedLayers:
         """The head with these weights."""
-        self.head.load_state_dict(state, strict=False)
-        return self.head
+        self.adapted.load_state_dict(state, strict=False)
+        return self.adapted
 
     def run(self, job: Job) -> list[Path]:
         """Compute the cells of a job that are missing, and write them; returns their files."""
@@ -151,7 +151,7 @@ class Bench:
 
 
 @torch.no_grad()
-def head_features(head: Head, layer2: np.ndarray) -> np.ndarray:
+def head_features(head: AdaptedLayers, layer2: np.ndarray) -> np.ndarray:
     """(N, C2, h, w) float16 -> (N, D) float32, in float32 and large batches."""
     starts = tqdm(range(0, len(layer2), _BATCH), desc="features", unit="batch", disable=None)
     with small_convolutions():
@@ -246,7 +246,7 @@ def _oe(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     )
     adapted = _adapted(bench, job, outliers=bench.layer2(outliers))
     assert adapted.classifier is not None
-    # as they come, never normalised: so the classifier was trained
+    # as they come, never normalized: so the classifier was trained
     features = head_features(bench.with_state(adapted.snapshots[-1]), bench.layer2(bench.test_items(job)[0]))
     weight, bias = adapted.classifier["weight"].numpy(), adapted.classifier["bias"].numpy()
     return {"oe": ((features @ weight.T + bias)[:, 0], {"steps": adapted.steps})}

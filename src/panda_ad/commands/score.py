@@ -157,7 +157,7 @@ def score_files(
 
 
 def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:
-    """Write the image with its heat map laid over it, coloured where it exceeds what normal images show."""
+    """Write the image with its heat map laid over it, colored where it exceeds what normal images show."""
     from PIL import Image
 
     start, full = detector.config["heatmap_range"]
@@ -167,7 +167,7 @@ def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Det
         rgb, heatmap, blend, strict=True
     ):  # row by row: in floating point a large image takes gigabytes
         strength = np.clip((heat - start) / max(full - start, 1e-12), 0, 1)[:, None]
-        colour = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=1)
-        out[:] = pixels * (1 - 0.65 * strength) + colour * 0.65 * strength
+        color = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=1)
+        out[:] = pixels * (1 - 0.65 * strength) + color * 0.65 * strength
     with atomic_file(path) as temporary:
         Image.fromarray(blend).save(temporary, "JPEG", quality=90)

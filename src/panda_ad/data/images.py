@@ -3,11 +3,11 @@
 What is decided here, for every caller (pipeline, command line, REST):
 
 - Formats: PNG, JPEG, BMP, TIFF, WebP and PGM/PPM; nothing else is even tried.
-- EXIF orientation is applied. Colour profiles are ignored.
-- 16-bit grey is scaled from its full range: round(v / 257). A camera that fills only part of the range (10 or 12 bits in a
+- EXIF orientation is applied. Color profiles are ignored.
+- 16-bit gray is scaled from its full range: round(v / 257). A camera that fills only part of the range (10 or 12 bits in a
   16-bit file) comes out dark; stretching each image by its own range would hide brightness defects, so window such images
-  once, with one window for all, before handing them in. 12-bit TIFF is scaled from its 4095. 16-bit colour keeps its high byte.
-- Palette, grey, CMYK, YCbCr and 1-bit become RGB; transparency is laid over white (in masks: over black, 'not marked').
+  once, with one window for all, before handing them in. 12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
+- Palette, gray, CMYK, YCbCr and 1-bit become RGB; transparency is laid over white (in masks: over black, 'not marked').
 - Floating-point and 32-bit images have no known range, and animations and multi-page files no one picture: refused.
 """
 
@@ -30,7 +30,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm")
 )
-"""Usual endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
+"""PixelStatistics endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 BATCH, BATCH_PIXELS = 32, 64_000_000
@@ -143,7 +143,7 @@ def _refuse(image: Image.Image, name: str) -> None:
 
 
 def _levels(image: Image.Image) -> np.ndarray:
-    """uint8 (65536,): the grey that each value of a 16-bit image stands for."""
+    """uint8 (65536,): the gray that each value of a 16-bit image stands for."""
     tags: Any = getattr(image, "tag_v2", {})
     full_scale = 4095 if tags.get(258, (16,)) == (12,) else 65535  # 258: BitsPerSample
     levels = np.rint(np.arange(65536).clip(0, full_scale) * (255 / full_scale)).astype(np.uint8)
@@ -217,7 +217,7 @@ def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]
 
 
 def mask_levels(data: bytes, name: str) -> np.ndarray:
-    """Decode a mask before it is binarised: uint8 (H, W), the largest channel. Raises UserError as `decode` does."""
+    """Decode a mask before it is binarized: uint8 (H, W), the largest channel. Raises UserError as `decode` does."""
     return picture(data, name, BLACK).rgb.max(axis=2)
 
 

@@ -1,6 +1,6 @@
 """Outlier images brought to the resolution of the normal images.
 
-Sharpness and colour would otherwise tell outliers apart without a look at what they show, and nothing would be learnt: on CIFAR-10's
+Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned: on CIFAR-10's
 airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at 32 px (docs/results.md).
 """
 
@@ -18,12 +18,12 @@ from panda_ad.data.images import FORMATS, read_bytes, read_image
 from panda_ad.features.cache import Item
 
 
-def is_grey(rgb: np.ndarray) -> bool:
+def is_gray(rgb: np.ndarray) -> bool:
     """Whether the channels of an image, uint8 (H, W, 3), are equal everywhere."""
     return bool((rgb == rgb[:, :, :1]).all())
 
 
-def outlier_item(path: Path, size: tuple[int, int], grey: bool) -> Item:
+def outlier_item(path: Path, size: tuple[int, int], gray: bool) -> Item:
     """An outlier image for the activation cache, reduced to the resolution of the normal images.
 
     Parameters
@@ -31,25 +31,23 @@ def outlier_item(path: Path, size: tuple[int, int], grey: bool) -> Item:
     path : its file.
     size : (height, width) of the normal images, pixels. Where the outlier has more, it is reduced to that, antialiased; where it has less,
         nothing is invented: it stays.
-    grey : whether the normal images are grey; the outlier is then made grey too.
+    gray : whether the normal images are gray; the outlier is then made gray too.
 
     Returns
     -------
-    Item whose key holds `size` and `grey`, so that the same file at another resolution is another image.
+    Item whose key holds `size` and `gray`, so that the same file at another resolution is another image.
     """
-    digest = hashlib.sha256(
-        read_bytes(path) + f"at most {size[0]} x {size[1]}, {'grey' if grey else 'colour'}".encode()
-    )
-    return Item(digest.hexdigest(), functools.partial(read_outlier, path, size, grey))
+    digest = hashlib.sha256(read_bytes(path) + f"at most {size[0]} x {size[1]}, {'gray' if gray else 'color'}".encode())
+    return Item(digest.hexdigest(), functools.partial(read_outlier, path, size, gray))
 
 
-def read_outlier(path: Path, size: tuple[int, int], grey: bool) -> np.ndarray:
+def read_outlier(path: Path, size: tuple[int, int], gray: bool) -> np.ndarray:
     """uint8 (H, W, 3) of an outlier as `outlier_item` describes. UserError where it cannot be decoded."""
     image = Image.fromarray(read_image(path))
     height, width = min(image.height, size[0]), min(image.width, size[1])
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BILINEAR)  # antialiased
-    return np.array(image.convert("L").convert("RGB") if grey else image)
+    return np.array(image.convert("L").convert("RGB") if gray else image)
 
 
 def coarseness(files: Sequence[Path], size: tuple[int, int], network: tuple[int, int]) -> float:

@@ -73,7 +73,7 @@ def bootstrap_interval(
 
     Parameters
     ----------
-    metric : `auroc`, `average_precision`, `fpr_at_tpr` (vectorised), or any function of labels and scores (one call per resample).
+    metric : `auroc`, `average_precision`, `fpr_at_tpr` (vectorized), or any function of labels and scores (one call per resample).
     n : resamples.  confidence : coverage, in (0, 1).  seed : of the resampling; the same seed gives the same interval.
 
     Returns

@@ -1,6 +1,6 @@
 """Pixel metrics over a test set: AUROC, AU-PRO and best F1, exact over all thresholds, and their intervals.
 
-Masks are bool: a ground-truth pixel is defective where its mask's value is at least half (`data.images.read_mask` binarises).
+Masks are bool: a ground-truth pixel is defective where its mask's value is at least half (`data.images.read_mask` binarizes).
 
 For each metric it is enough to know, per defective pixel, how many normal pixels score above it and how many score the
 same. So only the defective pixels are held, and the normal ones pass by in sorted blocks of 16 million: nothing is binned, and
@@ -47,9 +47,9 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
 def au_pro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
     """Area under the per-region overlap curve up to a false-positive rate, divided by that rate (Bergmann et al., IJCV 2021, 4.2).
 
-    The overlap at a threshold is the share of a connected defect (8-neighbourhood, per image) that scores at or above it,
+    The overlap at a threshold is the share of a connected defect (8-neighborhood, per image) that scores at or above it,
     averaged over all defects of the set, so that small defects weigh as much as large ones; the false-positive rate is over all
-    normal pixels of all images. The curve is linear between neighbouring thresholds, and is cut at `limit` by interpolation.
+    normal pixels of all images. The curve is linear between neighboring thresholds, and is cut at `limit` by interpolation.
 
     Each defective pixel raises the overlap by its weight 1 / (size of its defect x number of defects) while the false-positive rate
     goes from `a` (normal pixels above it) to `b` (above or tied), so the area is a sum over defective pixels in closed form.
@@ -125,7 +125,7 @@ def _ramp_area(a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
 
 
 def _components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Pixel indices (rows, columns) of each connected defect of a mask, 8-neighbourhood."""
+    """Pixel indices (rows, columns) of each connected defect of a mask, 8-neighborhood."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))

@@ -1,6 +1,6 @@
 """Pretrained feature extractors (paper, section 3.1), split where PANDA splits them.
 
-The *trunk* (stem, layer1, layer2) stays frozen, the *head* (layer3, layer4) adapts. Weights come from torchvision's
+The *frozen layers* (stem, layer1, layer2) stay as they are, the *adapted layers* (layer3, layer4) are fine-tuned. Weights come from torchvision's
 published files, from a local file, or from the ResNet-18 that ships inside this package (`embedded`).
 """
 
@@ -28,7 +28,7 @@ _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
-class Trunk(nn.Module):
+class FrozenLayers(nn.Module):
     """Stem, layer1 and layer2 of a ResNet."""
 
     def __init__(self, resnet: ResNet):
@@ -36,13 +36,13 @@ class Trunk(nn.Module):
         self.conv1, self.bn1, self.layer1, self.layer2 = resnet.conv1, resnet.bn1, resnet.layer1, resnet.layer2
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float32, normalised -> layer1 (B, C1, H/4, W/4), layer2 (B, C2, H/8, W/8)."""
+        """(B, 3, H, W) float32, normalized -> layer1 (B, C1, H/4, W/4), layer2 (B, C2, H/8, W/8)."""
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), kernel_size=3, stride=2, padding=1)  # (B, 64, H/4, W/4)
         layer1 = self.layer1(x)
         return layer1, self.layer2(layer1)
 
 
-class Head(nn.Module):
+class AdaptedLayers(nn.Module):
     """layer3 and layer4 of a ResNet, the part that PANDA adapts."""
 
     def __init__(self, resnet: ResNet):
@@ -60,7 +60,7 @@ class Head(nn.Module):
 
 
 class Backbone(nn.Module):
-    """A ResNet as trunk, head and classifier, in eval mode, all parameters frozen.
+    """A ResNet as frozen layers, head and classifier, in eval mode, all parameters frozen.
 
     Attributes
     ----------
@@ -69,7 +69,7 @@ class Backbone(nn.Module):
     fc : nn.Linear or None
         The pretrained classifier on pooled features; None where the weights hold none. Only the Fisher estimate uses it.
     fingerprint : str
-        sha256 over every tensor of trunk and head, hex; equal weights have equal fingerprints whatever file they came from.
+        sha256 over every tensor but the classifier, hex; equal weights have equal fingerprints whatever file they came from.
     """
 
     def __init__(self, name: str, state: dict[str, Tensor]):
@@ -95,14 +95,14 @@ class Backbone(nn.Module):
         except RuntimeError as e:
             raise ValueError(f"not the weights of a {name}: {str(e).splitlines()[1].strip()}") from None
         self.name = name
-        self.trunk, self.head = Trunk(net), Head(net)
+        self.frozen, self.adapted = FrozenLayers(net), AdaptedLayers(net)
         self.fc = net.fc if classes else None
         self.fingerprint = fingerprint({k: v for k, v in state.items() if not k.startswith("fc.")})
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def tensors(self) -> dict[str, Tensor]:
         """torchvision's state dict without the classifier, contiguous float32: what a bundle stores."""
-        parts = {**self.trunk.state_dict(), **self.head.state_dict()}
+        parts = {**self.frozen.state_dict(), **self.adapted.state_dict()}
         return {k: v.contiguous() for k, v in parts.items() if not k.endswith("num_batches_tracked")}
 
 
@@ -178,7 +178,7 @@ def _published(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def preprocess(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Resize (bilinear, antialiased, the whole image: nothing is cropped away) and normalise with ImageNet's statistics.
+    """Resize (bilinear, antialiased, the whole image: nothing is cropped away) and normalize with ImageNet's statistics.
 
     Parameters
     ----------
@@ -221,8 +221,8 @@ def in_micro_batches(function, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def trunk_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Trunk activations in the form everything downstream uses: rounded to float16, cached or not.
+def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FrozenLayers activations in the form everything downstream uses: rounded to float16, cached or not.
 
     Parameters
     ----------
@@ -234,6 +234,6 @@ def trunk_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> 
     layer1 (N, C1, H/4, W/4) and layer2 (N, C2, H/8, W/8), float16.
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        layer1, layer2 = in_micro_batches(backbone.trunk, x)
+        layer1, layer2 = in_micro_batches(backbone.frozen, x)
     limit = torch.finfo(torch.float16).max
     return layer1.clamp(max=limit).half(), layer2.clamp(max=limit).half()

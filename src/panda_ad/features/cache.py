@@ -1,6 +1,6 @@
-"""Cache of trunk activations: each image is decoded and sent through the frozen trunk once, whatever uses it afterwards.
+"""Cache of frozen activations: each image is decoded and sent through the frozen layers once, whatever uses it afterwards.
 
-PANDA uses no augmentation and fixed batch-norm statistics, so the trunk's output for an image is a constant. It is kept
+PANDA uses no augmentation and fixed batch-norm statistics, so the frozen layers's output for an image is a constant. It is kept
 on disk as float16, memory-mapped, in a folder per (weights, input size, precision), a record per sha256 of the image's
 file; so are the pooled features of the unadapted head, as float32. The cache lies outside DVC's and is safe to delete.
 """
@@ -22,7 +22,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from panda_ad.features.backbones import Backbone, in_micro_batches, preprocess, trunk_activations
+from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, preprocess
 
 LAYERS = ("layer1", "layer2")
 _RULES = ("features/backbones.py", "features/resnet.py", "data/images.py", "data/outliers.py")
@@ -86,11 +86,11 @@ class _Store:
 
 
 class Activations:
-    """Trunk activations of images, computed where the cache does not hold them.
+    """FrozenLayers activations of images, computed where the cache does not hold them.
 
     Parameters
     ----------
-    backbone : its frozen trunk computes them.
+    backbone : its frozen layers computes them.
     size : network input (height, width), pixels.
     precision : of the computation, torch.float32 or torch.bfloat16.
     root : folder of all such caches.
@@ -110,8 +110,8 @@ class Activations:
         self._in_use = open(self.folder / _IN_USE, "a")  # noqa: SIM115, held, shared, as long as this object lives
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
         with torch.inference_mode():
-            probe = self.backbone.trunk(torch.zeros(1, 3, *size))
-            width = self.backbone.head(probe[1]).shape[1]
+            probe = self.backbone.frozen(torch.zeros(1, 3, *size))
+            width = self.backbone.adapted(probe[1]).shape[1]
         self.shapes = {name: tuple(t.shape[1:]) for name, t in zip(LAYERS, probe, strict=True)}
         self.stores = {name: _Store(self.folder / name, shape) for name, shape in self.shapes.items()}
         self.features = _Store(self.folder / "pooled", (width,), np.float32)
@@ -120,10 +120,11 @@ class Activations:
         """Both layers of some images, straight from their pixels: float16 (N, C, h, w) each."""
         x = torch.stack([preprocess(item.read(), self.size) for item in items])
         return {
-            name: t.numpy() for name, t in zip(LAYERS, trunk_activations(self.backbone, x, self.precision), strict=True)
+            name: t.numpy()
+            for name, t in zip(LAYERS, frozen_activations(self.backbone, x, self.precision), strict=True)
         }
 
-    def warm(self, items: Sequence[Item], layers: Sequence[str] = ("layer2",), label: str = "trunk") -> int:
+    def warm(self, items: Sequence[Item], layers: Sequence[str] = ("layer2",), label: str = "frozen layers") -> int:
         """Compute and store what is missing; returns how many images were computed."""
         distinct = {item.key: item for item in items}
         missing = [item for key, item in distinct.items() if any(key not in self.stores[layer].row for layer in layers)]
@@ -151,7 +152,7 @@ class Activations:
                 assert ahead is not None
                 x = ahead.result()
                 ahead = pool.submit(decode, chunks[i + 1]) if i + 1 < len(chunks) else None
-                values = dict(zip(LAYERS, trunk_activations(self.backbone, x, self.precision), strict=True))
+                values = dict(zip(LAYERS, frozen_activations(self.backbone, x, self.precision), strict=True))
                 for layer in layers:
                     self.stores[layer].append([item.key for item in chunk], values[layer].numpy())
                 done += len(chunk)
@@ -183,7 +184,7 @@ class Activations:
             values = np.empty((0, *store.shape), np.float32)
             if new:
                 layer2 = torch.from_numpy(self.view(new)[:])
-                (computed,) = in_micro_batches(lambda x: self.backbone.head(x.float()), layer2)
+                (computed,) = in_micro_batches(lambda x: self.backbone.adapted(x.float()), layer2)
                 values = computed.numpy()
             at = {item.key: n for n, item in enumerate(new)}
             yield np.stack(

@@ -1,7 +1,7 @@
-"""What a photograph is like, whatever it shows: light, contrast, focus, colour. One number each, none needs a network.
+"""What a photograph is like, whatever it shows: light, contrast, focus, color. One number each, none needs a network.
 
 Values are the decoded sRGB bytes divided by 255, not linear light. Luma is Y = 0.2126 R + 0.7152 G + 0.0722 B (Rec. 709).
-Contrast, sharpness and colour are ratios, so that a dimmer lamp alone moves brightness and nothing else.
+Contrast, sharpness and color are ratios, so that a dimmer lamp alone moves brightness and nothing else.
 """
 
 from __future__ import annotations
@@ -46,19 +46,17 @@ STATISTICS: tuple[Statistic, ...] = (
         "red_green",
         "(mean R - mean G) / mean of R, G, B",
         1 / 255,
-        "colour cast towards green",
-        "colour cast towards red",
+        "color cast towards green",
+        "color cast towards red",
     ),
     Statistic(
         "yellow_blue",
         "(mean of R and G - mean B) / mean of R, G, B",
         1 / 255,
-        "colour cast towards blue",
-        "colour cast towards yellow",
+        "color cast towards blue",
+        "color cast towards yellow",
     ),
-    Statistic(
-        "saturation", "mean of (max - min of R, G, B) / mean of max", 1 / 255, "paler colours", "stronger colours"
-    ),
+    Statistic("saturation", "mean of (max - min of R, G, B) / mean of max", 1 / 255, "paler colors", "stronger colors"),
 )
 NAMES: tuple[str, ...] = tuple(s.name for s in STATISTICS)
 
@@ -105,7 +103,7 @@ def image_statistics(rgb: np.ndarray) -> dict[str, float]:
     x = _reduced(rgb)
     luma = x[..., 0] * _LUMA[0] + x[..., 1] * _LUMA[1] + x[..., 2] * _LUMA[2]
     red, green, blue = (float(v) for v in x.mean(axis=(0, 1), dtype=np.float64))
-    grey = max((red + green + blue) / 3, 1 / 255)  # a black image has no colour
+    gray = max((red + green + blue) / 3, 1 / 255)  # a black image has no color
     largest = x.max(axis=2)
     brightness = float(luma.mean(dtype=np.float64))
     fine, coarse = (float((s**2 * ndimage.gaussian_laplace(luma, s)).var(dtype=np.float64)) for s in (FINE, COARSE))
@@ -113,8 +111,8 @@ def image_statistics(rgb: np.ndarray) -> dict[str, float]:
         brightness,
         float(luma.std(dtype=np.float64)) / max(brightness, 1 / 255),
         float(np.log((fine + _TINY) / (coarse + _TINY))),
-        (red - green) / grey,
-        ((red + green) / 2 - blue) / grey,
+        (red - green) / gray,
+        ((red + green) / 2 - blue) / gray,
         float((largest - x.min(axis=2)).mean(dtype=np.float64)) / max(float(largest.mean(dtype=np.float64)), 1 / 255),
     )
     return dict(zip(NAMES, values, strict=True))

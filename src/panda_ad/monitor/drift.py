@@ -244,7 +244,7 @@ def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
     )  # fmt: skip
     shift = _shift_of_points(points[:m], points[m:])
     p = float(found.pvalue)
-    name = "content has changed while light, focus and colour have not"
+    name = "content has changed while light, focus and color have not"
     return Test("content", "energy distance", float(found.statistic), p, p, shift, None, None, False, name)
 
 

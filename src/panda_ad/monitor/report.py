@@ -31,10 +31,10 @@ ADVICE = {
     "out of focus": "focus, distance, vibration, dirt on the lens",
     "sharper or noisier": "gain, exposure time, a resizing step",
     **dict.fromkeys(
-        (f"colour cast towards {c}" for c in ("red", "green", "yellow", "blue")), "lamp’s age, white balance, daylight"
+        (f"color cast towards {c}" for c in ("red", "green", "yellow", "blue")), "lamp’s age, white balance, daylight"
     ),
-    **dict.fromkeys(("paler colours", "stronger colours"), "lamp’s age, white balance, material"),
-    "content has changed while light, focus and colour have not": "another product, position or background",
+    **dict.fromkeys(("paler colors", "stronger colors"), "lamp’s age, white balance, material"),
+    "content has changed while light, focus and color have not": "another product, position or background",
     "more images score as defects": "the parts, then the other findings",
     **dict.fromkeys(
         ("scores are higher", "scores are lower"), "the other findings; alone, a slow change of the product"

@@ -119,7 +119,7 @@ def _limits(metrics: Mapping[str, float], calibration: int, rate: float, facts: 
     if "recall" in metrics and metrics["recall"] < 1:
         limits.append(f"- At its threshold it misses {_percent(1 - metrics['recall'])} of the test set's defects.")
     if "pixel_auroc" not in metrics:
-        limits.append("- Its heat maps were not measured: no masks in the test set, or no localiser.")
+        limits.append("- Its heat maps were not measured: no masks in the test set, or no localizer.")
     if facts.get("collapsed_at") is not None:
         limits.append(f"- Features collapsed at step {facts['collapsed_at']} of the adaptation.")
     return limits

@@ -64,9 +64,9 @@ def _png(heatmap):
     from PIL import Image
 
     low, high = float(heatmap.min()), float(heatmap.max())
-    grey = np.round((heatmap - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    gray = np.round((heatmap - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
     out = io.BytesIO()
-    Image.fromarray(grey).save(out, "PNG")
+    Image.fromarray(gray).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode("ascii")
 
 

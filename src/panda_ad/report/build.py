@@ -45,7 +45,7 @@ def build_report(report: Report) -> str:
         caught={row.defect: int(alarms[defects == row.defect].sum()) for row in report.per_defect},
         has_pixels=any(row.pixel_auroc is not None or row.au_pro is not None for row in report.per_defect),
         has_heatmaps=data["heat"] is not None,
-        has_neighbours=any(image["neighbours"] for image in data["images"]),
+        has_neighbors=any(image["neighbors"] for image in data["images"]),
         has_masks=any(image["outline"] for image in data["images"]),
     )
 

@@ -22,7 +22,7 @@ class Metric:
     note: str = ""
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """A nearest normal image: uint8 (h, w, 3), squared feature distance, path."""
 
     thumb: np.ndarray
@@ -39,9 +39,9 @@ class ReportImage:
     path : its name in `Report.paths`.  label : 0 good, 1 defective.  defect : 'good' or the kind.
     snapshot : the head that decided.
     rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
-    heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localisation.
+    heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localization.
     mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
-    neighbours : of the nearest normal images, nearest first; five are shown.
+    neighbors : of the nearest normal images, nearest first; five are shown.
     parts : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
     """
 
@@ -54,7 +54,7 @@ class ReportImage:
     rgb: np.ndarray
     heatmap: np.ndarray | None = None
     mask: np.ndarray | None = None
-    neighbours: Sequence[Neighbour] = ()
+    neighbors: Sequence[Neighbor] = ()
     parts: tuple[float, float] | None = None
 
 

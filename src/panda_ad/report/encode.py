@@ -20,11 +20,11 @@ NEIGHBOURS_SHOWN = 5
 
 
 class Rung(NamedTuple):
-    """Longer sides in pixels of thumbnail, heat map and neighbour, and the JPEG quality."""
+    """Longer sides in pixels of thumbnail, heat map and neighbor, and the JPEG quality."""
 
     thumb: int
     heat: int
-    neighbour: int
+    neighbor: int
     quality: int
 
 
@@ -45,15 +45,15 @@ def encode_images(images: Sequence[ReportImage]) -> dict[str, Any]:
 
     Returns
     -------
-    images : per image snapshot, thumb (base64 JPEG), width and height (pixels of the thumbnail), heat (base64 grey JPEG) or None,
-        outline (SVG path on a grid of `outlineSize`) or None, neighbours [(index into normals, distance)], parts (as in `ReportImage`).
-    normals : each neighbour once: path and thumb.
-    heat : (low, high) of the heat maps' colour scale, or None without heat maps.
+    images : per image snapshot, thumb (base64 JPEG), width and height (pixels of the thumbnail), heat (base64 gray JPEG) or None,
+        outline (SVG path on a grid of `outlineSize`) or None, neighbors [(index into normals, distance)], parts (as in `ReportImage`).
+    normals : each neighbor once: path and thumb.
+    heat : (low, high) of the heat maps' color scale, or None without heat maps.
     """
     scale = heat_scale(images)
     for rung in LADDER:
-        sample = images[:: max(1, len(images) // 16)]  # spread over the list: neighbours in it look alike
-        distinct = {path for image in images for _, _, path in image.neighbours[:NEIGHBOURS_SHOWN]}
+        sample = images[:: max(1, len(images) // 16)]  # spread over the list: neighbors in it look alike
+        distinct = {path for image in images for _, _, path in image.neighbors[:NEIGHBOURS_SHOWN]}
         own, others = _sizes(_encode(sample, rung, scale))
         estimate = own / max(1, len(sample)) * len(images) + others * len(distinct)
         if estimate > 1.2 * BUDGET and rung is not LADDER[-1]:
@@ -66,7 +66,7 @@ def encode_images(images: Sequence[ReportImage]) -> dict[str, Any]:
 
 
 def heat_scale(images: Sequence[ReportImage]) -> tuple[float, float] | None:
-    """(low, high) of the colours, one scale for all images so that they compare.
+    """(low, high) of the colors, one scale for all images so that they compare.
 
     Low is what 95 % of the good images' area stays below (of all images where none is good), high the 90th percentile of the
     images' maxima.
@@ -144,7 +144,7 @@ def _loops(mask: np.ndarray) -> list[list[tuple[int, int]]]:
 
 
 def _straighten(loop: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Drop the points that lie straight between their neighbours."""
+    """Drop the points that lie straight between their neighbors."""
     kept = []
     for i, (x, y) in enumerate(loop):
         (px, py), (nx, ny) = loop[i - 1], loop[(i + 1) % len(loop)]
@@ -158,12 +158,12 @@ def _encode(images: Sequence[ReportImage], rung: Rung, scale: tuple[float, float
     normals: list[dict[str, str]] = []
     items = []
     for image in images:
-        neighbours = []
-        for thumb, distance, path in image.neighbours[:NEIGHBOURS_SHOWN]:
+        neighbors = []
+        for thumb, distance, path in image.neighbors[:NEIGHBOURS_SHOWN]:
             if path not in index:
                 index[path] = len(normals)
-                normals.append({"path": path, "thumb": _jpeg(_shrink(thumb, rung.neighbour), rung.quality)})
-            neighbours.append([index[path], float(distance)])
+                normals.append({"path": path, "thumb": _jpeg(_shrink(thumb, rung.neighbor), rung.quality)})
+            neighbors.append([index[path], float(distance)])
         small = _shrink(image.rgb, rung.thumb)
         traced = None if image.mask is None else outline(image.mask)
         items.append(
@@ -175,7 +175,7 @@ def _encode(images: Sequence[ReportImage], rung: Rung, scale: tuple[float, float
                 "heat": None if image.heatmap is None or scale is None else _heat(image.heatmap, rung.heat, scale),
                 "outline": traced and traced[0],
                 "outlineSize": traced and list(traced[1:]),
-                "neighbours": neighbours,
+                "neighbors": neighbors,
                 "parts": image.parts,
             }
         )
@@ -183,7 +183,7 @@ def _encode(images: Sequence[ReportImage], rung: Rung, scale: tuple[float, float
 
 
 def _sizes(encoded: dict[str, Any]) -> tuple[float, float]:
-    """Bytes of the images' own pictures, and of a neighbour's on average."""
+    """Bytes of the images' own pictures, and of a neighbor's on average."""
     own = sum(len(i["thumb"]) + len(i["heat"] or "") + len(i["outline"] or "") for i in encoded["images"])
     normals = encoded["normals"]
     return own, sum(len(n["thumb"]) for n in normals) / max(1, len(normals))

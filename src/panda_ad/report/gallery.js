@@ -91,9 +91,9 @@ function makeGallery(model) {
     name: (a, b) => (model.paths[a.row] < model.paths[b.row] ? -1 : 1),
   };
 
-  const neighbours = image => {
+  const neighbors = image => {
     const list = make("ul", { class: "near", "aria-label": "Nearest normal images" });
-    for (const [index, distance] of image.neighbours) {
+    for (const [index, distance] of image.neighbors) {
       const alt = `normal image ${normals[index].path}, squared distance ${number(distance)}`;
       list.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt, title: alt }), make("span", { text: number(distance), "aria-hidden": "true" })));
     }
@@ -108,7 +108,7 @@ function makeGallery(model) {
       make("p", { class: "line" }, make("span", { class: `badge ${state}`, text: VERDICTS[state] }), make("span", { class: "kind-name", text: kind, title: kind }),
         make("span", { class: "score", text: number(model.scores[row]), title: `score; p ${number(model.pValues[row])}` })),
       make("p", { class: "path", text: model.paths[row], title: model.paths[row] }));
-    if (image.neighbours.length) item.append(neighbours({ neighbours: image.neighbours.slice(0, 3) }));
+    if (image.neighbors.length) item.append(neighbors({ neighbors: image.neighbors.slice(0, 3) }));
     return item;
   };
 
@@ -152,11 +152,11 @@ function makeGallery(model) {
     fact("p-value", number(model.pValues[row]));
     if (images.some(other => other.snapshot > 0)) fact("decided by snapshot", String(image.snapshot));
     const near = make("ul", { class: "near large" });
-    for (const [index, distance] of image.neighbours) {
+    for (const [index, distance] of image.neighbors) {
       near.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt: "" }), make("b", { text: number(distance) }), make("span", { text: normals[index].path })));
     }
     const parts = [frames, facts];
-    if (image.neighbours.length) parts.push(make("h3", { text: "Nearest normal images, with squared distance" }), near);
+    if (image.neighbors.length) parts.push(make("h3", { text: "Nearest normal images, with squared distance" }), near);
     byId("viewer-body").replaceChildren(...parts);
     byId("previous").disabled = at === 0;
     byId("next").disabled = at === shown.length - 1;

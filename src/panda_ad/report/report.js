@@ -10,7 +10,7 @@
   model.good = ascending(data.scores.filter((_, i) => !data.labels[i]));
   model.bad = ascending(data.scores.filter((_, i) => data.labels[i]));
 
-  // Kinds get a colour each; past the palette the rarest share the last one.
+  // Kinds get a color each; past the palette the rarest share the last one.
   const PALETTE = 9;
   const sizes = data.kinds.map((_, k) => data.kind.filter(other => other === k).length);
   const anomalous = data.kinds.map((_, k) => k).filter(k => data.labels[data.kind.indexOf(k)]);

@@ -18,7 +18,7 @@ from panda_ad.features.backbones import Backbone
 from panda_ad.features.image_statistics import NAMES, Reference
 from panda_ad.scoring.detector import Detector, with_state
 from panda_ad.scoring.gallery import Gallery
-from panda_ad.scoring.image_score import Scale, Usual
+from panda_ad.scoring.image_score import PixelStatistics, RobustScale
 from panda_ad.scoring.whitening import Whitening
 from panda_ad.system.files import write_json, write_text
 
@@ -36,7 +36,7 @@ def save_bundle(detector: Detector, folder: Path) -> None:
     backbone, config = detector.backbone, detector.config
     tensors = {f"backbone.{k}": _smallest(v) for k, v in backbone.tensors().items()}
     adapted = [head.state_dict() for head, step in zip(detector.heads, config["steps"], strict=True) if step > 0]
-    tensors |= {f"heads.{k}": v for k, v in pack_snapshots(backbone.head.state_dict(), adapted).items()}
+    tensors |= {f"heads.{k}": v for k, v in pack_snapshots(backbone.adapted.state_dict(), adapted).items()}
     tensors |= {f"classifier.{k}": v for k, v in (detector.classifier or {}).items()}
     for s, whitening in enumerate(detector.whitenings):
         tensors |= {f"whitening.{s}.{k}": torch.from_numpy(v) for k, v in vars(whitening).items()}
@@ -90,8 +90,10 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         with safe_open(folder / "thumbnails.safetensors", "pt") as f:
             data, offsets = f.get_tensor("jpeg").numpy().tobytes(), f.get_tensor("offsets").tolist()
         backbone = Backbone(config.pop("architecture"), groups["backbone"])
-        adapted = iter(unpack_snapshots(backbone.head.state_dict(), groups["heads"]))
-        heads = [backbone.head if step == 0 else with_state(backbone.head, next(adapted)) for step in config["steps"]]
+        adapted = iter(unpack_snapshots(backbone.adapted.state_dict(), groups["heads"]))
+        heads = [
+            backbone.adapted if step == 0 else with_state(backbone.adapted, next(adapted)) for step in config["steps"]
+        ]
         galleries = [Gallery.load(folder / f"gallery_{s}.faiss") for s in range(len(heads))]
         white = groups["whitening"]
         whitened = range(len(heads) if config.setdefault("whiten", False) else 0)
@@ -101,7 +103,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         reference = _load_reference(folder / "reference.safetensors")
         seen = frozenset((folder / _SEEN).read_text().split()) if (folder / _SEEN).exists() else frozenset()
         images, means = config.pop("images"), np.array(config.pop("train_means"))
-        found = tuple(Scale(**scale) for scale in config.pop("scales", []))
+        found = tuple(RobustScale(**scale) for scale in config.pop("scales", []))
         scales = (found[0], found[1]) if config["score"] == "both" else None
         config.pop("format")
     except UserError:
@@ -145,10 +147,10 @@ def _load_reference(path: Path) -> Reference | None:
         return Reference(f.get_tensor("statistics").numpy(), f.get_tensor("features").numpy())
 
 
-def _load_usual(path: Path, needed: bool) -> Usual | None:
+def _load_usual(path: Path, needed: bool) -> PixelStatistics | None:
     if not path.exists() and not needed:
         return None
-    return Usual(**{k: v.numpy() for k, v in load_file(path).items()})
+    return PixelStatistics(**{k: v.numpy() for k, v in load_file(path).items()})
 
 
 def _load_localizer(folder: Path) -> Localizer | None:

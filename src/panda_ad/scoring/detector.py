@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import Backbone, Head, in_micro_batches, preprocess, trunk_activations
+from panda_ad.features.backbones import AdaptedLayers, Backbone, frozen_activations, in_micro_batches, preprocess
 from panda_ad.features.image_statistics import Reference
 from panda_ad.scoring.calibration import Threshold, p_values, threshold
 from panda_ad.scoring.gallery import Gallery
-from panda_ad.scoring.image_score import Scale, Usual, image_scores
+from panda_ad.scoring.image_score import PixelStatistics, RobustScale, image_scores
 from panda_ad.scoring.ses import ses_scores
 from panda_ad.scoring.whitening import Whitening
 
@@ -37,8 +37,8 @@ class Verdict:
     score : anomaly score, higher is more anomalous, raw and unclamped.
     p_value : share of good parts expected to score at least as high, in (0, 1] (conformal).
     anomalous : whether the score is above the threshold for the false-alarm budget.
-    snapshot : index of the head that decided (SES: the one with the largest normalised score).
-    neighbours : (gallery index, squared distance) of the nearest normal images, nearest first.
+    snapshot : index of the head that decided (SES: the one with the largest normalized score).
+    neighbors : (gallery index, squared distance) of the nearest normal images, nearest first.
     heatmap : float32 (H, W) at the image's size, higher is more anomalous; None if not asked for or not built.
     region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive; None without a heat map.
     features : float32 (D,), pooled, under the last head.
@@ -49,7 +49,7 @@ class Verdict:
     p_value: float
     anomalous: bool
     snapshot: int
-    neighbours: list[tuple[int, float]]
+    neighbors: list[tuple[int, float]]
     heatmap: np.ndarray | None = None
     region: tuple[int, int, int, int] | None = None
     features: np.ndarray | None = field(default=None, compare=False, repr=False)
@@ -62,15 +62,15 @@ class Scores:
 
     Attributes
     ----------
-    score : (N,) float64.  snapshot : (N,) int64.  neighbours, distances : (N, k) int64 and float64, of the deciding snapshot.
-    whole, peaks : (N,) float64, what `score` is made of: the pooled features' score, and the heat maps' peaks (`Usual.peaks`; None without maps).
+    score : (N,) float64.  snapshot : (N,) int64.  neighbors, distances : (N, k) int64 and float64, of the deciding snapshot.
+    whole, peaks : (N,) float64, what `score` is made of: the pooled features' score, and the heat maps' peaks (`PixelStatistics.peaks`; None without maps).
     features : (N, D) float32, of the last head.
     heatmaps : float32 (N, h, w) at network input size, of joined tiles larger (`tiling.grid`), or None.
     """
 
     score: np.ndarray
     snapshot: np.ndarray
-    neighbours: np.ndarray
+    neighbors: np.ndarray
     distances: np.ndarray
     features: np.ndarray
     heatmaps: np.ndarray | None
@@ -87,20 +87,20 @@ class Detector:
     config : the content of bundle.json: dataset, category, input_size, precision, scorer ('knn' or 'logit'), k, normalize, whiten,
         steps, score ('features', 'heatmap' or 'both'), false_alarm_rate, provenance.
     heads : one per snapshot, in the order of `config["steps"]`.
-    galleries : features of the normal training images under each head, normalised and whitened as those of any image.
+    galleries : features of the normal training images under each head, normalized and whitened as those of any image.
     whitenings : one per head, fitted on these images; empty: none.
     train_means : (S,) mean leave-one-out score of normal training images under each head; SES divides by it.
     classifier : outlier exposure's linear head {weight (1, D), bias (1,)}, else None.
     calibration : (M,) scores of the calibration set.  reference : what these images are like; None in bundles from before monitoring.
     images : path and sha256 of each gallery image.  thumbnails : its picture as JPEG bytes.
-    usual : what the heat maps of normal images show at each place; None without a localiser and in bundles from before.
+    usual : what the heat maps of normal images show at each place; None without a localizer and in bundles from before.
     scales : of the pooled features' scores and of the heat maps' peaks, for score 'both'.
     seen : sha256 (hex) of the files of all training and calibration images; empty in bundles from before.
     """
 
     config: dict[str, Any]
     backbone: Backbone
-    heads: list[Head]
+    heads: list[AdaptedLayers]
     galleries: list[Gallery]
     train_means: np.ndarray
     classifier: dict[str, Tensor] | None = None
@@ -110,8 +110,8 @@ class Detector:
     thumbnails: list[bytes] = field(default_factory=list)
     whitenings: list[Whitening] = field(default_factory=list)
     reference: Reference | None = None
-    usual: Usual | None = None
-    scales: tuple[Scale, Scale] | None = None
+    usual: PixelStatistics | None = None
+    scales: tuple[RobustScale, RobustScale] | None = None
     seen: frozenset[str] = frozenset()
 
     @property
@@ -121,7 +121,7 @@ class Detector:
 
     @property
     def precision(self) -> torch.dtype:
-        """The trunk's precision at training; kept when served elsewhere, so that scores keep their scale."""
+        """The frozen layers's precision at training; kept when served elsewhere, so that scores keep their scale."""
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.config["precision"]]
 
     def threshold(self, rate: float | None = None) -> Threshold:
@@ -131,11 +131,11 @@ class Detector:
     def features(
         self, layer2: Tensor, raw: np.ndarray | None = None, maps: bool = False
     ) -> tuple[list[np.ndarray], Tensor | None]:
-        """Features of N images under each head: pooled, then L2-normalised, then whitened, the latter two where the model was built so.
+        """Features of N images under each head: pooled, then L2-normalized, then whitened, the latter two where the model was built so.
 
         Parameters
         ----------
-        layer2 : trunk activations (N, C2, h, w).
+        layer2 : frozen activations (N, C2, h, w).
         raw : float32 (N, D), features under the unadapted head where they are known already (stage `extract`).
         maps : whether layer3 of the last head is wanted as well.
 
@@ -152,19 +152,19 @@ class Detector:
                 pooled = torch.from_numpy(raw)
             else:
                 (pooled,) = in_micro_batches(lambda x, head=head: head(x.float()), layer2)
-            out.append(normalise(pooled.numpy()) if self.config["normalize"] else pooled.numpy())
+            out.append(normalize(pooled.numpy()) if self.config["normalize"] else pooled.numpy())
         if self.whitenings:
             out = [whiten(x) for whiten, x in zip(self.whitenings, out, strict=True)]
         return out, layer3
 
     def score_features(self, features: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Features under each head, S times (N, D) -> score (N,), deciding snapshot (N,), neighbours (N, k), distances (N, k)."""
+        """Features under each head, S times (N, D) -> score (N,), deciding snapshot (N,), neighbors (N, k), distances (N, k)."""
         k = min(self.config["k"], *(len(g.features) for g in self.galleries))
         found = [gallery.search(f, k) for gallery, f in zip(self.galleries, features, strict=True)]
-        distances, neighbours = (np.stack(part) for part in zip(*found, strict=True))  # (S, N, k)
+        distances, neighbors = (np.stack(part) for part in zip(*found, strict=True))  # (S, N, k)
         score, decided = self.combined(distances.sum(axis=2), features[-1])
         rows = np.arange(len(score))
-        return score, decided, neighbours[decided, rows], distances[decided, rows]
+        return score, decided, neighbors[decided, rows], distances[decided, rows]
 
     def combined(self, knn: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """kNN scores under each head (S, N), and features (N, D) under the last -> score (N,) and deciding snapshot (N,)."""
@@ -185,15 +185,15 @@ class Detector:
         heatmaps: bool = False,
         images: Iterable[np.ndarray] = (),
     ) -> Scores:
-        """Score images by their trunk activations, float16 (N, C, h, w).
+        """Score images by their frozen activations, float16 (N, C, h, w).
 
-        `layer1` is needed only where the localiser uses it; `raw` as in `features`; `images`, their pixels, are read only for heat maps from tiles.
+        `layer1` is needed only where the localizer uses it; `raw` as in `features`; `images`, their pixels, are read only for heat maps from tiles.
         Heat maps are computed where they are asked for or the score needs them, and given where they are asked for.
         """
         method = self.config["score"]
         localizer = self.localizer if heatmaps or method != "features" else None
         features, layer3 = self.features(layer2, raw, maps=localizer is not None and localizer.tiles == 1)
-        whole, snapshot, neighbours, distances = self.score_features(features)
+        whole, snapshot, neighbors, distances = self.score_features(features)
         maps = None
         if localizer is not None and layer3 is not None:
             layers = {"layer2": layer2, "layer3": layer3.half()} | ({} if layer1 is None else {"layer1": layer1})
@@ -206,11 +206,11 @@ class Detector:
             raise UserError(
                 f"category {self.config['category']}: a score is not a finite number; the model is damaged, retrain it"
             )
-        return Scores(score, snapshot, neighbours, distances, features[-1], maps if heatmaps else None, whole, peaks)
+        return Scores(score, snapshot, neighbors, distances, features[-1], maps if heatmaps else None, whole, peaks)
 
     def tile_layers(self, tiles: Tensor) -> dict[str, Tensor]:
-        """What the localiser compares of tiles (T, 3, h, w), preprocessed: float16 layer2 and, under the last head, layer3."""
-        _, layer2 = trunk_activations(self.backbone, tiles, self.precision)
+        """What the localizer compares of tiles (T, 3, h, w), preprocessed: float16 layer2 and, under the last head, layer3."""
+        _, layer2 = frozen_activations(self.backbone, tiles, self.precision)
         (layer3,) = in_micro_batches(lambda x: self.heads[-1].layer3(x.float()), layer2)
         return {"layer2": layer2, "layer3": layer3.half()}
 
@@ -228,7 +228,7 @@ class Detector:
         if not images:
             return []
         x = torch.stack([preprocess(image, self.size) for image in images])
-        layer1, layer2 = trunk_activations(self.backbone, x, self.precision)
+        layer1, layer2 = frozen_activations(self.backbone, x, self.precision)
         return self.verdicts(
             self.score_activations(layer2, layer1, heatmaps=heatmaps, images=images),
             [image.shape[:2] for image in images],
@@ -254,7 +254,7 @@ class Detector:
                     float(p[i]),
                     bool(scores.score[i] > limit),
                     int(scores.snapshot[i]),
-                    [(int(n), float(d)) for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)],
+                    [(int(n), float(d)) for n, d in zip(scores.neighbors[i], scores.distances[i], strict=True)],
                     heatmap,
                     None if heatmap is None else region(heatmap),
                     scores.features[i],
@@ -264,19 +264,19 @@ class Detector:
         return verdicts
 
 
-def _pooled_and_layer3(head: Head, layer2: Tensor) -> tuple[Tensor, Tensor]:
+def _pooled_and_layer3(head: AdaptedLayers, layer2: Tensor) -> tuple[Tensor, Tensor]:
     layer3, layer4 = head.maps(layer2.float())
     return layer4.mean(dim=(2, 3)), layer3
 
 
-def with_state(head: Head, state: dict[str, Tensor]) -> Head:
+def with_state(head: AdaptedLayers, state: dict[str, Tensor]) -> AdaptedLayers:
     """A copy of `head` with other weights."""
     other = copy.deepcopy(head)
     other.load_state_dict(state, strict=False)
     return other
 
 
-def normalise(features: np.ndarray) -> np.ndarray:
+def normalize(features: np.ndarray) -> np.ndarray:
     """(N, D) -> rows of unit L2 norm, float32; a zero row stays zero."""
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 

@@ -1,4 +1,4 @@
-"""Exact k-nearest-neighbour search among the features of normal images (paper, section 3.3) and its compression.
+"""Exact k-nearest-neighbor search among the features of normal images (paper, section 3.3) and its compression.
 
 faiss finds candidates in float32; distances that count are computed again in float64, pair by pair, so that an image's score is the
 same number in whatever batch it arrives.
@@ -46,10 +46,10 @@ class Gallery:
         self.features = features
         # Distances do not change with the origin, but float32's error grows with the norm: search around the mean.
         self._mean = features.mean(axis=0, dtype=np.float64).astype(np.float32)
-        centred = features - self._mean
-        self._radius = float(np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1).max()))
+        centered = features - self._mean
+        self._radius = float(np.sqrt(np.square(centered, dtype=np.float64).sum(axis=1).max()))
         self._index = faiss.IndexFlatL2(features.shape[1])
-        self._index.add(centred)
+        self._index.add(centered)
 
     def __len__(self) -> int:
         return len(self.features)
@@ -84,7 +84,7 @@ class Gallery:
         available = len(self) - (own is not None)
         if not 1 <= k <= available:
             raise UserError(
-                f"gallery.k: {k} neighbours are asked for, the gallery has {available}; lower gallery.k or give more normal images"
+                f"gallery.k: {k} neighbors are asked for, the gallery has {available}; lower gallery.k or give more normal images"
             )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
@@ -100,16 +100,16 @@ class Gallery:
         """`_search` for a few queries: candidates from faiss, and more of them where float32 cannot tell that they suffice."""
         n, m, dimension = len(queries), len(self), queries.shape[1]
         distances, indices = np.empty((n, k)), np.empty((n, k), dtype=np.int64)
-        centred = queries - self._mean
+        centered = queries - self._mean
         # |error of faiss| <= gamma (|q| + |g|)^2 for sums of D float32 products, and the rounding of the centring
-        radius = np.sqrt(np.square(centred, dtype=np.float64).sum(axis=1)) + self._radius
+        radius = np.sqrt(np.square(centered, dtype=np.float64).sum(axis=1)) + self._radius
         error = (dimension + 8) * 2.0**-24 * (radius + float(np.abs(self._mean).max()) * 4) ** 2
         left = np.arange(n)
         for margin in _MARGINS:
             wanted = k + (own is not None) + margin
             if wanted >= m or not len(left):
                 break
-            rough, candidates = self._index.search(centred[left], wanted)
+            rough, candidates = self._index.search(centered[left], wanted)
             candidates.sort(axis=1)
             found = self._rank(queries[left], candidates, k, None if own is None else own[left])
             sure = found[0][:, -1] < rough[:, -1] - error[left]  # whatever is no candidate lies beyond the last one
@@ -208,7 +208,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     Parameters
     ----------
     features : (M, D) float32.
-    method : `none`; `kmeans`: `size` centres (paper, table of gallery sizes); `coreset`: greedy k-centre choice of `size` features
+    method : `none`; `kmeans`: `size` centers (paper, table of gallery sizes); `coreset`: greedy k-center choice of `size` features
         (Sener and Savarese, ICLR 2018).
     size : K; a gallery not larger than that is kept whole.
 
@@ -236,12 +236,12 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     }
     kmeans = faiss.Kmeans(features.shape[1], size, **options)
     kmeans.train(features)
-    centres = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
-    return centres, Gallery(features).search(centres, 1)[1][:, 0]
+    centers = np.ascontiguousarray(kmeans.centroids, dtype=np.float32)
+    return centers, Gallery(features).search(centers, 1)[1][:, 0]
 
 
 def greedy_coreset(rows: Tensor, size: int, first: int, least: float = -1.0) -> Tensor:
-    """Greedy k-centre choice: `first`, then always the row farthest from all that are chosen.
+    """Greedy k-center choice: `first`, then always the row farthest from all that are chosen.
 
     Parameters
     ----------

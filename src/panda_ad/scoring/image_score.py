@@ -2,7 +2,7 @@
 
 Pooled features see what the whole image shows and lose a defect of a few pixels in the mean; the peak of the heat map is made by just
 that defect (Roth et al. 2022, https://arxiv.org/abs/2106.08265, section 3.3), and does not see that a part is missing or of another kind.
-What is usual is learnt from training images alone: calibration images must not shape the score that they calibrate.
+What is usual is learned from training images alone: calibration images must not shape the score that they calibrate.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Scale:
+class RobustScale:
     """What is usual for a score among normal images: median, and interquartile range / `IQR` (1 where all are equal)."""
 
-    centre: float
+    center: float
     spread: float
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Scores (N,) in robust standard deviations above the usual, float64."""
-        return (scores - self.centre) / self.spread
+        return (scores - self.center) / self.spread
 
 
-def fit_scale(scores: np.ndarray) -> Scale:
-    """Scale of the scores (M,) of normal images by a model that has not seen them.
+def fit_robust_scale(scores: np.ndarray) -> RobustScale:
+    """RobustScale of the scores (M,) of normal images by a model that has not seen them.
 
     Quantiles, since a defect among them would widen a standard deviation and thereby hide its like.
     """
-    low, centre, high = np.quantile(np.asarray(scores, dtype=np.float64), [0.25, 0.5, 0.75])
-    return Scale(float(centre), float((high - low) / IQR) or 1.0)
+    low, center, high = np.quantile(np.asarray(scores, dtype=np.float64), [0.25, 0.5, 0.75])
+    return RobustScale(float(center), float((high - low) / IQR) or 1.0)
 
 
 @dataclass(frozen=True)
-class Usual:
+class PixelStatistics:
     """What heat maps of normal images show at each place: borders, edges and prints differ more from image to image than plain parts.
 
     Attributes
@@ -56,8 +56,8 @@ class Usual:
         return np.array([((heatmap - self.mean) / self.spread).max() for heatmap in heatmaps], dtype=np.float64)
 
 
-def fit_usual(heatmaps: Sequence[np.ndarray] | np.ndarray) -> Usual:
-    """Mean and standard deviation per place of maps (N, H, W) of normal images by a localiser that has not seen them.
+def fit_pixel_statistics(heatmaps: Sequence[np.ndarray] | np.ndarray) -> PixelStatistics:
+    """Mean and standard deviation per place of maps (N, H, W) of normal images by a localizer that has not seen them.
 
     A place never counts as steadier than the median place does: of a few maps some places agree by chance.
     """
@@ -68,20 +68,22 @@ def fit_usual(heatmaps: Sequence[np.ndarray] | np.ndarray) -> Usual:
     for heatmap in heatmaps:
         squares += np.square(heatmap - mean)
     spread = np.sqrt(squares / len(heatmaps))
-    return Usual(mean.astype(np.float32), np.maximum(spread, float(np.median(spread)) or 1.0).astype(np.float32))
+    return PixelStatistics(
+        mean.astype(np.float32), np.maximum(spread, float(np.median(spread)) or 1.0).astype(np.float32)
+    )
 
 
-def left_out_peaks(heatmaps: np.ndarray) -> np.ndarray:
+def out_of_fold_peaks(heatmaps: np.ndarray) -> np.ndarray:
     """Peaks (N,) of maps (N, H, W), those of each of `FOLDS` parts over what is usual in the others."""
     peaks = np.empty(len(heatmaps))
     for fold in np.array_split(np.arange(len(heatmaps)), min(FOLDS, len(heatmaps))):
         rest = np.setdiff1d(np.arange(len(heatmaps)), fold)
-        peaks[fold] = fit_usual([heatmaps[i] for i in rest]).peaks([heatmaps[i] for i in fold])
+        peaks[fold] = fit_pixel_statistics([heatmaps[i] for i in rest]).peaks([heatmaps[i] for i in fold])
     return peaks
 
 
 def image_scores(
-    method: str, features: np.ndarray, peaks: np.ndarray | None, scales: tuple[Scale, Scale] | None
+    method: str, features: np.ndarray, peaks: np.ndarray | None, scales: tuple[RobustScale, RobustScale] | None
 ) -> np.ndarray:
     """The score by `verdict.score`.
 
@@ -89,7 +91,7 @@ def image_scores(
     ----------
     method : `features`: as the paper; `heatmap`: the heat map's peak; `both`: the sum of the two in units of their `scales`.
     features : (N,) scores of the pooled features (kNN, SES or outlier exposure).
-    peaks : (N,), `Usual.peaks` of the heat maps; None only for `features`.
+    peaks : (N,), `PixelStatistics.peaks` of the heat maps; None only for `features`.
     scales : of features and peaks; None only for the single ones.
 
     Returns

@@ -1,4 +1,4 @@
-"""Whitening of features before the search for neighbours: distances count in units of what normal images vary by.
+"""Whitening of features before the search for neighbors: distances count in units of what normal images vary by.
 
 Not in the paper; its authors name it a strong method for small sets (github.com/talreiss/PANDA, issue 7).
 """
@@ -49,9 +49,9 @@ def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> White
     """
     x = features.astype(np.float64)
     mean = x.mean(axis=0)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
-    s = ledoit_wolf_shrinkage(centred, covariance) if shrinkage is None else shrinkage
+    centered = x - mean
+    covariance = centered.T @ centered / len(x)
+    s = ledoit_wolf_shrinkage(centered, covariance) if shrinkage is None else shrinkage
     diagonal = np.trace(covariance) / len(covariance)
     covariance *= 1 - s
     covariance.flat[:: len(covariance) + 1] += s * diagonal
@@ -62,18 +62,18 @@ def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> White
     return Whitening(mean.astype(np.float32), matrix.astype(np.float32))
 
 
-def ledoit_wolf_shrinkage(centred: np.ndarray, covariance: np.ndarray) -> float:
+def ledoit_wolf_shrinkage(centered: np.ndarray, covariance: np.ndarray) -> float:
     """Shrinkage in [0, 1] of least expected squared error (Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4, section 3.3).
 
     Parameters
     ----------
-    centred : float64 (M, D), rows of mean zero.  covariance : (D, D), centred' centred / M.
+    centered : float64 (M, D), rows of mean zero.  covariance : (D, D), centered' centered / M.
     """
-    count, dimension = centred.shape
+    count, dimension = centered.shape
     squares = float(np.square(covariance).sum())
     mean_variance = float(np.trace(covariance)) / dimension
     away = squares - dimension * mean_variance**2  # ||C - m I||^2, the paper's d^2 times D
     noise = (
-        float(np.square(np.square(centred).sum(axis=1)).sum()) / count - squares
+        float(np.square(np.square(centered).sum(axis=1)).sum()) / count - squares
     ) / count  # the paper's b^2 times D
     return min(max(noise, 0.0), away) / away if away > 0 else 0.0

@@ -14,7 +14,7 @@ from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.images import image_files, read_image
-from panda_ad.data.outliers import coarseness, is_grey, outlier_item
+from panda_ad.data.outliers import coarseness, is_gray, outlier_item
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import Backbone
 from panda_ad.features.cache import Activations, Item
@@ -39,7 +39,7 @@ def main(category: str) -> None:
     outliers = None
     if params.adapt.method == "oe":
         size = (round(rows["height"].median()), round(rows["width"].median()))
-        outlier_items = outliers_like(size, is_grey(items[0].read()), params, category)
+        outlier_items = outliers_like(size, is_gray(items[0].read()), params, category)
         activations.warm(outlier_items, label="outliers")
         outliers = activations.view(outlier_items)
     fisher = given_fisher(params, backbone, activations) if params.adapt.method == "ewc" else None
@@ -53,7 +53,7 @@ def main(category: str) -> None:
         fisher_cache=CACHE / "fisher",
     )
     trained = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
-    tensors = pack_snapshots(backbone.head.state_dict(), trained) | {
+    tensors = pack_snapshots(backbone.adapted.state_dict(), trained) | {
         f"classifier.{k}": v for k, v in (adapted.classifier or {}).items()
     }
     with atomic_folder(BUILD / "adapt" / category) as folder:
@@ -79,7 +79,7 @@ def summary(method: str, adapted: Adapted) -> str:
         return f"{method}, features as pretrained"
     first, last = adapted.history[0], adapted.history[-1]
     moved = (
-        f"{key.replace('_', ' ')} {first[key]:.4g} to {last[key]:.4g}" for key in ("centre_distance", "effective_rank")
+        f"{key.replace('_', ' ')} {first[key]:.4g} to {last[key]:.4g}" for key in ("center_distance", "effective_rank")
     )
     return f"{method}, {last['step']:.0f} steps: {', '.join(moved)}"
 
@@ -105,7 +105,7 @@ def given_fisher(params: Params, backbone: Backbone, activations: Activations) -
     )
 
 
-def outliers_like(size: tuple[int, int], grey: bool, params: Params, category: str) -> list[Item]:
+def outliers_like(size: tuple[int, int], gray: bool, params: Params, category: str) -> list[Item]:
     """The images of `adapt.outliers` at the resolution of a category's, (height, width) in pixels; says so where they have less."""
     files = folder_files(Path(params.adapt.outliers or ""), "adapt.outliers")
     times = coarseness(files, size, params.backbone.size)
@@ -115,7 +115,7 @@ def outliers_like(size: tuple[int, int], grey: bool, params: Params, category: s
             "training may tell them apart by sharpness alone, use larger ones",
             file=sys.stderr,
         )
-    return [outlier_item(file, size, grey) for file in files]
+    return [outlier_item(file, size, gray) for file in files]
 
 
 def folder_items(folder: Path, key: str) -> list[Item]:

@@ -73,20 +73,20 @@ def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
 
 
 def category_rows(category: str) -> dict[str, pd.DataFrame]:
-    """A category's manifest rows by split: train, calibration, test. Their index is the row in the category's raw.npy."""
+    """A category's manifest rows by split: train, calibration, test. Their index is the row in the category's pretrained.npy."""
     from panda_ad.data.manifest import load_manifest
 
     rows = load_manifest(FEATURES / category / "rows.csv")
     return {split: rows[rows["split"] == split] for split in ("train", "calibration", "test")}
 
 
-def raw_features(category: str) -> np.ndarray:
+def pretrained_features(category: str) -> np.ndarray:
     """Unadapted pooled features of a category's images, float32 (N, D), memory-mapped, in the order of its rows."""
-    return np.load(FEATURES / category / "raw.npy", mmap_mode="r")
+    return np.load(FEATURES / category / "pretrained.npy", mmap_mode="r")
 
 
 def layers_needed(params: Params) -> tuple[str, ...]:
-    """Trunk layers that scoring reads: SPADE compares layer1 too."""
+    """FrozenLayers layers that scoring reads: SPADE compares layer1 too."""
     return ("layer1", "layer2") if params.localize.method == "spade" else ("layer2",)
 
 
@@ -97,7 +97,7 @@ def score_items(
     layers: Sequence[str],
     raw: np.ndarray | None = None,
 ) -> Iterator[Scores]:
-    """Score images from the activation cache, batch by batch, with heat maps where the model has a localiser.
+    """Score images from the activation cache, batch by batch, with heat maps where the model has a localizer.
 
     `raw`: their features as in `Detector.features`. Tiles are computed from the pixels; a batch holds as many tiles as it would images.
     """

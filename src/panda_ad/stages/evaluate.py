@@ -22,7 +22,7 @@ from panda_ad.stages.common import (
     category_rows,
     items_of,
     layers_needed,
-    raw_features,
+    pretrained_features,
     score_items,
     threads,
 )
@@ -84,11 +84,11 @@ def main(category: str) -> None:
 
 
 def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category: str) -> Scores:
-    """Score manifest rows of a category from cached activations; heat maps, on disk, only where the model has a localiser.
+    """Score manifest rows of a category from cached activations; heat maps, on disk, only where the model has a localizer.
 
     Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
     """
-    activations, raw = activations_for(params, detector.backbone, category), raw_features(category)
+    activations, raw = activations_for(params, detector.backbone, category), pretrained_features(category)
     items = items_of(rows, params)
     layers = layers_needed(params)
     activations.warm(items, layers)
@@ -105,14 +105,14 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
                 with tempfile.TemporaryFile(dir=BUILD) as file:
                     maps = np.memmap(file, np.float32, "w+", shape=(len(rows), *kept[0].shape))
             maps[done : done + len(kept)] = kept
-    columns = ("score", "snapshot", "neighbours", "distances", "features")
-    score, snapshot, neighbours, distances, features = (
+    columns = ("score", "snapshot", "neighbors", "distances", "features")
+    score, snapshot, neighbors, distances, features = (
         np.concatenate([getattr(p, name) for p in parts]) for name in columns
     )
     peaks = [part.peaks for part in parts if part.peaks is not None]
     whole = np.concatenate([part.whole for part in parts])
     return Scores(
-        score, snapshot, neighbours, distances, features, maps, whole, np.concatenate(peaks) if peaks else None
+        score, snapshot, neighbors, distances, features, maps, whole, np.concatenate(peaks) if peaks else None
     )
 
 

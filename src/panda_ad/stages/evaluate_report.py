@@ -19,7 +19,7 @@ from panda_ad.evaluation import pixel_metrics
 from panda_ad.evaluation.masks import Masks, with_masks
 from panda_ad.params import Params
 from panda_ad.report.build import project_2d, write_report
-from panda_ad.report.content import DefectRow, Metric, Neighbour, Report, ReportImage
+from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage
 from panda_ad.scoring.calibration import p_values
 from panda_ad.scoring.detector import Detector, Scores
 from panda_ad.system.paths import BUILD
@@ -72,18 +72,18 @@ def evaluation_report(
             heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
             mask=None if masks is None else masks[i],
             parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),
-            neighbours=[
-                Neighbour(thumbs[n], float(d), detector.images[n]["path"])
-                for n, d in zip(scores.neighbours[i], scores.distances[i], strict=True)
+            neighbors=[
+                Neighbor(thumbs[n], float(d), detector.images[n]["path"])
+                for n, d in zip(scores.neighbors[i], scores.distances[i], strict=True)
             ],
         )
         for i in shown
     ]
     gallery_2d, test_2d = project_2d(detector.galleries[-1].features, scores.features)
     bare = sum(mask is None for mask in masks or [])
-    left_out = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
+    out_of_fold = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
     headline = [
-        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note + left_out.get(key, ""))
+        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note + out_of_fold.get(key, ""))
         for key, (name, note) in HEADLINE.items()
         if key in values
     ]
@@ -162,8 +162,8 @@ def provenance(
             "input size": " x ".join(map(str, detector.size)),
             "adaptation": detector.config["method"],
             "snapshots at steps": ", ".join(map(str, detector.config["steps"])),
-            "neighbours": detector.config["k"],
-            "localisation": params.localize.method
+            "neighbors": detector.config["k"],
+            "localization": params.localize.method
             + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
         },
         "code": {"panda-ad": known["panda_ad"], "seed": params.seed},

@@ -1,6 +1,6 @@
-"""Stage `extract`: trunk activations of every image into the cache, and their unadapted pooled features into build/features.
+"""Stage `extract`: frozen activations of every image into the cache, and their unadapted pooled features into build/features.
 
-Each category has a folder there: rows.csv, its part of the manifest, raw.npy, float32 (N, D), a row of features per row of it, and
+Each category has a folder there: rows.csv, its part of the manifest, pretrained.npy, float32 (N, D), a row of features per row of it, and
 backbone.json, what they were computed with.
 One folder each, so that new images of one category leave the others' models alone.
 """
@@ -48,7 +48,7 @@ def main() -> None:
                 "precision": "bf16" if activations.precision == torch.bfloat16 else "fp32",
             }
             write_json(folder / str(category) / BACKBONE, facts)
-            np.save(folder / str(category) / "raw.npy", every[[position[key] for key in part["sha256"]]])
+            np.save(folder / str(category) / "pretrained.npy", every[[position[key] for key in part["sha256"]]])
         (folder / "every.npy").unlink()
     print(f"{len(items)} images, {computed} of them new to the activation cache")
 

@@ -1,4 +1,4 @@
-"""Stage `index`: build a category's model, the bundle: galleries, localiser, calibration, thumbnails."""
+"""Stage `index`: build a category's model, the bundle: galleries, localizer, calibration, thumbnails."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from panda_ad.stages.common import (
     check_weights,
     items_of,
     layers_needed,
-    raw_features,
+    pretrained_features,
     score_items,
     threads,
 )
-from panda_ad.stages.index_gallery import build_galleries, check_neighbours, left_out_scores, normal_mean
+from panda_ad.stages.index_gallery import build_galleries, check_neighbors, normal_mean, out_of_fold_scores
 from panda_ad.stages.index_localizer import add_localizer
 from panda_ad.system.files import atomic_folder
 from panda_ad.system.paths import BUILD
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from panda_ad.scoring.detector import Scores
 
 _THUMBNAIL = 96  # pixels, longest side
-_COLOURED = 256  # most calibration images whose heat maps set the overlays' colours
+_COLOURED = 256  # most calibration images whose heat maps set the overlays' colors
 
 
 def main(category: str) -> None:
@@ -59,20 +59,20 @@ def main(category: str) -> None:
     detector = adapted_detector(
         params, category, activations, {"train_images": len(train), "calibration_images": len(calibration)}
     )
-    plain = training_features(detector, activations, train, raw_features(category)[rows["train"].index])
+    plain = training_features(detector, activations, train, pretrained_features(category)[rows["train"].index])
     matrices = plain
     if detector.config["whiten"]:
         detector.whitenings = [fit_whitening(matrix) for matrix in plain]
         matrices = [whiten(matrix) for whiten, matrix in zip(detector.whitenings, plain, strict=True)]
     detector.galleries, kept, members = build_galleries(matrices, params.gallery, params.seed)
-    check_neighbours(params.gallery.k, detector.galleries[0])
-    whitened, left_out = detector.config["whiten"], None
+    check_neighbors(params.gallery.k, detector.galleries[0])
+    whitened, out_of_fold = detector.config["whiten"], None
     if whitened or params.verdict.score == "both":
-        left_out = left_out_scores(plain, params.gallery, whitened, params.seed)
+        out_of_fold = out_of_fold_scores(plain, params.gallery, whitened, params.seed)
     if (
-        whitened and left_out is not None
+        whitened and out_of_fold is not None
     ):  # an image that has shaped the whitening looks too normal, whichever gallery it is left out of
-        detector.train_means = left_out.mean(axis=1)
+        detector.train_means = out_of_fold.mean(axis=1)
     else:
         detector.train_means = np.array(
             [
@@ -87,7 +87,7 @@ def main(category: str) -> None:
     detector.seen = frozenset(rows["train"]["sha256"]) | frozenset(rows["calibration"]["sha256"])
     detector.thumbnails = [thumbnail(train[i].read()) for i in kept]
     if params.localize.method != "none":
-        add_localizer(detector, activations, train, matrices, left_out, params)
+        add_localizer(detector, activations, train, matrices, out_of_fold, params)
     calibrate(detector, activations, calibration, params)
 
     limit = threshold(detector.calibration, params.verdict.false_alarm_rate)
@@ -101,7 +101,7 @@ def main(category: str) -> None:
 
 
 def adapted_detector(params: Params, category: str, activations: Activations, counts: dict[str, int]) -> Detector:
-    """What `adapt` has left, as a detector that has learnt nothing else yet. `counts` go to its provenance."""
+    """What `adapt` has left, as a detector that has learned nothing else yet. `counts` go to its provenance."""
     folder, backbone = BUILD / "adapt" / category, activations.backbone
     facts = json.loads((folder / "adapt.json").read_text())
     check_weights(facts["fingerprint"], backbone, str(folder), f"adapt@{category}")
@@ -109,7 +109,7 @@ def adapted_detector(params: Params, category: str, activations: Activations, co
     classifier = {
         k.removeprefix("classifier."): tensors.pop(k) for k in list(tensors) if k.startswith("classifier.")
     } or None
-    states = iter(unpack_snapshots(backbone.head.state_dict(), tensors))
+    states = iter(unpack_snapshots(backbone.adapted.state_dict(), tensors))
     steps = facts["steps"] or [0]
     config = {
         "dataset": params.dataset,
@@ -135,7 +135,7 @@ def adapted_detector(params: Params, category: str, activations: Activations, co
             "adaptation": facts["provenance"],
         },
     }
-    heads = [backbone.head if step == 0 else with_state(backbone.head, next(states)) for step in steps]
+    heads = [backbone.adapted if step == 0 else with_state(backbone.adapted, next(states)) for step in steps]
     return Detector(config, backbone, heads, [], np.empty(0), classifier)
 
 
@@ -157,7 +157,7 @@ def training_features(
 
 
 def calibrate(detector: Detector, activations: Activations, calibration: Sequence[Item], params: Params) -> None:
-    """The calibration images' scores, what monitoring compares with, and the range of the overlays' colours."""
+    """The calibration images' scores, what monitoring compares with, and the range of the overlays' colors."""
     every = params.localize.tiles or 1
     held_out: list[Scores] = []
     usual: list[np.ndarray] = []
@@ -178,7 +178,7 @@ def calibrate(detector: Detector, activations: Activations, calibration: Sequenc
 
 
 def heatmap_range(maps: np.ndarray, peaks: np.ndarray) -> list[float]:
-    """Where an overlay's colour starts and where it is full, from the calibration images' maps (M, h, w) and their maxima (M,).
+    """Where an overlay's color starts and where it is full, from the calibration images' maps (M, h, w) and their maxima (M,).
 
     A good part stays nearly clear.
     """

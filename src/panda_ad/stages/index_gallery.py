@@ -15,10 +15,10 @@ from panda_ad.scoring.whitening import fit_whitening
 
 def chosen_images(features: np.ndarray, params: GalleryParams, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The images of features (M, D) that the gallery consists of, or that stand for its clusters: rows (K,), and each image's cluster (M,) or None."""
-    centres, kept = compress(features, params.compression, params.size, seed)
+    centers, kept = compress(features, params.compression, params.size, seed)
     if params.compression != "kmeans" or len(kept) == len(features):
         return kept, None
-    filled, members = np.unique(Gallery(centres).search(features, 1)[1][:, 0], return_inverse=True)
+    filled, members = np.unique(Gallery(centers).search(features, 1)[1][:, 0], return_inverse=True)
     return kept[filled], members
 
 
@@ -27,20 +27,20 @@ def build_galleries(
 ) -> tuple[list[Gallery], np.ndarray, np.ndarray | None]:
     """A gallery for each head from its features, S times (M, D), and what `chosen_images` says.
 
-    One choice of images for all snapshots, made on the last one's features, so that neighbours mean the same images.
+    One choice of images for all snapshots, made on the last one's features, so that neighbors mean the same images.
     """
     kept, members = chosen_images(matrices[-1], params, seed)
     return [Gallery(m[kept]) if members is None else cluster_means(m, members) for m in matrices], kept, members
 
 
-def check_neighbours(k: int, gallery: Gallery) -> None:
-    """UserError where more neighbours are asked for than a gallery, of all images or of one part's, has."""
+def check_neighbors(k: int, gallery: Gallery) -> None:
+    """UserError where more neighbors are asked for than a gallery, of all images or of one part's, has."""
     if k > len(gallery):
-        raise UserError(f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)}; lower it")
+        raise UserError(f"gallery.k: {k} neighbors are asked for, the gallery has {len(gallery)}; lower it")
 
 
 def normal_mean(gallery: Gallery, features: np.ndarray, kept: np.ndarray, members: np.ndarray | None, k: int) -> float:
-    """Mean score of the training images (M, D) that a gallery was built from, none being its own neighbour."""
+    """Mean score of the training images (M, D) that a gallery was built from, none being its own neighbor."""
     if members is None:
         if len(kept) == len(features):
             return float(gallery.leave_one_out(k).mean())
@@ -48,12 +48,12 @@ def normal_mean(gallery: Gallery, features: np.ndarray, kept: np.ndarray, member
     scores = score_left_out(gallery, features, members, k)
     if not np.isfinite(scores).any():
         raise UserError(
-            f"gallery.k: {k} neighbours are asked for, the gallery has {len(gallery)} clusters of one image each; lower it"
+            f"gallery.k: {k} neighbors are asked for, the gallery has {len(gallery)} clusters of one image each; lower it"
         )
     return float(scores[np.isfinite(scores)].mean())
 
 
-def left_out_scores(matrices: Sequence[np.ndarray], params: GalleryParams, whiten: bool, seed: int) -> np.ndarray:
+def out_of_fold_scores(matrices: Sequence[np.ndarray], params: GalleryParams, whiten: bool, seed: int) -> np.ndarray:
     """kNN scores (S, M) of training images, by whitening and gallery of the other folds' images alone, compressed as the model's.
 
     An image left out of the gallery only would still have shaped the whitening, which brings it
@@ -71,6 +71,6 @@ def left_out_scores(matrices: Sequence[np.ndarray], params: GalleryParams, white
         transforms = [fit_whitening(m[rest]) if whiten else (lambda x: x) for m in matrices]
         galleries = build_galleries([to(m[rest]) for to, m in zip(transforms, matrices, strict=True)], params, seed)[0]
         for s, (to, gallery, matrix) in enumerate(zip(transforms, galleries, matrices, strict=True)):
-            check_neighbours(params.k, gallery)
+            check_neighbors(params.k, gallery)
             scores[s, fold] = gallery.score(to(matrix[fold]), params.k)
     return scores

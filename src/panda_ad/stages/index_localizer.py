@@ -1,4 +1,4 @@
-"""Of stage `index`: the localiser, and what the image score needs of it, learnt from the training images."""
+"""Of stage `index`: the localizer, and what the image score needs of it, learned from the training images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from panda_ad.features.backbones import MICRO_BATCH, in_micro_batches
 from panda_ad.scoring.detector import Detector
-from panda_ad.scoring.image_score import fit_scale, fit_usual, left_out_peaks
+from panda_ad.scoring.image_score import fit_pixel_statistics, fit_robust_scale, out_of_fold_peaks
 from panda_ad.stages.common import layers_needed
 from panda_ad.system.paths import BUILD
 
@@ -28,15 +28,15 @@ def add_localizer(
     activations: Activations,
     train: Sequence[Item],
     matrices: Sequence[np.ndarray],
-    left_out: np.ndarray | None,
+    out_of_fold: np.ndarray | None,
     params: Params,
 ) -> None:
-    """The localiser, and what the image score needs of it.
+    """The localizer, and what the image score needs of it.
 
     Parameters
     ----------
     matrices : features of the training images under each head, S times (M, D), whitened where the model whitens.
-    left_out : kNN scores (S, M) of `left_out_scores`; looked at with score `both` only.
+    out_of_fold : kNN scores (S, M) of `out_of_fold_scores`; looked at with score `both` only.
     """
     from panda_ad.scoring.localize.localizer import build_localizer
 
@@ -46,16 +46,16 @@ def add_localizer(
     detector.localizer = build_localizer(params.localize, maps, matrices[-1], params.seed)
     if params.verdict.score == "features":
         return
-    normal = left_out_maps(detector, maps, matrices[-1], params.seed)
-    detector.usual = fit_usual(normal)
+    normal = out_of_fold_maps(detector, maps, matrices[-1], params.seed)
+    detector.usual = fit_pixel_statistics(normal)
     if params.verdict.score == "both":
-        assert left_out is not None
-        whole = detector.combined(left_out, matrices[-1])[0]
-        detector.scales = (fit_scale(whole), fit_scale(left_out_peaks(normal)))
+        assert out_of_fold is not None
+        whole = detector.combined(out_of_fold, matrices[-1])[0]
+        detector.scales = (fit_robust_scale(whole), fit_robust_scale(out_of_fold_peaks(normal)))
 
 
-def left_out_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: int) -> np.ndarray:
-    """Heat maps (N, H, W) float32, on disk, of at most `_USUAL` training images, each as if the localiser had not seen it.
+def out_of_fold_maps(detector: Detector, maps: Maps, features: np.ndarray, seed: int) -> np.ndarray:
+    """Heat maps (N, H, W) float32, on disk, of at most `_USUAL` training images, each as if the localizer had not seen it.
 
     Parameters
     ----------

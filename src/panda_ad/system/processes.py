@@ -149,7 +149,7 @@ def _text(line: bytes) -> Iterator[str]:
 
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next allocation. By default large blocks go back to the kernel at once, and each pass through the
-    network faults its pages in anew: a tenth of the trunk's time on a virtual machine."""
+    network faults its pages in anew: a tenth of the frozen layers's time on a virtual machine."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes

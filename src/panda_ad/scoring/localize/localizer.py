@@ -1,4 +1,4 @@
-"""Where the defect is: two localisers behind one seam, `heatmaps`, `save` and `load_localizer`."""
+"""Where the defect is: two localizers behind one seam, `heatmaps`, `save` and `load_localizer`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Localizer", "build_localizer", "load_localizer"]
 
 
 class Localizer(Protocol):
-    """What the detector needs of a localiser."""
+    """What the detector needs of a localizer."""
 
     @property
     def tiles(self) -> int:
@@ -60,17 +60,17 @@ def build_localizer(params: LocalizeParams, maps: Maps, pooled: np.ndarray, seed
     seed : of the coreset.
     """
     if params.method == "spade":
-        return Spade.build(maps, pooled, params.neighbours, params.sigma)
+        return Spade.build(maps, pooled, params.neighbors, params.sigma)
     if params.method == "patch_memory":
         tiles = params.tiles or 1
         return PatchMemory.build(
             maps, len(pooled) * tiles**2, params.memory_fraction, params.memory_limit, params.sigma, seed, tiles
         )
-    raise ValueError(f"localize.method {params.method!r} builds no localiser")
+    raise ValueError(f"localize.method {params.method!r} builds no localizer")
 
 
 def load_localizer(folder: Path) -> Localizer:
-    """Read a saved localiser; large arrays stay memory-mapped. OSError, KeyError or ValueError where it is missing or damaged."""
+    """Read a saved localizer; large arrays stay memory-mapped. OSError, KeyError or ValueError where it is missing or damaged."""
     config = json.loads((folder / "localizer.json").read_text(encoding="utf-8"))
     kinds: dict[str, type[Spade] | type[PatchMemory]] = {"spade": Spade, "patch_memory": PatchMemory}
     return kinds[config["method"]].load(folder, config)

@@ -121,7 +121,7 @@ class PatchMemory:
 
 
 def patch_features(maps: dict[str, Tensor]) -> Tensor:
-    """Locally aware patch features: mean of each 3 x 3 neighbourhood (of what lies inside the map), layer3 brought to layer2's grid.
+    """Locally aware patch features: mean of each 3 x 3 neighborhood (of what lies inside the map), layer3 brought to layer2's grid.
 
     layer2 (B, C2, h, w), layer3 (B, C3, h', w') -> float16 (B, C2 + C3, h, w). Each image is computed alone.
     """

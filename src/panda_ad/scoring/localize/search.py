@@ -1,4 +1,4 @@
-"""Exact nearest-neighbour distance of many positions to many positions, in bounded memory.
+"""Exact nearest-neighbor distance of many positions to many positions, in bounded memory.
 
 The gain over a plain matrix of distances comes from a lower bound. In an orthonormal basis whose first r directions hold
 most of the gallery's variance, with a vector's other C - r coordinates known by their length alone,
@@ -57,7 +57,7 @@ class Rows:
     Attributes
     ----------
     values : float16 (N, C).
-    bounds : float32 (N, 2): length of the part outside the basis' leading r directions, squared length; both of the centred row.
+    bounds : float32 (N, 2): length of the part outside the basis' leading r directions, squared length; both of the centered row.
     """
 
     values: Tensor
@@ -84,7 +84,7 @@ def bounds(values: Tensor, basis: Basis) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows made ready for search: keys (N, r + 2) float32 or (N, r + 5) bfloat16, blocks (N / BLOCK, BLOCK, C) float16, length of the longest centred row."""
+    """Rows made ready for search: keys (N, r + 2) float32 or (N, r + 5) bfloat16, blocks (N / BLOCK, BLOCK, C) float16, length of the longest centered row."""
 
     keys: Tensor
     blocks: Tensor
@@ -147,7 +147,7 @@ def nearest(queries: Tensor, gallery: Iterable[Packed], basis: Basis) -> Tensor:
     Returns
     -------
     float32 (P,), equal to the plain float32 search: the winner's distance is a float32 sum of squared differences, and no other row is
-    nearer by more than the rounding of float32 products, C x 1.2e-7 x (|q| + |g|)^2 of centred vectors, in squared distance.
+    nearer by more than the rounding of float32 products, C x 1.2e-7 x (|q| + |g|)^2 of centered vectors, in squared distance.
     """
     queries = queries.float()
     best = torch.full((len(queries),), torch.inf)
@@ -188,9 +188,9 @@ def _search(queries: Tensor, low: Tensor, blocks: Tensor, best: Tensor, basis: B
 def _search_full_width(queries: Tensor, blocks: Tensor, which: Tensor, best: Tensor, basis: Basis) -> None:
     """For the queries `which`, compute the 4 blocks of smallest distance by the full-width product."""
     rows = blocks.flatten(0, 1).float() - basis.mean
-    centred = queries[which] - basis.mean
+    centered = queries[which] - basis.mean
     keys = torch.cat([rows, rows.square().sum(1, keepdim=True)], dim=1)
-    low = _block_minima(keys, torch.cat([-2 * centred, torch.ones(len(which), 1)], dim=1), torch.zeros(len(which)))
+    low = _block_minima(keys, torch.cat([-2 * centered, torch.ones(len(which), 1)], dim=1), torch.zeros(len(which)))
     columns = torch.arange(len(which))
     for _ in range(min(4, len(blocks))):
         _, at = _smallest(low, low.amin(1))

@@ -34,21 +34,21 @@ class Spade:
     pooled : float32 (M, D).
     values, lengths : per layer, memory-mapped: float16 (M, h * w, C) and float32 (M, h * w, 2) (`search.Rows`).
     bases : per layer.
-    neighbours : K.  sigma : pixels at input size.
-    left_out : index of a gallery image that counts as not there, or None.
+    neighbors : K.  sigma : pixels at input size.
+    out_of_fold : index of a gallery image that counts as not there, or None.
     """
 
     pooled: np.ndarray
     values: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
     bases: dict[str, Basis]
-    neighbours: int
+    neighbors: int
     sigma: float
-    left_out: int | None = None
+    out_of_fold: int | None = None
     tiles = 1  # it compares whole images
 
     @classmethod
-    def build(cls, maps: Maps, pooled: np.ndarray, neighbours: int, sigma: float) -> Spade:
+    def build(cls, maps: Maps, pooled: np.ndarray, neighbors: int, sigma: float) -> Spade:
         """Write the gallery's maps to a temporary folder, `BATCH` images at a time, and map it into memory."""
         folder = Path(tempfile.mkdtemp(prefix="panda-ad-spade-"))
         count = len(pooled)
@@ -74,7 +74,7 @@ class Spade:
                         lengths[layer][j] = bounds(rows, bases[layer]).numpy()
         for array in (*values.values(), *lengths.values()):
             array.flush()  # type: ignore[attr-defined]
-        spade = cls(pooled, values, lengths, bases, neighbours, sigma)
+        spade = cls(pooled, values, lengths, bases, neighbors, sigma)
         weakref.finalize(spade, shutil.rmtree, folder, ignore_errors=True)
         return spade
 
@@ -95,11 +95,11 @@ class Spade:
         """Indices of the K gallery images nearest to `pooled` (D,), nearest first."""
         distances = np.square(self.pooled.astype(np.float64) - pooled).sum(axis=1)
         order = np.argsort(distances, kind="stable")
-        return (order if self.left_out is None else order[order != self.left_out])[: self.neighbours]
+        return (order if self.out_of_fold is None else order[order != self.out_of_fold])[: self.neighbors]
 
     def without(self, image: int) -> Spade:
         """See `Localizer.without`. A gallery of that image alone is left as it is."""
-        return replace(self, left_out=image) if len(self.pooled) > 1 else self
+        return replace(self, out_of_fold=image) if len(self.pooled) > 1 else self
 
     def _gallery(self, layer: str, chosen: np.ndarray) -> Iterator[Packed]:
         values, lengths = self.values[layer], self.lengths[layer]
@@ -119,7 +119,7 @@ class Spade:
         save_file(small, folder / "small.safetensors")
         config = {
             "method": "spade",
-            "neighbours": self.neighbours,
+            "neighbors": self.neighbors,
             "sigma": self.sigma,
             "ranks": {k: b.rank for k, b in self.bases.items()},
         }
@@ -134,4 +134,5 @@ class Spade:
         bases = {
             layer: Basis(small[f"{layer}.mean"], small[f"{layer}.axes"], config["ranks"][layer]) for layer in LAYERS
         }
-        return cls(small["pooled"].numpy(), values, lengths, bases, config["neighbours"], config["sigma"])
+        neighbors = config["neighbors"] if "neighbors" in config else config["neighbours"]  # earlier bundles
+        return cls(small["pooled"].numpy(), values, lengths, bases, neighbors, config["sigma"])

@@ -35,7 +35,7 @@ def image_tiles(rgb: np.ndarray, size: Pair, count: int) -> Tensor:
 
 
 def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
-    """Boxes of `size` that cover an image of `shape`, evenly spread, neighbours overlapping by at least `overlap`.
+    """Boxes of `size` that cover an image of `shape`, evenly spread, neighbors overlapping by at least `overlap`.
 
     A side shorter than the box is covered whole, by one box.
     """
@@ -83,7 +83,7 @@ def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _windows(spans: list[tuple[int, int]]) -> list[np.ndarray]:
-    """A weight per pixel of each span: 1, falling over the overlap with a neighbour."""
+    """A weight per pixel of each span: 1, falling over the overlap with a neighbor."""
     windows = [np.ones(b - a) for a, b in spans]
     for left, right, (_, end), (start, _) in zip(windows, windows[1:], spans, spans[1:], strict=False):
         shared = end - start
