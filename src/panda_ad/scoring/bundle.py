@@ -103,7 +103,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
         reference = _load_reference(folder / "reference.safetensors")
         seen = frozenset((folder / _SEEN).read_text().split()) if (folder / _SEEN).exists() else frozenset()
         images, means = config.pop("images"), np.array(config.pop("train_means"))
-        found = tuple(RobustScale(**scale) for scale in config.pop("scales", []))
+        found = tuple(RobustScale(s.get("center", s.get("centre")), s["spread"]) for s in config.pop("scales", []))
         scales = (found[0], found[1]) if config["score"] == "both" else None
         config.pop("format")
     except UserError:
