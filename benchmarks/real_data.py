@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.system.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,8 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
             features, peak, pixel, pro = (
                 f"{m[k]:.4f}" if k in m else "-" for k in ("features_auroc", "heatmap_auroc", "pixel_auroc", "au_pro")
             )
-            auroc = f"{m['image_auroc']:.4f} [{m['image_auroc_low']:.4f}, {m['image_auroc_high']:.4f}]"
+            low, high = read_intervals(repo / "build" / "evaluation" / category)["image_auroc"]
+            auroc = f"{m['image_auroc']:.4f} [{low:.4f}, {high:.4f}]"
             tested = m["test_good"] + m["test_defect"]
             figures = f"{auroc} | {features} | {peak} | {pixel} | {pro}"
             print(

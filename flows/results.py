@@ -15,6 +15,7 @@ from urllib.parse import quote
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.states import State
 
+from panda_ad.evaluation.intervals import Intervals, read_intervals
 from panda_ad.registry.connection import without_credentials
 
 
@@ -78,13 +79,15 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
 
 
 def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
-    metrics = _read(Path("build/evaluation") / gate.category / "metrics.json") if finished else {}
+    evaluation = Path("build/evaluation") / gate.category
+    metrics = _read(evaluation / "metrics.json") if finished else {}
+    intervals = read_intervals(evaluation) if finished else {}
     published = _read(Path("build/publish") / f"{gate.category}.json") if finished else {}
     return {
         "category": gate.category,
-        "image AUROC": _figure(metrics, "image_auroc"),
-        "pixel AUROC": _figure(metrics, "pixel_auroc"),
-        "threshold": _figure(metrics, "threshold"),
+        "image AUROC": _figure(metrics, intervals, "image_auroc"),
+        "pixel AUROC": _figure(metrics, intervals, "pixel_auroc"),
+        "threshold": _figure(metrics, intervals, "threshold"),
         "version": str(published.get("version", "")),
         "gate": gate.decision,
         "why": gate.reason,
@@ -101,12 +104,12 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _figure(metrics: Mapping[str, Any], name: str) -> str:
+def _figure(metrics: Mapping[str, Any], intervals: Intervals, name: str) -> str:
     """'0.912 [0.880, 0.940]'; empty where there is no such figure (no masks, no stage)."""
-    value, low, high = metrics.get(name), metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    value, ends = metrics.get(name), intervals.get(name)
     if not isinstance(value, int | float):
         return ""
-    return f"{value:.4g}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:.4g}" if ends is None else f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
 
 
 def _mlflow_link(category: str) -> str | None:

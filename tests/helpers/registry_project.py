@@ -98,10 +98,11 @@ def write_scores(folder: Path, category: str, quality: float = 1.0) -> None:
     labels, scores = (np.array([float(r[k]) for r in table]) for k in ("label", "score"))
     value = auroc(labels, scores)
     metrics = {
-        "image_auroc": value, "image_auroc_low": value - 0.02, "image_auroc_high": value, "pixel_auroc": 0.9, "threshold": 0.6,
+        "image_auroc": value, "pixel_auroc": 0.9, "threshold": 0.6,
         "recall": float((scores[labels == 1] > 0.6).mean()), "false_alarm_rate": 0.0, "test_good": 10, "test_defect": 12,
     }  # fmt: skip
     write_json(evaluation / "metrics.json", metrics)
+    write_json(evaluation / "intervals.json", {"image_auroc": [value - 0.02, value]})
 
 
 def set_gate(folder: Path, **changes: object) -> None:

@@ -139,10 +139,10 @@ def test_a_stages_own_last_line_is_the_message_and_dvcs_hints_are_not_logged():
 def test_figures_in_the_artifacts():
     from flows.results import _figure, artifact_key
 
-    metrics = {"image_auroc": 0.91234, "image_auroc_low": 0.88, "image_auroc_high": 0.94, "threshold": 12.3456}
-    assert _figure(metrics, "image_auroc") == "0.912 [0.880, 0.940]"
-    assert _figure(metrics, "threshold") == "12.35"
-    assert _figure(metrics, "pixel_auroc") == ""
+    metrics, intervals = {"image_auroc": 0.91234, "threshold": 12.3456}, {"image_auroc": (0.88, 0.94)}
+    assert _figure(metrics, intervals, "image_auroc") == "0.912 [0.880, 0.940]"
+    assert _figure(metrics, intervals, "threshold") == "12.35"
+    assert _figure(metrics, intervals, "pixel_auroc") == ""
     assert [artifact_key("Metal Nut"), artifact_key("Grün_1"), artifact_key("布")] == ["metal-nut", "grun-1", "e5b883"]
 
 

@@ -227,5 +227,5 @@ def test_the_real_pipeline_gives_the_same_digits(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     count = sum(isinstance(v, int | float) for v in metrics.values())
-    assert f"all {count + 1} figures are equal" in done.stdout and count >= 15
-    assert f"{metrics['image_auroc_low']!r}" in done.stdout
+    assert f"all {count + 1} figures are equal" in done.stdout and count >= 10
+    assert f"{metrics['image_auroc']!r}" in done.stdout

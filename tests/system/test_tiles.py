@@ -280,7 +280,7 @@ def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
     assert maps.shape == (len(rows), 96, 96)
     masks = evaluate.load_masks(rows, load_params())
     assert {m.shape for m in masks} == {(72, 96)}
-    figures = evaluate.pixel_figures(masks, [resize_map(m, (72, 96)) for m in maps], load_params())
+    figures, _ = evaluate.pixel_figures(masks, [resize_map(m, (72, 96)) for m in maps], load_params())
     full = json.loads((plants[1] / "build/evaluation/fabric/metrics.json").read_text())
     assert figures["pixel_auroc"] == pytest.approx(full["pixel_auroc"], abs=0.03)
 

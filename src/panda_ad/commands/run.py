@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from panda_ad.errors import GateRefused, UserError
+from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.params import Params, load_params
 from panda_ad.system.lock import locked_params
 from panda_ad.system.paths import BUILD
@@ -97,7 +98,8 @@ def summary(params: Params | None = None) -> str:
             published = json.loads((BUILD / "publish" / f"{category}.json").read_text())
         except FileNotFoundError as e:
             raise UserError(f"{e.filename}: not there yet; run `make run`") from None
-        auroc = f"{m['image_auroc']:.4f} [{m['image_auroc_low']:.4f}, {m['image_auroc_high']:.4f}]"
+        ends = read_intervals(BUILD / "evaluation" / category).get("image_auroc")
+        auroc = f"{m['image_auroc']:.4f}" + ("" if ends is None else f" [{ends[0]:.4f}, {ends[1]:.4f}]")
         pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("pixel_auroc", "au_pro"))
         version = str(published["version"])
         aliases = ", ".join(f"@{a}" for a, v in sorted(models[category].aliases.items()) if str(v) == version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from panda_ad.evaluation.intervals import Intervals
 from panda_ad.registry.change import plain
 
 
@@ -13,6 +14,7 @@ def model_card(
     name: str,
     bundle: Mapping[str, Any],
     metrics: Mapping[str, float],
+    intervals: Intervals,
     counts: Mapping[str, int],
     tags: Mapping[str, str],
     size_mb: float,
@@ -22,7 +24,7 @@ def model_card(
 
     Parameters
     ----------
-    bundle : content of bundle.json.  metrics : content of metrics.json.
+    bundle : content of bundle.json.  metrics, intervals : of metrics.json and intervals.json.
     counts : images per split and kind, e.g. {'train': 96, 'calibration': 24, 'test good': 30, 'test crack': 12}.
     tags : the run's: commit, data hash, change.
     """
@@ -41,10 +43,8 @@ def model_card(
     ]
     for key, title in _FIGURES.items():
         if key in metrics:
-            low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
-            interval = (
-                "" if low is None or high is None else f" ({_percent(confidence)} interval {low:.4f} to {high:.4f})"
-            )
+            ends = intervals.get(key)
+            interval = "" if ends is None else f" ({_percent(confidence)} interval {ends[0]:.4f} to {ends[1]:.4f})"
             lines.append(f"- {title} **{metrics[key]:.4f}**{interval}")
     lines += [
         "",

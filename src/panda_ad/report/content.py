@@ -13,12 +13,11 @@ from panda_ad.scoring.calibration import Threshold
 
 @dataclass(frozen=True)
 class Metric:
-    """A headline figure with its interval; `low` and `high` are None where none was computed. `note` says how it was taken."""
+    """A headline figure with its interval (low, high), None where none was computed. `note` says how it was taken."""
 
     name: str
     value: float
-    low: float | None = None
-    high: float | None = None
+    interval: tuple[float, float] | None = None
     note: str = ""
 
 

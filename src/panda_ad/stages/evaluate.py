@@ -12,6 +12,7 @@ import pandas as pd
 
 from panda_ad.evaluation import image_metrics as metrics
 from panda_ad.evaluation import pixel_metrics
+from panda_ad.evaluation.intervals import Intervals
 from panda_ad.evaluation.masks import PIXEL_SIDE, load_masks, with_masks
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import load_bundle
@@ -32,7 +33,7 @@ from panda_ad.system.stage import run_stage
 
 
 def main(category: str) -> None:
-    """Write build/evaluation/<category>/{metrics.json, scores.csv, roc.csv, histogram.csv, report.html}."""
+    """Write build/evaluation/<category>/{metrics.json, intervals.json, scores.csv, roc.csv, histogram.csv, report.html}."""
     params = load_params()
     threads()
     rows = category_rows(category)["test"]
@@ -40,7 +41,8 @@ def main(category: str) -> None:
     scores = score_rows(detector, params, rows, category)
     labels = rows["label"].to_numpy()
     limit = detector.threshold()
-    values = image_metrics(labels, scores.score, params) | {
+    values, intervals = image_metrics(labels, scores.score, params)
+    values |= {
         "threshold": limit.value,
         "false_alarm_rate": float((scores.score[labels == 0] > limit.value).mean()),
         "recall": float((scores.score[labels == 1] > limit.value).mean()),
@@ -52,9 +54,12 @@ def main(category: str) -> None:
         values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
-        values |= pixel_figures(*with_masks(scores.heatmaps, masks), params)
+        pixel_values, pixel_intervals = pixel_figures(*with_masks(scores.heatmaps, masks), params)
+        values |= pixel_values
+        intervals |= pixel_intervals
     folder = BUILD / "evaluation" / category
     write_json(folder / "metrics.json", values)
+    write_json(folder / "intervals.json", intervals)
     table = rows[["path", "sha256", "label", "defect"]].assign(
         score=scores.score,
         features_score=scores.whole,
@@ -71,9 +76,10 @@ def main(category: str) -> None:
     write_csv(folder / "histogram.csv", histogram(labels, scores.score))
     from panda_ad.stages.evaluate_report import evaluation_report
 
-    evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, masks)
+    evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, intervals, masks)
+    low, high = intervals["image_auroc"]
     print(
-        f"{category}: image AUROC {values['image_auroc']:.4f} [{values['image_auroc_low']:.4f}, {values['image_auroc_high']:.4f}]"
+        f"{category}: image AUROC {values['image_auroc']:.4f} [{low:.4f}, {high:.4f}]"
         + f", caught {100 * values['recall']:.0f} % at {100 * values['false_alarm_rate']:.0f} % false alarms"
         + (
             f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}"
@@ -116,22 +122,25 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
     )
 
 
-def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> dict[str, float]:
+def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> tuple[dict[str, float], Intervals]:
     """AUROC, average precision and FPR at 95 % TPR on raw scores, each with its stratified bootstrap interval."""
     values: dict[str, float] = {}
+    intervals: Intervals = {}
     for name, metric in {
         "image_auroc": metrics.auroc,
         "average_precision": metrics.average_precision,
         "fpr_at_95_tpr": metrics.fpr_at_tpr,
     }.items():
-        low, high = metrics.bootstrap_interval(
+        intervals[name] = metrics.bootstrap_interval(
             metric, labels, scores, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
         )
-        values |= {name: float(metric(labels, scores)), f"{name}_low": float(low), f"{name}_high": float(high)}
-    return values
+        values[name] = float(metric(labels, scores))
+    return values, intervals
 
 
-def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], params: Params) -> dict[str, float]:
+def pixel_figures(
+    masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], params: Params
+) -> tuple[dict[str, float], Intervals]:
     """Pixel AUROC, AU-PRO and best F1, exact, with bootstrap intervals by image."""
     values = {
         "pixel_auroc": pixel_metrics.pixel_auroc(masks, maps),
@@ -141,9 +150,7 @@ def pixel_figures(masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], param
     intervals = pixel_metrics.pixel_intervals(
         masks, maps, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
     )
-    for name, (low, high) in intervals.items():
-        values |= {f"{name}_low": float(low), f"{name}_high": float(high)}
-    return values
+    return values, intervals
 
 
 def histogram(labels: np.ndarray, scores: np.ndarray, bins: int = 30) -> pd.DataFrame:

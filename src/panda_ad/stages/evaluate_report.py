@@ -16,6 +16,7 @@ from panda_ad.data.images import read_image
 from panda_ad.data.layouts import image_root
 from panda_ad.evaluation import image_metrics as metrics
 from panda_ad.evaluation import pixel_metrics
+from panda_ad.evaluation.intervals import Intervals
 from panda_ad.evaluation.masks import Masks, with_masks
 from panda_ad.params import Params
 from panda_ad.report.build import project_2d, write_report
@@ -50,6 +51,7 @@ def evaluation_report(
     rows: pd.DataFrame,
     scores: Scores,
     values: Mapping[str, float],
+    intervals: Intervals,
     masks: Masks | None,
 ) -> None:
     """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
@@ -83,7 +85,7 @@ def evaluation_report(
     bare = sum(mask is None for mask in masks or [])
     out_of_fold = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
     headline = [
-        Metric(name, values[key], values.get(f"{key}_low"), values.get(f"{key}_high"), note + out_of_fold.get(key, ""))
+        Metric(name, values[key], intervals.get(key), note + out_of_fold.get(key, ""))
         for key, (name, note) in HEADLINE.items()
         if key in values
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
+from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.params import Params, load_params
 from panda_ad.registry import runs, versions
 from panda_ad.registry.card import model_card
@@ -79,7 +80,14 @@ def log(client: MlflowClient, run: Run, params: Params, category: str, metrics: 
             prefix: [
                 *(
                     evaluation / name
-                    for name in ("report.html", "metrics.json", "scores.csv", "roc.csv", "histogram.csv")
+                    for name in (
+                        "report.html",
+                        "metrics.json",
+                        "intervals.json",
+                        "scores.csv",
+                        "roc.csv",
+                        "histogram.csv",
+                    )
                 ),
                 *(BUILD / "adapt" / category / name for name in ("history.csv", "adapt.json")),
             ],
@@ -121,6 +129,7 @@ def publish_version(
             name=name,
             bundle=config,
             metrics=metrics,
+            intervals=read_intervals(BUILD / "evaluation" / category),
             counts=_counts(category),
             tags=fresh.tags,
             size_mb=size_mb(bundle),
