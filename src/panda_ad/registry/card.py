@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from panda_ad.evaluation.intervals import Intervals
 from panda_ad.registry.change import plain
 
 
@@ -14,7 +13,7 @@ def model_card(
     name: str,
     bundle: Mapping[str, Any],
     metrics: Mapping[str, float],
-    intervals: Intervals,
+    intervals: Mapping[str, Sequence[float]],
     counts: Mapping[str, int],
     tags: Mapping[str, str],
     size_mb: float,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.params import Params, load_params
 from panda_ad.registry import runs, versions
 from panda_ad.registry.card import model_card
@@ -129,7 +128,7 @@ def publish_version(
             name=name,
             bundle=config,
             metrics=metrics,
-            intervals=read_intervals(BUILD / "evaluation" / category),
+            intervals=_json(BUILD / "evaluation" / category / "intervals.json"),
             counts=_counts(category),
             tags=fresh.tags,
             size_mb=size_mb(bundle),
