@@ -35,9 +35,7 @@ class Data(_Section):
 
 
 class BackboneParams(_Section):
-    name: Literal[
-        "embedded", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"
-    ]
+    name: str
     weights: str
     input_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
     precision: Literal["auto", "fp32", "bf16"]

@@ -1,109 +1,151 @@
 """Pretrained feature extractors (paper, section 3.1), split where PANDA splits them.
 
-The *frozen layers* (stem, layer1, layer2) stay as they are, the *adapted layers* (layer3, layer4) are fine-tuned. Weights come from torchvision's
-published files, from a local file, or from the ResNet-18 that ships inside this package (`embedded`).
+The *frozen layers* stay as they are, the *adapted layers* are fine-tuned; `architectures.py` says where a network is divided,
+`pretrained.py` has its weights.
 """
 
 from __future__ import annotations
 
 import hashlib
-import urllib.error
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panda_ad.errors import UserError
-from panda_ad.features.resnet import NAMES, ResNet
+from panda_ad.features.architectures import ARCHITECTURES, TIMM, Architecture, architecture
+from panda_ad.features.pretrained import EMBEDDED, is_file, published, state_of_file
 
-EMBEDDED = Path(__file__).parent / "weights" / "resnet18-tiny-imagenet-64px-fp16.safetensors"
+__all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint", "load_backbone", "preprocess"]
+
+_EMBEDDED_NAME = "resnet18"
 MICRO_BATCH = 8
 """Images per forward pass when scoring. Fixed, and padded up to, so that an image's score never depends on its company."""
 
-_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
-
-class FrozenLayers(nn.Module):
-    """Stem, layer1 and layer2 of a ResNet."""
-
-    def __init__(self, resnet: ResNet):
-        super().__init__()
-        self.conv1, self.bn1, self.layer1, self.layer2 = resnet.conv1, resnet.bn1, resnet.layer1, resnet.layer2
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) float32, normalized -> layer1 (B, C1, H/4, W/4), layer2 (B, C2, H/8, W/8)."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), kernel_size=3, stride=2, padding=1)  # (B, 64, H/4, W/4)
-        layer1 = self.layer1(x)
-        return layer1, self.layer2(layer1)
-
-
-class AdaptedLayers(nn.Module):
-    """layer3 and layer4 of a ResNet, the part that PANDA adapts."""
-
-    def __init__(self, resnet: ResNet):
-        super().__init__()
-        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
-
-    def maps(self, layer2: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C2, h, w) -> layer3 (B, C3, h/2, w/2), layer4 (B, D, h/4, w/4)."""
-        layer3 = self.layer3(layer2)
-        return layer3, self.layer4(layer3)
-
-    def forward(self, layer2: Tensor) -> Tensor:
-        """(B, C2, h, w) -> pooled features (B, D)."""
-        return self.maps(layer2)[1].mean(dim=(2, 3))
-
-
-class Backbone(nn.Module):
-    """A ResNet as frozen layers, head and classifier, in eval mode, all parameters frozen.
+class _Layers(nn.Module):
+    """Modules run one after another.
 
     Attributes
     ----------
-    name : str
-        torchvision's name of the architecture.
-    fc : nn.Linear or None
-        The pretrained classifier on pooled features; None where the weights hold none. Only the Fisher estimate uses it.
-    fingerprint : str
-        sha256 over every tensor but the classifier, hex; equal weights have equal fingerprints whatever file they came from.
+    levels : names of those whose outputs are looked at, in order; the last module is one of them.
     """
 
-    def __init__(self, name: str, state: dict[str, Tensor]):
-        """Build from torchvision's state dict (any float dtype). Raises ValueError where it does not fit `name`."""
+    def __init__(self, modules: Mapping[str, nn.Module], levels: tuple[str, ...]):
         super().__init__()
-        if name not in NAMES:
-            raise ValueError(f"unknown architecture {name!r}")
-        state = {k: v.to(torch.float32, copy=True) for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        classes = state["fc.weight"].shape[0] if "fc.weight" in state else 0
-        with torch.device("meta"):
-            net = ResNet(name, classes or 1)
-        counters = {k for k in net.state_dict() if k.endswith("num_batches_tracked")}
-        expected = net.state_dict().keys() - counters
-        if not classes:
-            expected -= {"fc.weight", "fc.bias"}
-        if set(state) != expected:
-            odd = sorted(expected - set(state)) or sorted(set(state) - expected)
-            raise ValueError(
-                f"not the weights of a {name}: {odd[0]} is {'missing' if expected - set(state) else 'unexpected'}"
-            )
-        try:
-            net.load_state_dict({**state, **{k: torch.tensor(0) for k in counters}}, strict=False, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"not the weights of a {name}: {str(e).splitlines()[1].strip()}") from None
-        self.name = name
-        self.frozen, self.adapted = FrozenLayers(net), AdaptedLayers(net)
-        self.fc = net.fc if classes else None
-        self.fingerprint = fingerprint({k: v for k, v in state.items() if not k.startswith("fc.")})
+        self.levels = levels
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = []
+        for name, module in self.named_children():
+            x = module(x)
+            if name in self.levels:
+                outputs.append(x)
+        return tuple(outputs)
+
+
+class FrozenLayers(_Layers):
+    """The layers that stay as pretrained."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) float32, normalized -> for each level (B, C, h, w); the last is what the adapted layers read."""
+        return self._outputs(x)
+
+
+class AdaptedLayers(_Layers):
+    """The layers that PANDA adapts."""
+
+    layer3: nn.Sequential
+
+    def maps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Last level of the frozen layers (B, C, h, w) -> for each level (B, C', h', w')."""
+        return self._outputs(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Last level of the frozen layers (B, C, h, w) -> pooled features (B, D)."""
+        return self.maps(x)[-1].mean(dim=(2, 3))
+
+
+class Backbone(nn.Module):
+    """A network as frozen layers, adapted layers and classifier, in eval mode, all parameters frozen.
+
+    Attributes
+    ----------
+    name : of its architecture.
+    architecture : what is known of that.
+    classifier : the pretrained classifier, last adapted level (B, C, h, w) -> (B, classes); None where the weights hold none. Only the Fisher
+        estimate uses it.
+    fingerprint : sha256 over every tensor but the classifier's, hex; equal weights have equal fingerprints whatever file they came from.
+    """
+
+    def __init__(self, name: str, state: Mapping[str, Tensor]):
+        """Build from a state dict (any float dtype). Raises ValueError where it does not fit `name`, UserError for an unknown one."""
+        super().__init__()
+        self.name, self.architecture = name, architecture(name)
+        state = {
+            k: v.to(torch.float32, copy=True)
+            for k, v in self.architecture.rename(dict(state)).items()
+            if not _counts(k)
+        }
+        net, classified = _network(self.architecture, state)
+        frozen, adapted, classifier = _divided(net, self.architecture)
+        self.frozen = FrozenLayers(frozen, self.architecture.frozen_levels)
+        self.adapted = AdaptedLayers(adapted, self.architecture.adapted_levels)
+        self.classifier = nn.Sequential(OrderedDict(classifier)) if classified else None
+        self.fingerprint = fingerprint({k: v for k, v in state.items() if k.partition(".")[0] not in classifier})
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+    @property
+    def fc(self) -> nn.Linear | None:
+        """The classifier's last layer."""
+        if self.classifier is None:
+            return None
+        last = self.classifier[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
     def tensors(self) -> dict[str, Tensor]:
-        """torchvision's state dict without the classifier, contiguous float32: what a bundle stores."""
+        """The network's state dict without the classifier, contiguous float32: what a bundle stores."""
         parts = {**self.frozen.state_dict(), **self.adapted.state_dict()}
-        return {k: v.contiguous() for k, v in parts.items() if not k.endswith("num_batches_tracked")}
+        return {k: v.contiguous() for k, v in parts.items() if not _counts(k)}
+
+
+def _counts(key: str) -> bool:
+    """Whether a tensor is batch norm's count of training steps, which nothing reads."""
+    return key.endswith("num_batches_tracked")
+
+
+def _divided(net: nn.Sequential, entry: Architecture) -> tuple[dict[str, nn.Module], ...]:
+    """Modules of the frozen layers, of the adapted layers, and of the classifier, by name."""
+    modules = dict(net.named_children())
+    names = list(modules)
+    cut, end = (names.index(levels[-1]) + 1 for levels in (entry.frozen_levels, entry.adapted_levels))
+    return tuple({name: modules[name] for name in part} for part in (names[:cut], names[cut:end], names[end:]))
+
+
+def _network(entry: Architecture, state: Mapping[str, Tensor]) -> tuple[nn.Sequential, bool]:
+    """The network with the weights of `state`, and whether the classifier has any there. ValueError where they do not fit."""
+    classes = state["fc.weight"].shape[0] if "fc.weight" in state else 0
+    with torch.device("meta"):
+        net = entry.build(classes or 1)
+    classifier = _divided(net, entry)[2]
+    counters = {k for k in net.state_dict() if _counts(k)}
+    expected = {k for k in net.state_dict().keys() - counters if classes or k.partition(".")[0] not in classifier}
+    if set(state) != expected:
+        missing = sorted(expected - set(state))
+        odd = missing or sorted(set(state) - expected)
+        raise ValueError(f"not the weights of a {entry.name}: {odd[0]} is {'missing' if missing else 'unexpected'}")
+    try:
+        net.load_state_dict({**state, **{k: torch.tensor(0) for k in counters}}, strict=False, assign=True)
+    except RuntimeError as e:
+        raise ValueError(f"not the weights of a {entry.name}: {str(e).splitlines()[1].strip()}") from None
+    return net, bool(classes)
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
@@ -121,69 +163,36 @@ def load_backbone(name: str, weights: str = "DEFAULT") -> Backbone:
 
     Parameters
     ----------
-    name : `embedded`, or torchvision's name of a ResNet.
-    weights : a name of torchvision's weight enum (`DEFAULT`, `IMAGENET1K_V1`, ...), or a path to `.safetensors`, `.pth`, `.pt`.
+    name : `embedded`, a name of `architectures.ARCHITECTURES`, or `timm/<name>`.
+    weights : `DEFAULT`, a name of torchvision's weight enum (`IMAGENET1K_V1`, ...), or a path to `.safetensors`, `.pth`, `.pt`.
 
     Raises
     ------
     UserError
-        Weights cannot be had or do not fit; names the file expected and the alternatives.
+        Unknown name; weights cannot be had or do not fit. Names the file expected and the alternatives.
     """
-    path = Path(weights)
-    if path.suffix in (".safetensors", ".pth", ".pt"):
-        architecture = "resnet18" if name == "embedded" else name
-        try:
-            if path.suffix == ".safetensors":
-                state = load_file(path)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                state = state.get("state_dict", state)
-            return Backbone(architecture, state)
-        except FileNotFoundError:
-            raise UserError(
-                f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: embedded"
-            ) from None
-        except (ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as e:
-            raise UserError(f"backbone.weights: {path} cannot be used: {' '.join(str(e).split())[:200]}") from None
-        except Exception as e:  # torch.load raises pickle's own errors on a file that is not a checkpoint
-            raise UserError(
-                f"backbone.weights: {path} is not a plain state dict ({type(e).__name__}); save one with torch.save(model.state_dict(), path)"
-            ) from None
-    if name == "embedded":
-        if weights != "DEFAULT":
-            raise UserError(
-                f"backbone.weights: the embedded backbone has one set of weights, DEFAULT, not {weights}; set backbone.name: resnet18 for torchvision's"
-            )
-        return Backbone("resnet18", load_file(EMBEDDED))
-    return Backbone(name, _published(name, weights))
-
-
-def _published(name: str, weights: str) -> dict[str, Tensor]:
-    """torchvision's published weights: downloaded, or found under TORCH_HOME."""
-    from torchvision.models import get_model_weights
-
-    members = get_model_weights(name).__members__
-    if weights not in members:
-        raise UserError(f"backbone.weights: {name} has no weights {weights!r}; torchvision has {', '.join(members)}")
-    entry = members[weights]
-    url: str = entry.value.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    known = architecture(_EMBEDDED_NAME if name == "embedded" else name).name
+    if not is_file(weights):
+        return Backbone(known, published(name, weights))
     try:
-        return dict(entry.get_state_dict(progress=True, check_hash=True))
-    except (urllib.error.URLError, OSError, RuntimeError, EOFError) as e:
-        raise UserError(
-            f"backbone: weights {name} {weights} cannot be had ({' '.join(str(e).split())[:120]}): put {file.name} at {file} "
-            f"(TORCH_HOME moves that folder), or set backbone.name: embedded, which needs no download"
-        ) from None
+        state = state_of_file(Path(weights))
+        if known.startswith(TIMM):
+            from panda_ad.features.timm_networks import timm_state
+
+            state = timm_state(known, state)
+        return Backbone(known, state)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"backbone.weights: {weights} cannot be used: {' '.join(str(e).split())[:200]}") from None
 
 
-def preprocess(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Resize (bilinear, antialiased, the whole image: nothing is cropped away) and normalize with ImageNet's statistics.
+def preprocess(rgb: np.ndarray, size: tuple[int, int], entry: Architecture = ARCHITECTURES["resnet18"]) -> Tensor:
+    """Resize (antialiased, the whole image: nothing is cropped away) and normalize as the network's training did.
 
     Parameters
     ----------
     rgb : uint8 (H, W, 3), any size.
     size : network input (height, width), pixels.
+    entry : says the interpolation, and mean and standard deviation of the channels.
 
     Returns
     -------
@@ -191,8 +200,9 @@ def preprocess(rgb: np.ndarray, size: tuple[int, int]) -> Tensor:
     """
     x = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
     if x.shape[2:] != size:
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
-    return (x[0].float() / 255 - _MEAN) / _STD
+        x = F.interpolate(x, size=size, mode=entry.interpolation, antialias=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (entry.mean, entry.std))
+    return (x[0].float() / 255 - mean) / std
 
 
 def resolve_precision(precision: str) -> torch.dtype:
@@ -221,8 +231,8 @@ def in_micro_batches(function, x: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """FrozenLayers activations in the form everything downstream uses: rounded to float16, cached or not.
+def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, ...]:
+    """Frozen activations in the form everything downstream uses: rounded to float16, cached or not.
 
     Parameters
     ----------
@@ -231,9 +241,9 @@ def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) ->
 
     Returns
     -------
-    layer1 (N, C1, H/4, W/4) and layer2 (N, C2, H/8, W/8), float16.
+    float16 (N, C, h, w) for each of the frozen layers' levels.
     """
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        layer1, layer2 = in_micro_batches(backbone.frozen, x)
+        levels = in_micro_batches(backbone.frozen, x)
     limit = torch.finfo(torch.float16).max
-    return layer1.clamp(max=limit).half(), layer2.clamp(max=limit).half()
+    return tuple(level.clamp(-limit, limit).half() for level in levels)

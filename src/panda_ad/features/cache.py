@@ -24,8 +24,11 @@ from tqdm import tqdm
 
 from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, preprocess
 
-LAYERS = ("layer1", "layer2")
-_RULES = ("features/backbones.py", "features/resnet.py", "data/images.py", "data/outliers.py")
+_RULES = (
+    *(f"features/{name}.py" for name in ("architectures", "backbones", "efficientnet_lite", "resnet", "timm_networks")),
+    "data/images.py",
+    "data/outliers.py",
+)
 _CHUNK = 64  # images decoded, computed and written at a time
 _IN_USE = "in-use"  # a file of each cache that its users lock
 _LINE = 65  # a sha256 in hex and a newline
@@ -111,21 +114,30 @@ class Activations:
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
         with torch.inference_mode():
             probe = self.backbone.frozen(torch.zeros(1, 3, *size))
-            width = self.backbone.adapted(probe[1]).shape[1]
-        self.shapes = {name: tuple(t.shape[1:]) for name, t in zip(LAYERS, probe, strict=True)}
+            width = self.backbone.adapted(probe[-1]).shape[1]
+        self.shapes = {name: tuple(t.shape[1:]) for name, t in zip(backbone.frozen.levels, probe, strict=True)}
         self.stores = {name: _Store(self.folder / name, shape) for name, shape in self.shapes.items()}
         self.features = _Store(self.folder / "pooled", (width,), np.float32)
 
     def compute(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Both layers of some images, straight from their pixels: float16 (N, C, h, w) each."""
-        x = torch.stack([preprocess(item.read(), self.size) for item in items])
-        return {
-            name: t.numpy()
-            for name, t in zip(LAYERS, frozen_activations(self.backbone, x, self.precision), strict=True)
-        }
+        """Each level of some images, straight from their pixels: float16 (N, C, h, w) each."""
+        return self._values(self._decoded(items))
 
-    def warm(self, items: Sequence[Item], layers: Sequence[str] = ("layer2",), label: str = "frozen layers") -> int:
-        """Compute and store what is missing; returns how many images were computed."""
+    def _decoded(self, items: Sequence[Item]) -> torch.Tensor:
+        return torch.stack([preprocess(item.read(), self.size, self.backbone.architecture) for item in items])
+
+    def _values(self, x: torch.Tensor) -> dict[str, np.ndarray]:
+        values = frozen_activations(self.backbone, x, self.precision)
+        return {name: t.numpy() for name, t in zip(self.backbone.frozen.levels, values, strict=True)}
+
+    @property
+    def last(self) -> str:
+        """The level at which the frozen layers end: what the adapted layers read."""
+        return self.backbone.frozen.levels[-1]
+
+    def warm(self, items: Sequence[Item], layers: Sequence[str] = (), label: str = "frozen layers") -> int:
+        """Compute and store what is missing of some levels, by default the last; returns how many images were computed."""
+        layers = layers or (self.last,)
         distinct = {item.key: item for item in items}
         missing = [item for key, item in distinct.items() if any(key not in self.stores[layer].row for layer in layers)]
         record = sum(self.stores[layer].record for layer in layers)
@@ -143,27 +155,23 @@ class Activations:
             ThreadPoolExecutor(2) as pool,
             tqdm(total=sum(map(len, chunks)), desc=label, unit="img", disable=not chunks) as bar,
         ):
-
-            def decode(chunk: list[Item]) -> torch.Tensor:
-                return torch.stack([preprocess(item.read(), self.size) for item in chunk])
-
-            ahead = pool.submit(decode, chunks[0]) if chunks else None
+            ahead = pool.submit(self._decoded, chunks[0]) if chunks else None
             for i, chunk in enumerate(chunks):
                 assert ahead is not None
                 x = ahead.result()
-                ahead = pool.submit(decode, chunks[i + 1]) if i + 1 < len(chunks) else None
-                values = dict(zip(LAYERS, frozen_activations(self.backbone, x, self.precision), strict=True))
+                ahead = pool.submit(self._decoded, chunks[i + 1]) if i + 1 < len(chunks) else None
+                values = self._values(x)
                 for layer in layers:
-                    self.stores[layer].append([item.key for item in chunk], values[layer].numpy())
+                    self.stores[layer].append([item.key for item in chunk], values[layer])
                 done += len(chunk)
                 bar.update(len(chunk))
         for layer in layers:
             self.stores[layer].reload()
         return done
 
-    def view(self, items: Sequence[Item], layer: str = "layer2") -> View:
-        """Array-like access to one layer of `items`, in their order."""
-        return View(self, items, layer)
+    def view(self, items: Sequence[Item], layer: str | None = None) -> View:
+        """Array-like access to one level of `items`, by default the last, in their order."""
+        return View(self, items, layer or self.last)
 
     def batches(
         self, items: Sequence[Item], layers: Sequence[str], batch: int = _CHUNK
@@ -183,8 +191,8 @@ class Activations:
             new = [item for item in {item.key: item for item in part}.values() if item.key not in store.row]
             values = np.empty((0, *store.shape), np.float32)
             if new:
-                layer2 = torch.from_numpy(self.view(new)[:])
-                (computed,) = in_micro_batches(lambda x: self.backbone.adapted(x.float()), layer2)
+                last = torch.from_numpy(self.view(new)[:])
+                (computed,) = in_micro_batches(lambda x: self.backbone.adapted(x.float()), last)
                 values = computed.numpy()
             at = {item.key: n for n, item in enumerate(new)}
             yield np.stack(

@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite(nn.Sequential):
-    """The network in order: `stem`, `stage1` to `stage7`, `head`, `classifier`.
+    """The network in order: `stem`, `stage1` to `stage7`, `head`, `avgpool`, `flatten`, `fc`.
 
     Parameters
     ----------
@@ -91,9 +91,7 @@ class EfficientNetLite(nn.Sequential):
                 channels = outputs
             stages[f"stage{number}"] = nn.Sequential(*blocks)
         stages["head"] = _Convolution(channels, _HEAD, 1)
-        stages["classifier"] = nn.Sequential(
-            OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(_HEAD, classes))
-        )
+        stages |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(_HEAD, classes)}
         super().__init__(stages)
 
 
@@ -101,7 +99,7 @@ def rename(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict under timm's names, the package's or this module's -> under this module's. Unknown keys stay as they are."""
     with torch.device("meta"):
         net = EfficientNetLite(name, 1)
-    table = {}
+    table: dict[str, str] = {}
     for ours, others in _names(net):
         table |= dict.fromkeys(others, ours)
     renamed = {}
@@ -117,7 +115,7 @@ def _names(net: EfficientNetLite) -> Iterator[tuple[str, tuple[str, str]]]:
     yield "stem.bn", ("bn1", "_bn0")
     yield "head.conv", ("conv_head", "_conv_head")
     yield "head.bn", ("bn2", "_bn1")
-    yield "classifier.fc", ("classifier", "_fc")
+    yield "fc", ("classifier", "_fc")
     number = 0
     for s in range(len(_STAGES)):
         stage = net.get_submodule(f"stage{s + 1}")

@@ -6,6 +6,8 @@ stage and command would pay for it. The stride of a bottleneck is that of its 3x
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from torch import Tensor, nn
 
 _LAYOUTS = {  # blocks per layer, and the inner width of the first layer's bottlenecks (None: basic blocks)
@@ -65,8 +67,8 @@ class Bottleneck(nn.Module):
         return out.relu_()
 
 
-class ResNet(nn.Module):
-    """The modules of a network by torchvision's names: conv1, bn1, layer1 to layer4, fc; `backbones.py` says what is done with them.
+class ResNet(nn.Sequential):
+    """The network in order, by torchvision's names: conv1, bn1, relu, maxpool, layer1 to layer4, avgpool, flatten, fc.
 
     Parameters
     ----------
@@ -74,15 +76,15 @@ class ResNet(nn.Module):
     classes : outputs of the classifier `fc`.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
-
     def __init__(self, name: str, classes: int):
         super().__init__()
         counts, bottleneck = _LAYOUTS[name]
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(64)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv1=nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
+            bn1=nn.BatchNorm2d(64),
+            relu=nn.ReLU(),
+            maxpool=nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        )
         channels = 64
         for layer, count in enumerate(counts):
             outputs = (64 if bottleneck is None else 256) << layer
@@ -93,5 +95,6 @@ class ResNet(nn.Module):
                     BasicBlock(*shape) if bottleneck is None else Bottleneck(*shape, width=bottleneck << layer)
                 )
                 channels = outputs
-            setattr(self, f"layer{layer + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, classes)
+            layers[f"layer{layer + 1}"] = nn.Sequential(*blocks)
+        layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(channels, classes)}
+        super().__init__(layers)
