@@ -26,7 +26,7 @@ from torch import Tensor
 from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, resolve_precision
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
-from panda_ad.scoring.localize.maps import positions
+from panda_ad.scoring.localize.maps import positions, tensors
 from panda_ad.scoring.localize.patch_memory import PatchMemory, patch_features
 from panda_ad.scoring.localize.spade import LAYERS, Spade
 
@@ -40,14 +40,15 @@ def random_images(seed: int, count: int, size: int) -> Tensor:
     return torch.from_numpy(coarse * 3 + fine)
 
 
-def features(images: Tensor) -> tuple[dict[str, Tensor], np.ndarray]:
-    """Layers (float16) and pooled features of preprocessed images."""
+def features(images: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Levels (float16) and pooled features of preprocessed images."""
     backbone = load_backbone("embedded")
     layer1, layer2 = frozen_activations(backbone, images, resolve_precision("auto"))
     layer3, pooled = in_micro_batches(
         lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
     )
-    return {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}, pooled.numpy()
+    levels = {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}
+    return {name: value.numpy() for name, value in levels.items()}, pooled.numpy()
 
 
 def build(folder: Path, count: int, size: int) -> None:
@@ -61,15 +62,13 @@ def build(folder: Path, count: int, size: int) -> None:
                 arrays[name] = np.lib.format.open_memmap(
                     folder / f"{name}.npy", "w+", np.float16, (count, *value.shape[1:])
                 )
-            arrays[name][i : i + len(value)] = value.numpy()
+            arrays[name][i : i + len(value)] = value
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
         params = LocalizeParams(
             method=method, neighbors=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
         )
-        localizer = build_localizer(
-            params, lambda i: {k: torch.from_numpy(np.array(v[i])) for k, v in arrays.items()}, pooled, 0
-        )
+        localizer = build_localizer(params, lambda i: {k: np.array(v[i]) for k, v in arrays.items()}, pooled, 0)
         (folder / method).mkdir()
         localizer.save(folder / method)
         print(f"built {method} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -109,19 +108,19 @@ def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> 
     return {"seconds": seconds, "cpu": cpu_seconds, "peak": peak(), "difference": difference}
 
 
-def searches(localizer, maps: dict[str, Tensor], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
+def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(queries, gallery rows, our distances) of each search that the first image needs."""
     from panda_ad.scoring.localize.search import nearest, pack
 
     if isinstance(localizer, PatchMemory):
-        queries = positions(patch_features({k: v[:1] for k, v in maps.items()}))[0]
+        queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, PatchMemory.levels)))[0]
         ours = nearest(queries, [pack(localizer.rows, localizer.basis)], localizer.basis)
         return [(queries, localizer.rows.values, ours)]
     assert isinstance(localizer, Spade)
     chosen = localizer.nearest_images(pooled[0])
     out = []
     for layer in LAYERS:
-        queries = positions(maps[layer][:1])[0]
+        queries = positions(torch.from_numpy(maps[layer][:1]))[0]
         rows = torch.from_numpy(np.asarray(localizer.values[layer][chosen])).flatten(0, 1)
         out.append((queries, rows, nearest(queries, localizer._gallery(layer, chosen), localizer.bases[layer])))
     return out

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,9 @@ from panda_ad.data.images import decode, read_image
 from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, preprocess
 from panda_ad.params import LocalizeParams, load_params
 from panda_ad.scoring.bundle import load_bundle
-from panda_ad.scoring.detector import resize_map
 from panda_ad.scoring.localize.localizer import build_localizer
 from panda_ad.scoring.localize.tiling import boxes, grid, image_tiles
+from panda_ad.scoring.verdict import resize_map
 from panda_ad.system.files import digest_file
 
 SIZE = (64, 64)
@@ -57,7 +58,7 @@ def maps_of(
         parts = torch.cat([image_tiles(image, size, tiles or 1) for image in images])
         layer2 = frozen_activations(backbone, parts, torch.float32)[1]
         (layer3,) = in_micro_batches(lambda x: backbone.adapted.layer3(x.float()), layer2)
-        return {"layer2": layer2, "layer3": layer3.half()}
+        return {"layer2": layer2.numpy(), "layer3": layer3.half().numpy()}
 
     values = {"neighbors": 5, "memory_fraction": 0.3, "memory_limit": 1000, "sigma": sigma, "tiles": tiles}
     gallery = layers(train)
@@ -188,13 +189,12 @@ def test_a_defect_too_small_for_the_input_size_is_found(plants):
 
 def test_the_bundle_says_what_it_needs_and_no_more(plants):
     whole, tiled = (p / "build/bundle/fabric" for p in plants)
-    assert json.loads((whole / "bundle.json").read_text())["format"] == 2
-    assert "tiles" not in json.loads((whole / "localizer/localizer.json").read_text())  # as from before tiles
+    assert json.loads((whole / "bundle.json").read_text())["format"] == 5
     assert load_bundle(whole).localizer.tiles == 1
-    assert json.loads((tiled / "bundle.json").read_text())["format"] == 3
+    assert json.loads((tiled / "bundle.json").read_text())["format"] == 5
     detector = load_bundle(tiled)
     assert detector.localizer.tiles == 4
-    start, full = detector.config["heatmap_range"]
+    start, full = detector.config.heatmap_range
     assert 0 < start < full
     assert "patch_memory, 4 x 4 tiles" in (plants[1] / "build/evaluation/fabric/report.html").read_text()
 
@@ -218,8 +218,8 @@ def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_r
     for i in (0, 4, len(images) - 1):
         (alone,) = detector.score(images[i : i + 1], heatmaps=True)
         np.testing.assert_array_equal(alone.heatmap, together[i].heatmap)
-        assert (alone.score, alone.p_value, alone.neighbors, alone.region) == tuple(
-            getattr(together[i], name) for name in ("score", "p_value", "neighbors", "region")
+        assert (alone.score, alone.p_value, alone.region) == tuple(
+            getattr(together[i], name) for name in ("score", "p_value", "region")
         )
     evaluated = score_rows(detector, load_params(), rows, "fabric")
     assert evaluated.heatmaps.shape == (len(rows), 160, 160)
@@ -245,12 +245,10 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
     image = read_image(plants[1] / "data" / read_rows(plants[1] / "build/features/fabric/rows.csv")[0]["path"])
     x = preprocess(image, (160, 160))
     maps = []
-    sigma, detector.localizer.sigma, detector.localizer.tiles = detector.localizer.sigma, 0.0, 1
+    sigma, sharp = detector.localizer.sigma, replace(detector.localizer, sigma=0.0, tiles=1)
     for y0, x0 in [(y, x) for y in (0, 32, 64, 96) for x in (0, 32, 64, 96)]:
         maps.append(
-            detector.localizer.heatmaps(
-                detector.tile_layers(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), np.empty((1, 0)), SIZE
-            )[0]
+            sharp.heatmaps(detector.tile_maps(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), np.empty((1, 0)), SIZE)[0]
         )
     rise = (1 - np.cos(np.pi * (np.arange(32) + 0.5) / 32)) / 2
     total, weights = np.zeros((160, 160)), np.zeros((160, 160))

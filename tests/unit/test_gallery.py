@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
 from panda_ad.params import GalleryParams
-from panda_ad.scoring.gallery import Gallery, cluster_means, compress, score_left_out
+from panda_ad.scoring.fit import fit_galleries, out_of_fold_scores
+from panda_ad.scoring.folds import split_folds
+from panda_ad.scoring.gallery import Gallery, compress
 from panda_ad.scoring.whitening import fit_whitening
-from panda_ad.stages.index_gallery import build_galleries, normal_mean, out_of_fold_scores
 from panda_ad.system.files import write_json
 
 
@@ -180,39 +181,38 @@ def test_coreset_never_takes_an_image_twice():
     assert len(set(compress(features, "coreset", 10, 0)[1])) == 10
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_clustered_images_score_as_if_they_had_not_been_clustered(k):
-    """By naive deletion: clusters of 1, 2, 5 and more images."""
-    rng = np.random.default_rng(0)
-    features = rng.normal(3, 1, (40, 6)).astype(np.float32)
-    members = np.r_[0, 1, 1, [2] * 5, [3] * 12, [4] * 20]
-    found = score_left_out(cluster_means(features, members), features, members, k)
-    for i in range(40):
-        others = np.delete(np.arange(40), i)
-        means = [features[others][members[others] == c].astype(float).mean(axis=0) for c in np.unique(members[others])]
-        naive = np.sort([((features[i] - mean) ** 2).sum() for mean in means])[:k].sum()
-        assert found[i] == pytest.approx(naive, rel=1e-5)
-    with pytest.raises(UserError, match=r"gallery\.k"):
-        score_left_out(cluster_means(features, members), features, members, 6)
-    alone = score_left_out(cluster_means(features, members), features, members, 5)
-    assert np.isinf(alone[0]) and np.isfinite(alone[1:]).all()
+@pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_out_of_fold_scores_are_by_a_model_of_the_other_folds(features, compression, whiten):
+    """By hand, fold by fold, for two snapshots."""
+    params = GalleryParams(k=3, normalize=False, whiten=whiten, compression=compression, size=20)
+    snapshots = [features[:47], features[100:147] ** 2]
+    folds = split_folds(47, 5)
+    assert sorted(np.concatenate([fold for fold, _ in folds])) == list(range(47)) and len(folds) == 5
+    scores = out_of_fold_scores(snapshots, folds, params, whiten, 5)
+    for fold, rest in folds:
+        assert not set(fold) & set(rest) and len(fold) + len(rest) == 47
+        for s, x in enumerate(snapshots):
+            to = fit_whitening(x[rest]) if whiten else (lambda x: x)
+            gallery = fit_galleries([y[rest] for y in snapshots], params, whiten, 5).galleries[s].features
+            np.testing.assert_allclose(scores[s, fold], brute(gallery, to(x[fold]), 3)[0].sum(axis=1), rtol=1e-6)
+            if compression == "none":
+                np.testing.assert_array_equal(gallery, to(x[rest]))
 
 
-def test_the_mean_normal_score_is_of_images_that_do_not_find_themselves(features):
-    """Whatever the compression: too small a mean would inflate the scores of one snapshot against another's."""
-    few = features[:12]
-    expected = normal_mean(Gallery(few), few, np.arange(12), None, 2)
-    assert expected == pytest.approx(brute(few, few, 2, leave_out=True)[0].sum(axis=1).mean())
-    # nearly as many clusters as images: close to no compression
-    _, members = np.unique(np.r_[np.arange(11), 10], return_inverse=True)
-    assert normal_mean(cluster_means(few, members), few, np.arange(11), members, 2) == pytest.approx(expected, rel=0.3)
+def test_few_images_are_folds_of_their_own(features):
+    params = GalleryParams(k=2, normalize=False, whiten=False, compression="none", size=20)
+    scores = out_of_fold_scores([features[:4]], split_folds(4, 0), params, False, 0)[0]
+    assert scores == pytest.approx(brute(features[:4], features[:4], 2, leave_out=True)[0].sum(axis=1))
+    with pytest.raises(UserError, match="one normal training image is too few"):
+        out_of_fold_scores([features[:1]], split_folds(1, 0), params.model_copy(update={"k": 1}), False, 0)
 
 
 def test_more_neighbors_than_a_gallery_has_are_refused(features):
     params = GalleryParams(k=17, normalize=False, whiten=True, compression="none", size=20)
-    assert out_of_fold_scores([features[:30]], params, True, 0).shape == (1, 30)
+    assert out_of_fold_scores([features[:30]], split_folds(30, 0), params, True, 0).shape == (1, 30)
     with pytest.raises(UserError, match=r"gallery\.k: 17 neighbors are asked for, the gallery has 16; lower it"):
-        out_of_fold_scores([features[:20]], params, True, 0)
+        out_of_fold_scores([features[:20]], split_folds(20, 0), params, True, 0)
 
 
 @pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
@@ -222,15 +222,14 @@ def test_left_out_scores_are_those_of_new_images(compression):
     spread = np.logspace(0, -1, 64)
     train, new = ((rng.normal(size=(n, 64)) * spread).astype(np.float32) for n in (100, 400))
     params = GalleryParams(k=2, normalize=False, whiten=True, compression=compression, size=20)
-    scores = out_of_fold_scores([train, 2 * train], params, True, 0)
-    whiten = fit_whitening(train)
-    (gallery,), kept, members = build_galleries([whiten(train)], params, 0)
-    expected = gallery.score(whiten(new), 2).mean()
+    scores = out_of_fold_scores([train, 2 * train], split_folds(100, 0), params, True, 0)
+    normal = fit_galleries([train], params, True, 0)
+    expected = normal.score([new], 2)[0].mean()
     assert scores.shape == (2, 100)
     assert scores[0].mean() == pytest.approx(expected, rel=0.15)
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-3)  # whitening takes the scale out
     if compression == "none":
-        assert normal_mean(gallery, whiten(train), kept, members, 2) < 0.9 * expected
+        assert normal.galleries[0].leave_one_out(2).mean() < 0.9 * expected
 
 
 def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch):
@@ -238,12 +237,10 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     import shutil
 
     import pandas as pd
-    import torch
     import yaml
     from registry_project import make_project
 
     from panda_ad.data.images import read_image
-    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.scoring.bundle import load_bundle
     from panda_ad.stages import adapt, extract, index
 
@@ -271,8 +268,9 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     rows = pd.read_csv("build/features/fabric/rows.csv")
     train = rows[rows["split"] == "train"]
     number = {path: i for i, path in enumerate(train["path"])}
-    x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in train["path"]])
-    features = detector.features(frozen_activations(detector.backbone, x, detector.precision)[1])[0]
+    network = detector.network
+    x = network.preprocess([read_image(folder / "data" / path) for path in train["path"]])
+    features = detector.transformed(network.features(network.activations(x)))
     members = detector.galleries[-1].search(features[-1], 1)[1][:, 0]
     assert len(detector.galleries[0]) == len(detector.images) == 5
     for gallery, under in zip(detector.galleries, features, strict=True):

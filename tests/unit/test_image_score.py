@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,16 +19,16 @@ from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
 from panda_ad.params import parse_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
+from panda_ad.scoring.folds import FOLDS, folds_of, split_folds
 from panda_ad.scoring.image_score import (
-    FOLDS,
     PixelStatistics,
     RobustScale,
     fit_pixel_statistics,
     fit_robust_scale,
     image_scores,
-    out_of_fold_peaks,
+    out_of_fold_map_scores,
 )
-from panda_ad.scoring.localize.maps import positions
+from panda_ad.scoring.localize.maps import positions, tensors
 from panda_ad.scoring.localize.patch_memory import patch_features
 
 
@@ -55,26 +54,26 @@ def test_both_adds_what_the_parts_say_in_units_of_their_spread():
     assert both.tolist() == [0.0, 4.0, 5.0]
 
 
-def test_a_spot_counts_by_what_is_usual_at_its_place():
+def test_a_spot_counts_by_what_is_statistics_at_its_place():
     rng = np.random.default_rng(0)
     noisy = np.ones((8, 8))
     noisy[:, 0] = 10  # a border where normal images differ
     normal = (5 + rng.normal(size=(400, 8, 8)) * noisy).astype(np.float32)
-    usual = fit_pixel_statistics(normal)
-    np.testing.assert_allclose(usual.mean, normal.mean(axis=0), rtol=1e-5)
+    statistics = fit_pixel_statistics(normal)
+    np.testing.assert_allclose(statistics.mean, normal.mean(axis=0), rtol=1e-5)
     at_border, inside = np.full((2, 8, 8), 5, np.float32)
     at_border[3, 0] += 12
     inside[3, 4] += 6
-    border, middle = usual.peaks(np.stack([at_border, inside]))
+    border, middle = statistics.map_scores(np.stack([at_border, inside]))
     assert border < 2 < 5 < middle
-    assert usual.peaks(inside[None])[0] == middle, "alone as in company"
+    assert statistics.map_scores(inside[None])[0] == middle, "alone as in company"
 
 
 def test_no_place_is_steadier_than_the_median_place():
     maps = np.random.default_rng(1).normal(size=(50, 6, 6)).astype(np.float32)
     maps[:, 0, 0] = 3.0
-    usual = fit_pixel_statistics(maps)
-    assert usual.spread[0, 0] == pytest.approx(np.median(maps.std(axis=0)), rel=1e-5)
+    statistics = fit_pixel_statistics(maps)
+    assert statistics.spread[0, 0] == pytest.approx(np.median(maps.std(axis=0)), rel=1e-5)
     assert fit_pixel_statistics(np.ones((3, 4, 4), np.float32)).spread.tolist() == np.ones((4, 4)).tolist()
 
 
@@ -82,10 +81,12 @@ def test_left_out_peaks_are_those_of_new_images():
     """Smooth maps of few images: a map that shaped the mean and spread would peak too low."""
     rng = np.random.default_rng(2)
     maps = rng.normal(size=(40, 12, 12)).astype(np.float32)
-    new = fit_pixel_statistics(maps).peaks(rng.normal(size=(400, 12, 12)).astype(np.float32))
-    assert np.median(out_of_fold_peaks(maps)) == pytest.approx(np.median(new), rel=0.06)
-    first = out_of_fold_peaks(maps)[:8]
-    assert first.tolist() == fit_pixel_statistics(maps[8:]).peaks(maps[:8]).tolist()
+    new = fit_pixel_statistics(maps).map_scores(rng.normal(size=(400, 12, 12)).astype(np.float32))
+    folds = split_folds(40, 0)
+    scores = out_of_fold_map_scores(maps, folds)
+    assert np.median(scores) == pytest.approx(np.median(new), rel=0.06)
+    fold, rest = folds[0]
+    assert scores[fold].tolist() == fit_pixel_statistics(maps[rest]).map_scores(maps[fold]).tolist()
     assert isinstance(fit_pixel_statistics(maps), PixelStatistics)
 
 
@@ -96,12 +97,12 @@ def world(request):
     return make.__wrapped__(request)
 
 
-def test_spade_without_an_image_never_looks_at_it(world):
+def test_spade_without_images_never_looks_at_them(world):
     size, gallery, pooled, _, _ = world
-    left = build("spade", world).without(4)
+    left = build("spade", world).without(np.array([4, 7]))
     layers = {k: v[4:5] for k, v in gallery.items()}
-    others = np.arange(12) != 4
-    kept = {k: v[torch.from_numpy(others)] for k, v in gallery.items()}
+    others = ~np.isin(np.arange(12), [4, 7])
+    kept = {k: v[others] for k, v in gallery.items()}
     expected = naive_spade(kept, pooled[others], {k: v[0] for k, v in layers.items()}, pooled[4], size, 5, 2.0)
     np.testing.assert_allclose(left.heatmaps(layers, pooled[4:5], size)[0], expected, rtol=1e-5)
 
@@ -116,25 +117,24 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
         memory_fraction=1.0,
         tiles=tiles if tiles > 1 else None,
     )
-    left = whole.without(1)
-    rows = positions(patch_features(gallery))  # (12, P, C)
+    left = whole.without(np.array([1]))
+    rows = positions(patch_features(tensors(gallery, whole.levels)))  # (12, P, C)
     own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].flatten(0, 1)}
     assert own & {tuple(row.tolist()) for row in whole.rows.values}
     assert not own & {tuple(row.tolist()) for row in left.rows.values}
     assert len(left.rows.values) >= len(whole.rows.values) * (1 - 1.5 / (12 // tiles**2))
-    layers = {k: v[tiles**2 : 2 * tiles**2] for k, v in gallery.items()}
+    layers = tensors({k: v[tiles**2 : 2 * tiles**2] for k, v in gallery.items()}, whole.levels)
     query = positions(patch_features(layers))[0].float()
     sharp = left._sharp(layers, 0, tuple(gallery["layer2"].shape[2:]))  # one value a position: nothing to interpolate
     np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.rows.values.float()), rtol=1e-5)
-    assert np.array_equal(whole.without(999).rows.values, whole.rows.values)
+    assert np.array_equal(whole.without(np.array([999])).rows.values, whole.rows.values)
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles, monkeypatch, tmp_path):
+def test_out_of_fold_maps_are_those_of_each_image_alone_without_its_fold(world, tiles, monkeypatch):
     """Although many are computed together, and only some images are chosen."""
-    from panda_ad.stages import index_localizer as index
+    from panda_ad.scoring import fit_localizer
 
-    monkeypatch.setattr(index, "BUILD", tmp_path)
     size, gallery, pooled, _, _ = world
     count = 12 // tiles**2
     whole = build(
@@ -143,17 +143,19 @@ def test_left_out_maps_are_those_of_each_image_alone_without_itself(world, tiles
         memory_fraction=0.5,
         tiles=tiles if tiles > 1 else None,
     )
-    monkeypatch.setattr(index, "_USUAL", count - 1)
+    monkeypatch.setattr(fit_localizer, "image_maps", lambda *a: lambda i: {k: v[i] for k, v in gallery.items()})
     detector = SimpleNamespace(localizer=whole, size=size)
-    found = index.out_of_fold_maps(detector, lambda i: {k: v[i] for k, v in gallery.items()}, pooled[:count], 3)
-    each = [
-        whole.without(i).heatmaps(
-            {k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}, pooled[i : i + 1], size
-        )[0]
-        for i in range(count)
-    ]
-    chosen = [next(i for i, own in enumerate(each) if np.array_equal(own, heatmap)) for heatmap in found]
-    assert len(found) == count - 1 and chosen == sorted(set(chosen))
+    folds, chosen = split_folds(count, 3), np.arange(1, count)
+    found = fit_localizer.out_of_fold_maps(detector, None, pooled[:count], folds, chosen)
+    assert found.shape[0] == count - 1
+    fold_of = {int(i): fold for fold, _ in folds for i in fold}
+    for heatmap, i in zip(found, chosen, strict=True):
+        own = {k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}
+        alone = whole.without(fold_of[i]).heatmaps(own, pooled[i : i + 1], size)[0]
+        np.testing.assert_array_equal(heatmap, alone)
+    parts = folds_of(folds, chosen)
+    assert sorted(np.concatenate([part for part, _ in parts])) == list(range(count - 1))
+    assert all(set(chosen[part]) <= set(fold_of[int(chosen[part[0]])]) for part, _ in parts)
 
 
 def make_plant(folder, monkeypatch, gallery=None, **verdict):
@@ -186,13 +188,13 @@ def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_
     plain, mapped = detector.score(images), detector.score(images, heatmaps=True)
     assert [v.score for v in plain] == [v.score for v in mapped] == rows["score"].tolist()
     if method == "both":
-        assert [sum(v.parts) for v in plain] == pytest.approx(rows["score"].tolist())
-        assert plain[0].parts == (
+        assert [sum(v.components) for v in plain] == pytest.approx(rows["score"].tolist())
+        assert plain[0].components == (
             detector.scales[0](rows["features_score"][0]),
             detector.scales[1](rows["heatmap_peak"][0]),
         )
     else:
-        assert plain[0].parts is None
+        assert plain[0].components is None
     assert plain[0].heatmap is None and mapped[0].heatmap is not None
     assert detector.score(images[2:3])[0].score == rows["score"][2]
     expected = {
@@ -204,7 +206,7 @@ def test_one_score_for_the_same_bytes_evaluated_and_scored_with_or_without_heat_
     }[method]
     assert rows["score"].tolist() == expected.tolist()
     bundle = json.loads((folder / "build/bundle/fabric/bundle.json").read_text())
-    assert bundle["format"] == (2 if method == "features" else 4)
+    assert bundle["format"] == 5
     figures = json.loads((folder / "build/evaluation/fabric/metrics.json").read_text())
     assert figures["image_auroc"] == figures.get(
         {"features": "features_auroc", "heatmap": "heatmap_auroc"}.get(method, "image_auroc")
@@ -216,21 +218,19 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
     """By hand: each fold against whitening and gallery of the others, by the loaded bundle's own heads; a seen image would look too normal."""
     import pandas as pd
 
-    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.scoring.whitening import fit_whitening
 
     folder = make_plant(tmp_path / "plant", monkeypatch, {"whiten": whiten}, score="both")
     detector = load_bundle("build/bundle/fabric")
     manifest = pd.read_csv("build/features/fabric/rows.csv")
     train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] == "train"]["path"]]
-    _, layer2 = frozen_activations(
-        detector.backbone, torch.stack([preprocess(i, detector.size) for i in train]), detector.precision
-    )
-    seen = detector.score_activations(layer2, heatmaps=True)
-    detector.whitenings = []
+    network = detector.network
+    activations = network.activations(network.preprocess(train))
+    seen = detector.score_activations(activations, heatmaps=True)
+    plain = replace(detector, whitenings=()).transformed(network.features(activations))
     order = np.random.default_rng(0).permutation(len(train))
     ratios = []
-    for features, mean in zip(detector.features(layer2)[0], detector.train_means, strict=True):
+    for features, mean in zip(plain, detector.train_means, strict=True):
         ratio = np.empty(len(train))
         for fold in np.array_split(order, FOLDS):
             rest = [i for i in order if i not in fold]
@@ -242,8 +242,8 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
     scale = fit_robust_scale(np.max(ratios, axis=0))
     assert detector.scales[0].center == pytest.approx(scale.center, rel=1e-4)
     assert detector.scales[0].spread == pytest.approx(scale.spread, rel=1e-4)
-    assert detector.scales[0].center > 2 * np.median(seen.whole)
-    assert detector.scales[1].center > 1.2 * np.median(seen.peaks)
+    assert detector.scales[0].center > 2 * np.median(seen.feature_score)
+    assert detector.scales[1].center > 1.2 * np.median(seen.map_score)
 
 
 def test_an_older_bundle_scores_by_features_and_an_older_program_refuses_the_new_one(tmp_path, monkeypatch):
@@ -253,10 +253,10 @@ def test_an_older_bundle_scores_by_features_and_an_older_program_refuses_the_new
     before = load_bundle("build/bundle/fabric")
     del config["score"]
     path.write_text(json.dumps(config))
-    assert load_bundle("build/bundle/fabric").config["score"] == before.config["score"] == "features"
-    damaged = replace(before, config={**before.config, "score": "both"})
+    assert load_bundle("build/bundle/fabric").config.score == before.config.score == "features"
+    damaged = replace(before, config=before.config.model_copy(update={"score": "both"}))
     (tmp_path / "new").mkdir()
-    save_bundle(damaged, tmp_path / "new")  # says both, does not say what is usual
+    save_bundle(damaged, tmp_path / "new")  # says both, does not say what is statistics
     with pytest.raises(UserError, match="not a bundle"):
         load_bundle(tmp_path / "new")
 

@@ -43,7 +43,7 @@ def world(request):
     layer3, pooled = in_micro_batches(
         lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
     )
-    layers = {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}
+    layers = {"layer1": layer1.numpy(), "layer2": layer2.numpy(), "layer3": layer3.half().numpy()}
     return (
         size,
         {k: v[:12] for k, v in layers.items()},
@@ -65,9 +65,10 @@ def pairwise(queries, rows):
 def naive_spade(gallery, pooled, layers, feature, size, k, sigma):
     chosen = np.argsort(((pooled - feature) ** 2).sum(1))[:k]
     maps = []
-    for name, layer in layers.items():
+    for name, values in layers.items():
+        layer = torch.from_numpy(values)
         c, h, w = layer.shape
-        rows = gallery[name][chosen].float().permute(0, 2, 3, 1).reshape(-1, c)
+        rows = torch.from_numpy(gallery[name][chosen]).float().permute(0, 2, 3, 1).reshape(-1, c)
         distance = pairwise(layer.float().permute(1, 2, 0).reshape(-1, c), rows).view(1, 1, h, w)
         maps.append(F.interpolate(distance, size=size, mode="bilinear")[0, 0].numpy())
     return ndimage.gaussian_filter(np.mean(maps, axis=0), sigma)
@@ -84,6 +85,7 @@ def test_spade_equals_naive(world):
 
 def naive_patch_features(layer2, layer3):
     """One image, neighborhood by neighborhood."""
+    layer2, layer3 = torch.from_numpy(layer2), torch.from_numpy(layer3)
 
     def mean3x3(x):
         out = torch.empty_like(x)
@@ -146,7 +148,7 @@ def test_spade_with_fewer_images_than_neighbors_and_at_another_input_size(world)
     ours = build("spade", world, neighbors=50).heatmaps(layers, features, size)
     expected = naive_spade(gallery, pooled, {k: v[0] for k, v in layers.items()}, features[0], size, 12, 2.0)
     np.testing.assert_allclose(ours[0], expected, rtol=1e-5)
-    larger = {k: v.repeat(1, 1, 2, 1) for k, v in layers.items()}
+    larger = {k: np.tile(v, (1, 1, 2, 1)) for k, v in layers.items()}
     assert build("spade", world).heatmaps(larger, features, (2 * size[0], size[1])).shape == (3, 2 * size[0], size[1])
 
 
@@ -189,7 +191,7 @@ def test_coreset_covers_better_than_chance():
 
 
 def test_patch_features_of_an_image_do_not_depend_on_the_batch(world):
-    layers = world[3]
+    layers = {k: torch.from_numpy(v) for k, v in world[3].items()}
     together = patch_features(layers)
     for i in range(3):
         assert torch.equal(together[i], patch_features({k: v[i : i + 1] for k, v in layers.items()})[0])

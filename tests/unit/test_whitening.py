@@ -1,6 +1,7 @@
 """Whitening against what it is defined by, and through the pipeline's stages and the bundle."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,10 +87,8 @@ def test_a_feature_that_never_changes_neither_breaks_nor_decides_by_rounding():
 def test_the_stages_whiten_what_is_normalized_and_the_bundle_keeps_it_to_the_digit(tmp_path, monkeypatch):
     """Two snapshots and a compressed gallery; scores of the loaded bundle from a naive computation, and as evaluated."""
     import pandas as pd
-    import torch
 
     from panda_ad.data.images import read_image
-    from panda_ad.features.backbones import frozen_activations, preprocess
     from panda_ad.stages import adapt, evaluate, extract, index
 
     folder = make_project(tmp_path / "plant")
@@ -112,21 +111,19 @@ def test_the_stages_whiten_what_is_normalized_and_the_bundle_keeps_it_to_the_dig
     assert [v.score for v in verdicts] == rows["score"].tolist()
     assert detector.score(images[3:4])[0] == verdicts[3]
 
-    whitenings, detector.whitenings = detector.whitenings, []
+    network = detector.network
 
     def plain(paths) -> list[np.ndarray]:
         """Normalized features under each head, float64, not whitened."""
-        x = torch.stack([preprocess(read_image(folder / "data" / path), detector.size) for path in paths])
-        return [
-            f.astype(np.float64)
-            for f in detector.features(frozen_activations(detector.backbone, x, detector.precision)[1])[0]
-        ]
+        x = network.preprocess([read_image(folder / "data" / path) for path in paths])
+        features = replace(detector, whitenings=()).transformed(network.features(network.activations(x)))
+        return [f.astype(np.float64) for f in features]
 
     manifest = pd.read_csv("build/features/fabric/rows.csv")
     train, test = plain(manifest[manifest["split"] == "train"]["path"]), plain(rows["path"])
     kept = plain(image["path"] for image in detector.images)
     ratios = []
-    for s, whitening in enumerate(whitenings):
+    for s, whitening in enumerate(detector.whitenings):
         np.testing.assert_allclose(np.linalg.norm(train[s], axis=1), 1, rtol=1e-5)
         fitted = LedoitWolf().fit(train[s])
         inverse = np.linalg.inv(fitted.covariance_)

@@ -14,7 +14,8 @@ from panda_ad.data.images import batches, decode, image_files, pixel_count, read
 from panda_ad.data.layouts import printable
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
-from panda_ad.scoring.detector import Detector, Verdict
+from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.verdict import Verdict
 from panda_ad.system.files import atomic_file
 
 COLUMNS = ("path", "score", "p_value", "decision", "threshold", "whole_image", "worst_spot", "x0", "y0", "x1", "y1")
@@ -112,7 +113,7 @@ def score_files(
     if log is not None:
         from panda_ad.monitor.record import Recorder
 
-        recorder = Recorder(detector.config["category"], model.name, model.version, limit.value, log)
+        recorder = Recorder(detector.config.category, model.name, model.version, limit.value, log)
         fresh = recorder.fresh(files)
     problems: list[str] = []
     alarms = 0
@@ -128,7 +129,7 @@ def score_files(
             alarms += verdict.anomalous
             decision = "defect" if verdict.anomalous else "good"
             box = verdict.region or ("", "", "", "")
-            parts = [f"{part:.3f}" for part in verdict.parts] if verdict.parts else ["", ""]
+            parts = [f"{part:.3f}" for part in verdict.components] if verdict.components else ["", ""]
             # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
             rows.writerow(
                 [
@@ -160,7 +161,8 @@ def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Det
     """Write the image with its heat map laid over it, colored where it exceeds what normal images show."""
     from PIL import Image
 
-    start, full = detector.config["heatmap_range"]
+    assert detector.config.heatmap_range is not None, "only a model with a localizer makes heat maps"
+    start, full = detector.config.heatmap_range
     path.parent.mkdir(parents=True, exist_ok=True)
     blend = np.empty_like(rgb)
     for pixels, heat, out in zip(

@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_max_pool2d
 from panda_ad.data.images import read_mask
 from panda_ad.data.layouts import image_root
 from panda_ad.params import Params
-from panda_ad.scoring.detector import resize_map
+from panda_ad.scoring.verdict import resize_map
 
 PIXEL_SIDE = 384
 """Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""

@@ -75,7 +75,7 @@ def model_at(category: str, alias: str, params: Params) -> Model:
 def reference_of(detector: Detector) -> Sample:
     """The calibration images of a model. UserError where its bundle is from before monitoring."""
     if detector.reference is None:
-        name = detector.config["category"]
+        name = detector.config.category
         raise UserError(
             f"category {name}: this version keeps no calibration images to compare with; run `dvc repro` and `panda-ad promote -c {name}`"
         )
@@ -103,7 +103,7 @@ def check_category(
     window = read_window(
         category, model.name, model.version, last=params.monitor.window, log=log, without=model.detector.seen
     )
-    rate = float(model.detector.config["false_alarm_rate"])
+    rate = float(model.detector.config.false_alarm_rate)
     try:
         drift = find_drift(reference, window.sample, rate, params.monitor, params.seed)
     except TooFew as e:

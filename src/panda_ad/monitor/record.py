@@ -11,7 +11,7 @@ import numpy as np
 from panda_ad.data.layouts import printable
 from panda_ad.features.image_statistics import image_statistics
 from panda_ad.monitor.log import LOG, Entry, append, known
-from panda_ad.scoring.detector import Verdict
+from panda_ad.scoring.verdict import Verdict
 from panda_ad.system.files import digest_file
 
 

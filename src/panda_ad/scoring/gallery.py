@@ -189,19 +189,6 @@ def cluster_means(features: np.ndarray, members: np.ndarray) -> Gallery:
     return Gallery((sums / np.bincount(members)[:, None]).astype(np.float32))
 
 
-def score_left_out(gallery: Gallery, features: np.ndarray, members: np.ndarray, k: int) -> np.ndarray:
-    """Scores (M,) float64 of clustered images against `cluster_means`, each as if it had not been clustered.
-
-    The mean of the n images of its own cluster is n / (n - 1) times as far away once the image is left out. A cluster of one goes
-    with its image, whose score is infinite where fewer than k are then left.
-    """
-    distances, nearest = gallery.search(features, max(k, min(k + 1, len(gallery))))
-    n = np.bincount(members)[members][:, None]
-    without = np.where(n > 1, distances * (n / np.maximum(n - 1, 1)) ** 2, np.inf)
-    distances = np.where(nearest == members[:, None], without, distances)
-    return np.sort(distances, axis=1)[:, :k].sum(axis=1)
-
-
 def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Make a gallery smaller.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from panda_ad.features.backbones import Backbone
     from panda_ad.features.cache import Activations, Item
     from panda_ad.params import Params
-    from panda_ad.scoring.detector import Detector, Scores
+    from panda_ad.scoring.images import CachedImages
 
 BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the precision they were computed in
 
@@ -86,32 +85,16 @@ def pretrained_features(category: str) -> np.ndarray:
 
 
 def layers_needed(params: Params) -> tuple[str, ...]:
-    """FrozenLayers layers that scoring reads: SPADE compares layer1 too."""
+    """Levels of the frozen layers that scoring reads: SPADE compares layer1 too."""
     return ("layer1", "layer2") if params.localize.method == "spade" else ("layer2",)
 
 
-def score_items(
-    detector: Detector,
-    activations: Activations,
-    items: Sequence[Item],
-    layers: Sequence[str],
-    raw: np.ndarray | None = None,
-) -> Iterator[Scores]:
-    """Score images from the activation cache, batch by batch, with heat maps where the model has a localizer.
+def cached_images(activations: Activations, rows: pd.DataFrame, params: Params, category: str) -> CachedImages:
+    """Manifest rows of a category as images that fitting and scoring read from the activation cache."""
+    from panda_ad.scoring.images import CachedImages
 
-    `raw`: their features as in `Detector.features`. Tiles are computed from the pixels; a batch holds as many tiles as it would images.
-    """
-    from tqdm import tqdm
-
-    batch = 64 if detector.localizer is None else max(1, 64 // detector.localizer.tiles**2)
-    with tqdm(total=len(items), desc="score", unit="img", disable=None) as bar:
-        for i, part in enumerate(activations.batches(items, layers, batch)):
-            at = slice(i * batch, (i + 1) * batch)
-            pixels = (item.read() for item in items[at])
-            yield detector.score_activations(
-                part["layer2"], part.get("layer1"), None if raw is None else raw[at], True, pixels
-            )
-            bar.update(len(part["layer2"]))
+    features = pretrained_features(category)[rows.index]
+    return CachedImages(activations, items_of(rows, params), rows["path"].tolist(), features)
 
 
 def threads() -> None:

@@ -17,16 +17,9 @@ from panda_ad.evaluation.masks import PIXEL_SIDE, load_masks, with_masks
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.calibration import p_values
-from panda_ad.scoring.detector import Detector, Scores, resize_map
-from panda_ad.stages.common import (
-    activations_for,
-    category_rows,
-    items_of,
-    layers_needed,
-    pretrained_features,
-    score_items,
-    threads,
-)
+from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.verdict import Scores, resize_map
+from panda_ad.stages.common import activations_for, cached_images, category_rows, threads
 from panda_ad.system.files import atomic_file, write_json
 from panda_ad.system.paths import BUILD
 from panda_ad.system.stage import run_stage
@@ -48,10 +41,10 @@ def main(category: str) -> None:
         "recall": float((scores.score[labels == 1] > limit.value).mean()),
         "test_good": int((labels == 0).sum()),
         "test_defect": int((labels == 1).sum()),
-        "features_auroc": metrics.auroc(labels, scores.whole),  # what either part of the score would give alone
+        "features_auroc": metrics.auroc(labels, scores.feature_score),  # what either part of the score would give alone
     }
-    if scores.peaks is not None:
-        values["heatmap_auroc"] = metrics.auroc(labels, scores.peaks)
+    if scores.map_score is not None:
+        values["heatmap_auroc"] = metrics.auroc(labels, scores.map_score)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
         pixel_values, pixel_intervals = pixel_figures(*with_masks(scores.heatmaps, masks), params)
@@ -62,8 +55,8 @@ def main(category: str) -> None:
     write_json(folder / "intervals.json", intervals)
     table = rows[["path", "sha256", "label", "defect"]].assign(
         score=scores.score,
-        features_score=scores.whole,
-        heatmap_peak=scores.peaks,
+        features_score=scores.feature_score,
+        heatmap_peak=scores.map_score,
         p_value=p_values(detector.calibration, scores.score),
         anomalous=scores.score > limit.value,
         snapshot=scores.snapshot,
@@ -94,14 +87,12 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
 
     Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
     """
-    activations, raw = activations_for(params, detector.backbone, category), pretrained_features(category)
-    items = items_of(rows, params)
-    layers = layers_needed(params)
-    activations.warm(items, layers)
+    images = cached_images(activations_for(params, detector.network.backbone, category), rows, params, category)
+    images.cache.warm(images.items, detector.levels)
     most = max(PIXEL_SIDE, *detector.size)
     parts: list[Scores] = []
     maps: np.ndarray | None = None
-    for part in score_items(detector, activations, items, layers, raw[rows.index]):
+    for part in detector.score_images(images):
         done = sum(len(p.score) for p in parts)
         parts.append(replace(part, heatmaps=None))
         if part.heatmaps is not None:
@@ -115,11 +106,10 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
     score, snapshot, neighbors, distances, features = (
         np.concatenate([getattr(p, name) for p in parts]) for name in columns
     )
-    peaks = [part.peaks for part in parts if part.peaks is not None]
-    whole = np.concatenate([part.whole for part in parts])
-    return Scores(
-        score, snapshot, neighbors, distances, features, maps, whole, np.concatenate(peaks) if peaks else None
-    )
+    map_scores = [part.map_score for part in parts if part.map_score is not None]
+    feature_score = np.concatenate([part.feature_score for part in parts])
+    map_score = np.concatenate(map_scores) if map_scores else None
+    return Scores(score, snapshot, neighbors, distances, features, maps, feature_score, map_score)
 
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> tuple[dict[str, float], Intervals]:

@@ -22,7 +22,8 @@ from panda_ad.params import Params
 from panda_ad.report.build import project_2d, write_report
 from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage
 from panda_ad.scoring.calibration import p_values
-from panda_ad.scoring.detector import Detector, Scores
+from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.verdict import Scores
 from panda_ad.system.paths import BUILD
 
 METHODS = {
@@ -61,7 +62,7 @@ def evaluation_report(
     shown = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
     root = image_root(params)
     paths, keys = rows["path"].tolist(), rows["sha256"].tolist()
-    parts = detector.parts(scores)
+    parts = detector.components(scores)
     images = [
         ReportImage(
             path=paths[i],
@@ -93,7 +94,7 @@ def evaluation_report(
         Report(
             dataset=params.dataset,
             category=category,
-            title=f"{METHODS[detector.config['method']]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
+            title=f"{METHODS[detector.config.method]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
             created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             headline=headline,
             threshold=detector.threshold(),
@@ -147,7 +148,7 @@ def provenance(
 ) -> dict[str, dict[str, object]]:
     """Facts on data, model and settings, for the last section."""
     report = json.loads((BUILD / "validation" / "report.json").read_text())
-    known = detector.config["provenance"]
+    known = detector.config.provenance
     return {
         "data": {
             "dataset": params.dataset,
@@ -162,9 +163,9 @@ def provenance(
             "backbone": f"{known['backbone']} ({known['weights']})",
             "weights": known["fingerprint"],
             "input size": " x ".join(map(str, detector.size)),
-            "adaptation": detector.config["method"],
-            "snapshots at steps": ", ".join(map(str, detector.config["steps"])),
-            "neighbors": detector.config["k"],
+            "adaptation": detector.config.method,
+            "snapshots at steps": ", ".join(map(str, detector.network.steps)),
+            "neighbors": detector.config.k,
             "localization": params.localize.method
             + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
         },

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
 
 from panda_ad.params import LocalizeParams
+from panda_ad.scoring.bundle_formats import upgrade_localizer
 from panda_ad.scoring.localize.maps import Maps
 from panda_ad.scoring.localize.patch_memory import PatchMemory
 from panda_ad.scoring.localize.spade import Spade
 
-__all__ = ["Localizer", "build_localizer", "load_localizer"]
+_KINDS: dict[str, type[Spade] | type[PatchMemory]] = {"spade": Spade, "patch_memory": PatchMemory}
 
 
 class Localizer(Protocol):
@@ -25,13 +26,18 @@ class Localizer(Protocol):
         """Tiles per side of an image, T (`tiling.image_tiles`); 1: maps are those of whole images."""
         ...
 
-    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Heat maps of B images; an image's map does not depend on the others.
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """Levels of the network that it compares."""
+        ...
+
+    def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Return heat maps of B images; an image's map does not depend on the others.
 
         Parameters
         ----------
-        maps : {'layer1', 'layer2', 'layer3'}: float16 (B * T^2, C, h, w), image by image; `PatchMemory` needs no layer1.
-        pooled : float32 (B, D), features under the same head as the gallery's; only `Spade` looks at them.
+        maps : float16 (B * T^2, C, h, w) per level, image by image.
+        pooled : float32 (B, D), features under the same snapshot as the gallery's; only `Spade` looks at them.
         size : network input (height, width), pixels.
 
         Returns
@@ -40,8 +46,8 @@ class Localizer(Protocol):
         """
         ...
 
-    def without(self, image: int) -> Localizer:
-        """The same as if it had never seen the gallery image of that index; only while what `build_localizer` made is in memory."""
+    def without(self, images: np.ndarray) -> Localizer:
+        """Return the same as if it had never seen the gallery images of these indices; only of what `build_localizer` made."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -56,7 +62,7 @@ def build_localizer(params: LocalizeParams, maps: Maps, pooled: np.ndarray, seed
     ----------
     maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices; with `params.tiles`, of
         their tiles, image by image.
-    pooled : float32 (M, D), pooled features of the same images under the same head.
+    pooled : float32 (M, D), pooled features of the same images under the same snapshot.
     seed : of the coreset.
     """
     if params.method == "spade":
@@ -69,8 +75,12 @@ def build_localizer(params: LocalizeParams, maps: Maps, pooled: np.ndarray, seed
     raise ValueError(f"localize.method {params.method!r} builds no localizer")
 
 
+def levels_of(method: str) -> tuple[str, ...]:
+    """Return the levels of the network that the localizer of that name compares."""
+    return _KINDS[method].levels
+
+
 def load_localizer(folder: Path) -> Localizer:
-    """Read a saved localizer; large arrays stay memory-mapped. OSError, KeyError or ValueError where it is missing or damaged."""
-    config = json.loads((folder / "localizer.json").read_text(encoding="utf-8"))
-    kinds: dict[str, type[Spade] | type[PatchMemory]] = {"spade": Spade, "patch_memory": PatchMemory}
-    return kinds[config["method"]].load(folder, config)
+    """Read a saved localizer; large arrays stay memory-mapped. OSError, LookupError or ValueError where it is missing or damaged."""
+    config = upgrade_localizer(json.loads((folder / "localizer.json").read_text(encoding="utf-8")))
+    return _KINDS[config["method"]].load(folder, config)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-Maps = Callable[[Any], dict[str, Tensor]]
-"""maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the gallery images at these indices."""
+Maps = Callable[[slice | np.ndarray], Mapping[str, np.ndarray]]
+"""maps(i: slice or int array) -> float16 (B, C, h, w) per level of the gallery images at these indices."""
 
 BATCH = 8
 """Gallery images read at a time while building."""
+
+
+def tensors(maps: Mapping[str, np.ndarray], levels: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return some levels as tensors that share the arrays' memory."""
+    return {level: torch.from_numpy(maps[level]) for level in levels}
 
 
 def positions(layer: Tensor) -> Tensor:
@@ -29,4 +34,5 @@ def upsample(distances: Tensor, grid: tuple[int, int], size: tuple[int, int]) ->
 
 def smooth(heatmap: Tensor, sigma: float) -> np.ndarray:
     """Gaussian filter; sigma in pixels of the map. float32 (H, W)."""
-    return ndimage.gaussian_filter(heatmap.numpy(), sigma) if sigma else heatmap.numpy()
+    values: np.ndarray = heatmap.numpy()
+    return ndimage.gaussian_filter(values, sigma) if sigma else values

@@ -5,9 +5,11 @@ Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panda_ad.scoring.gallery import greedy_coreset
-from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, upsample
+from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
 from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
 from panda_ad.scoring.localize.tiling import blend, grid
 from panda_ad.system.files import write_json
@@ -26,7 +28,7 @@ POOL = 100_000
 _PROJECTED = 32  # dimensions in which the coreset measures distances (Johnson-Lindenstrauss, section 3.2)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class PatchMemory:
     """A coreset of the normal images' patch features; a position's anomaly is the Euclidean distance to the nearest.
 
@@ -39,15 +41,17 @@ class PatchMemory:
     sources : int64 (K,), index of the image that each row is of; known until it is saved.
     """
 
+    levels: ClassVar[tuple[str, ...]] = ("layer2", "layer3")
+
     rows: Rows
     basis: Basis
     sigma: float
     tiles: int = 1
     sources: Tensor | None = field(default=None, repr=False)
-    _packed: Packed = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        self._packed = pack(self.rows, self.basis)
+    @cached_property
+    def _packed(self) -> Packed:
+        return pack(self.rows, self.basis)
 
     @classmethod
     def build(
@@ -60,7 +64,7 @@ class PatchMemory:
         total = 0
         quota = max(1, POOL // count)  # patches drawn from each
         for i in range(0, count, BATCH):
-            batch = positions(patch_features(maps(slice(i, i + BATCH))))  # (B, P, C)
+            batch = positions(patch_features(tensors(maps(slice(i, i + BATCH)), cls.levels)))  # (B, P, C)
             total += batch.shape[0] * batch.shape[1]
             for j, rows in enumerate(batch, start=i):
                 drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
@@ -72,26 +76,28 @@ class PatchMemory:
         basis = fit_basis(values)
         return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles, torch.tensor(sources)[chosen])
 
-    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
         shape, overlap = grid(size, self.tiles)
         per_image = self.tiles**2
-        out = np.empty((len(maps["layer2"]) // per_image, *shape), np.float32)
+        layers = tensors(maps, self.levels)
+        out = np.empty((len(layers["layer2"]) // per_image, *shape), np.float32)
         for i in range(len(out)):
-            parts = [self._sharp(maps, b, size) for b in range(i * per_image, (i + 1) * per_image)]
+            parts = [self._sharp(layers, b, size) for b in range(i * per_image, (i + 1) * per_image)]
             out[i] = smooth(torch.from_numpy(blend(parts, shape, size, overlap)), self.sigma)
         return out
 
     def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
         """Heat map of row `b` before smoothing, float32 (height, width)."""
-        features = patch_features({name: maps[name][b : b + 1] for name in ("layer2", "layer3")})  # (1, C, h, w)
+        features = patch_features({level: values[b : b + 1] for level, values in maps.items()})  # (1, C, h, w)
         distances = nearest(positions(features)[0], [self._packed], self.basis)
-        return upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
+        sharp: np.ndarray = upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
+        return sharp
 
-    def without(self, image: int) -> PatchMemory:
+    def without(self, images: np.ndarray) -> PatchMemory:
         """See `Localizer.without`. A memory that holds nothing else is left as it is."""
         assert self.sources is not None
-        kept = self.sources != image
+        kept = ~torch.isin(self.sources, torch.from_numpy(images))
         if not kept.any():
             return self
         return replace(self, rows=Rows(self.rows.values[kept], self.rows.bounds[kept]), sources=self.sources[kept])
@@ -106,7 +112,7 @@ class PatchMemory:
         }
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
         config = {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank}
-        write_json(folder / "localizer.json", config | ({"tiles": self.tiles} if self.tiles > 1 else {}))
+        write_json(folder / "localizer.json", config | {"tiles": self.tiles})
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
@@ -116,7 +122,7 @@ class PatchMemory:
             Rows(t["values"], t["bounds"]),
             Basis(t["mean"], t["axes"], config["rank"]),
             config["sigma"],
-            config.get("tiles", 1),
+            config["tiles"],
         )
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, upsample
+from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
 from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
 from panda_ad.system.files import write_json
 
@@ -23,7 +22,7 @@ LAYERS = ("layer1", "layer2", "layer3")
 _PART = 2**25  # numbers of the gallery (64 MB) read at a time
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Spade:
     """The K normal images nearest by pooled feature; per position the distance to the nearest position among theirs.
 
@@ -35,8 +34,11 @@ class Spade:
     values, lengths : per layer, memory-mapped: float16 (M, h * w, C) and float32 (M, h * w, 2) (`search.Rows`).
     bases : per layer.
     neighbors : K.  sigma : pixels at input size.
-    out_of_fold : index of a gallery image that counts as not there, or None.
+    left_out : indices of gallery images that count as not there.
     """
+
+    levels: ClassVar[tuple[str, ...]] = LAYERS
+    tiles: ClassVar[int] = 1  # it compares whole images
 
     pooled: np.ndarray
     values: dict[str, np.ndarray]
@@ -44,8 +46,7 @@ class Spade:
     bases: dict[str, Basis]
     neighbors: int
     sigma: float
-    out_of_fold: int | None = None
-    tiles = 1  # it compares whole images
+    left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     @classmethod
     def build(cls, maps: Maps, pooled: np.ndarray, neighbors: int, sigma: float) -> Spade:
@@ -56,9 +57,7 @@ class Spade:
         bases: dict[str, Basis] = {}
         values: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
-        for layer, sample in maps(spread).items():
-            if layer not in LAYERS:
-                continue
+        for layer, sample in tensors(maps(spread), LAYERS).items():
             rows = positions(sample)
             bases[layer] = fit_basis(rows.flatten(0, 1)[:: max(1, rows.shape[0] * rows.shape[1] // 50_000)])
             shape = (count, rows.shape[1], rows.shape[2])
@@ -67,27 +66,26 @@ class Spade:
                 folder / f"{layer}-lengths.npy", "w+", np.float32, (*shape[:2], 2)
             )
         for i in range(0, count, BATCH):
-            for layer, batch in maps(slice(i, i + BATCH)).items():
-                if layer in values:
-                    for j, rows in enumerate(positions(batch), start=i):
-                        values[layer][j] = rows.numpy()
-                        lengths[layer][j] = bounds(rows, bases[layer]).numpy()
+            for layer, batch in tensors(maps(slice(i, i + BATCH)), LAYERS).items():
+                for j, rows in enumerate(positions(batch), start=i):
+                    values[layer][j] = rows.numpy()
+                    lengths[layer][j] = bounds(rows, bases[layer]).numpy()
         for array in (*values.values(), *lengths.values()):
             array.flush()  # type: ignore[attr-defined]
         spade = cls(pooled, values, lengths, bases, neighbors, sigma)
         weakref.finalize(spade, shutil.rmtree, folder, ignore_errors=True)
         return spade
 
-    def heatmaps(self, maps: dict[str, Tensor], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
+        layers = tensors(maps, LAYERS)
         out = np.empty((len(pooled), *size), np.float32)
         for b in range(len(pooled)):
             chosen = self.nearest_images(pooled[b])
             total = torch.zeros(size)
-            for layer in LAYERS:
-                queries = positions(maps[layer][b : b + 1])[0]
-                distances = nearest(queries, self._gallery(layer, chosen), self.bases[layer])
-                total += upsample(distances, (maps[layer].shape[2], maps[layer].shape[3]), size)
+            for layer, values in layers.items():
+                distances = nearest(positions(values[b : b + 1])[0], self._gallery(layer, chosen), self.bases[layer])
+                total += upsample(distances, (values.shape[2], values.shape[3]), size)
             out[b] = smooth(total / len(LAYERS), self.sigma)
         return out
 
@@ -95,11 +93,11 @@ class Spade:
         """Indices of the K gallery images nearest to `pooled` (D,), nearest first."""
         distances = np.square(self.pooled.astype(np.float64) - pooled).sum(axis=1)
         order = np.argsort(distances, kind="stable")
-        return (order if self.out_of_fold is None else order[order != self.out_of_fold])[: self.neighbors]
+        return order[~np.isin(order, self.left_out)][: self.neighbors]
 
-    def without(self, image: int) -> Spade:
-        """See `Localizer.without`. A gallery of that image alone is left as it is."""
-        return replace(self, out_of_fold=image) if len(self.pooled) > 1 else self
+    def without(self, images: np.ndarray) -> Spade:
+        """See `Localizer.without`. A gallery that holds nothing else is left as it is."""
+        return replace(self, left_out=images) if len(np.unique(images)) < len(self.pooled) else self
 
     def _gallery(self, layer: str, chosen: np.ndarray) -> Iterator[Packed]:
         values, lengths = self.values[layer], self.lengths[layer]
@@ -134,5 +132,4 @@ class Spade:
         bases = {
             layer: Basis(small[f"{layer}.mean"], small[f"{layer}.axes"], config["ranks"][layer]) for layer in LAYERS
         }
-        neighbors = config["neighbors"] if "neighbors" in config else config["neighbours"]  # earlier bundles
-        return cls(small["pooled"].numpy(), values, lengths, bases, neighbors, config["sigma"])
+        return cls(small["pooled"].numpy(), values, lengths, bases, config["neighbors"], config["sigma"])

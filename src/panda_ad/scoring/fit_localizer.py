@@ -1,0 +1,98 @@
+"""Fit the localizer, and what the image score needs of its heat maps: pixel statistics and scales."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from panda_ad.features.backbones import MICRO_BATCH
+from panda_ad.scoring.config import FitParams
+from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.folds import Folds, folds_of
+from panda_ad.scoring.image_score import fit_pixel_statistics, fit_robust_scale, out_of_fold_map_scores
+from panda_ad.scoring.images import Images
+from panda_ad.scoring.localize.localizer import Localizer, build_localizer, levels_of
+from panda_ad.scoring.localize.maps import Maps
+from panda_ad.scoring.localize.tiling import image_tiles
+from panda_ad.system.paths import BUILD
+
+_MAPS = 64  # most training images whose heat maps pixel statistics are made of
+
+
+def fit_localizer(detector: Detector, train: Images, features: np.ndarray, params: FitParams) -> Localizer:
+    """Fit `params.localize` to the training images; `features` (M, D) are theirs under the last snapshot."""
+    levels = levels_of(params.localize.method)
+    return build_localizer(
+        params.localize, image_maps(detector, train, levels, params.localize.tiles or 1), features, params.seed
+    )
+
+
+def fit_pixel_statistics_and_scales(
+    detector: Detector, train: Images, features: np.ndarray, knn: np.ndarray, folds: Folds, seed: int
+) -> Detector:
+    """Add pixel statistics and, for score `both`, scales, from out-of-fold scores.
+
+    Parameters
+    ----------
+    detector : with its localizer, as `fit_localizer` returned it.
+    features : float32 (M, D), of the training images under the last snapshot.
+    knn : float64 (S, M), their out-of-fold kNN scores.
+    folds : of all training images; of at most `_MAPS` of them maps are made.
+    """
+    chosen = np.sort(np.random.default_rng(seed).choice(len(train), min(len(train), _MAPS), replace=False))
+    maps = out_of_fold_maps(detector, train, features, folds, chosen)
+    statistics = fit_pixel_statistics(maps)
+    if detector.config.score != "both":
+        return replace(detector, pixel_statistics=statistics)
+    feature_scores, _ = detector.aggregate(knn, features)
+    map_scores = out_of_fold_map_scores(maps, folds_of(folds, chosen))
+    scales = (fit_robust_scale(feature_scores), fit_robust_scale(map_scores))
+    return replace(detector, pixel_statistics=statistics, scales=scales)
+
+
+def out_of_fold_maps(
+    detector: Detector, train: Images, features: np.ndarray, folds: Folds, chosen: np.ndarray
+) -> np.ndarray:
+    """Return heat maps float32 (N, H, W), on disk, of the chosen images, each by the localizer without its fold's images."""
+    localizer = detector.localizer
+    assert localizer is not None
+    tiles = localizer.tiles**2
+    maps = image_maps(detector, train, localizer.levels, localizer.tiles)
+    at_a_time = max(1, MICRO_BATCH // tiles)
+    found: np.ndarray | None = None
+    for fold, _ in folds:
+        others = localizer.without(fold)
+        places = np.flatnonzero(np.isin(chosen, fold))
+        for start in range(0, len(places), at_a_time):
+            at = places[start : start + at_a_time]
+            layers = maps((chosen[at][:, None] * tiles + np.arange(tiles)).ravel())
+            heatmaps = others.heatmaps(layers, features[chosen[at]], detector.size)
+            if found is None:  # joined maps of tiles may be larger together than memory
+                with tempfile.TemporaryFile(dir=BUILD if BUILD.exists() else None) as file:
+                    found = np.memmap(file, np.float32, "w+", shape=(len(chosen), *heatmaps.shape[1:]))
+            found[at] = heatmaps
+    assert found is not None
+    return found
+
+
+def image_maps(detector: Detector, images: Images, levels: tuple[str, ...], tiles: int) -> Maps:
+    """Return a function of indices that gives maps under the last snapshot, of the images or of their `tiles`^2 tiles each."""
+    network = detector.network
+    needed = tuple(level for level in network.frozen_levels if level in {*levels, network.frozen_level})
+
+    def whole(index: slice | np.ndarray) -> dict[str, np.ndarray]:
+        return network.maps(images.activations(index, needed))
+
+    @lru_cache(maxsize=1)
+    def tiles_of(image: int) -> torch.Tensor:
+        return image_tiles(images.read(image), detector.size, tiles)
+
+    def tiled(index: slice | np.ndarray) -> dict[str, np.ndarray]:
+        chosen = np.arange(len(images) * tiles**2)[index].tolist()
+        return detector.tile_maps(torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen]))
+
+    return whole if tiles == 1 else tiled
