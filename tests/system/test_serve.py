@@ -103,12 +103,12 @@ def test_a_changed_test_set_is_scored_by_the_incumbent_itself(project, tmp_path,
 def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(project, monkeypatch):
     """Over REST, on the command line and in the gate. Three images of the test set stand for 64 megapixels."""
     import pandas as pd
-    from panda_ad.registry.models import PandaModel
 
     from panda_ad.commands import score
     from panda_ad.data import images
     from panda_ad.params import load_params
     from panda_ad.registry.evidence import rescore, score_table
+    from panda_ad.registry.model import PandaModel
     from panda_ad.scoring.detector import Detector
 
     monkeypatch.chdir(project)

@@ -200,9 +200,8 @@ def test_the_bundle_says_what_it_needs_and_no_more(plants):
 
 
 def test_one_map_for_the_same_bytes_alone_in_company_evaluated_scored_and_over_rest(plants, monkeypatch, tmp_path):
-    from panda_ad.registry.models import PandaModel
-
     from panda_ad.commands.score import Model, score_files
+    from panda_ad.registry.model import PandaModel
     from panda_ad.stages.evaluate import score_rows
 
     plant = plants[1]
