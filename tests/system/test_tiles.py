@@ -264,6 +264,7 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
 
 
 def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
+    from panda_ad.evaluation import figures
     from panda_ad.evaluation import masks as evaluate_masks
     from panda_ad.stages import evaluate
 
@@ -277,9 +278,9 @@ def test_evaluation_holds_no_maps_larger_than_it_looks_at(plants, monkeypatch):
     assert maps.shape == (len(rows), 96, 96)
     masks = evaluate.load_masks(rows, load_params())
     assert {m.shape for m in masks} == {(72, 96)}
-    figures, _ = evaluate.pixel_figures(masks, [resize_map(m, (72, 96)) for m in maps], load_params())
+    values, _ = figures.pixel_figures(masks, [resize_map(m, (72, 96)) for m in maps], load_params())
     full = json.loads((plants[1] / "build/evaluation/fabric/metrics.json").read_text())
-    assert figures["pixel_auroc"] == pytest.approx(full["pixel_auroc"], abs=0.03)
+    assert values["pixel_auroc"] == pytest.approx(full["pixel_auroc"], abs=0.03)
 
 
 def test_a_defect_without_a_mask_counts_for_no_pixel_figure(plants, monkeypatch):

@@ -6,6 +6,7 @@ score. Tied scores enter together, so no result depends on the order of the imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -13,6 +14,9 @@ import numpy as np
 from panda_ad.errors import UserError
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
+
+SMALL = 10
+"""A class of fewer images is too small for AUROC's bootstrap interval."""
 
 _BLOCK = 2**21  # resample counts held at a time: bounds the bootstrap's memory to some 50 MB
 
@@ -45,12 +49,6 @@ def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> flo
     return float(_fpr_at_tpr(*_curve(labels, scores)[:2], tpr))
 
 
-def recall(labels: np.ndarray, scores: np.ndarray, threshold: float) -> float:
-    """Share of the anomalous images with score > threshold, the rule of the verdict."""
-    labels, scores = _checked(labels, scores)
-    return float((scores[labels == 1] > threshold).mean())
-
-
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
 
@@ -58,12 +56,6 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     tp, fp, thresholds = _curve(labels, scores)
     return np.r_[0, fp / fp[-1]], np.r_[0, tp / tp[-1]], np.r_[np.inf, thresholds]
-
-
-def precision_recall_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and threshold (score >= threshold), each (T,) float64: one point per distinct score, thresholds descending."""
-    tp, fp, thresholds = _curve(labels, scores)
-    return tp / (tp + fp), tp / tp[-1], thresholds
 
 
 def bootstrap_interval(
@@ -78,33 +70,47 @@ def bootstrap_interval(
 
     Returns
     -------
-    (low, high). Where the classes are fully separated every resample is as the sample is: AUROC's interval is then Newcombe's,
-    that of any other metric has no width.
+    (low, high). Where the classes are fully separated every resample is as the sample is, and where one has fewer than `SMALL` images
+    resampling sees too little of their spread: AUROC's interval is then Newcombe's. That of any other metric is as narrow as it comes out.
     """
     labels, scores = _checked(labels, scores)
-    if metric is auroc and (whole := auroc(labels, scores)) in (0.0, 1.0):
-        low = separated_low(int((labels == 0).sum()), int((labels == 1).sum()), confidence)
-        return (low, 1.0) if whole == 1 else (0.0, 1 - low)
+    if metric is auroc:
+        value, normal, anomalous = auroc(labels, scores), int((labels == 0).sum()), int((labels == 1).sum())
+        if value in (0.0, 1.0) or min(normal, anomalous) < SMALL:
+            return newcombe_interval(value, normal, anomalous, confidence)
     values = np.concatenate([_resampled(metric, labels, scores, counts) for counts in _resamples(labels, n, seed)])
     return percentiles(values, confidence)
 
 
-def separated_low(normal: int, anomalous: int, confidence: float) -> float:
-    """Lower end of the interval of an AUROC of 1 from so many images.
+def newcombe_interval(value: float, normal: int, anomalous: int, confidence: float) -> tuple[float, float]:
+    """Interval (low, high) of an AUROC `value` in [0, 1] from so many images of each class, both at least 1.
 
     Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, Statistics in Medicine 2006,
-    method 5: the t at which (1 - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
+    method 5: the t at which (value - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm
 
-    z2, pairs = norm.ppf((1 + confidence) / 2) ** 2, normal * anomalous
+    z = float(norm.ppf((1 + confidence) / 2))
     more = (normal + anomalous) / 2 - 1
 
-    def beyond(t: float) -> float:
-        return (1 - t) * pairs - z2 * t * (1 + more * ((1 - t) / (2 - t) + t / (1 + t)))
+    def error(t: float) -> float:
+        return math.sqrt(t * (1 - t) * (1 + more * ((1 - t) / (2 - t) + t / (1 + t))) / (normal * anomalous))
 
-    return float(brentq(beyond, 0, 1))
+    # at the value itself the difference is 0 and the error is not (or, at 0 and 1, both are: start beside it)
+    low = 0.0 if value == 0 else float(brentq(lambda t: value - t - z * error(t), 0, min(value, 1 - 1e-12)))
+    high = 1.0 if value == 1 else float(brentq(lambda t: t - value - z * error(t), max(value, 1e-12), 1))
+    return low, high
+
+
+def binomial_interval(hits: int, n: int, confidence: float) -> tuple[float, float]:
+    """Interval (low, high) of a share of which `hits` of n >= 1 were seen (Clopper and Pearson, Biometrika 1934): never too narrow."""
+    from scipy.special import betaincinv
+
+    tail = (1 - confidence) / 2
+    low = 0.0 if hits == 0 else float(betaincinv(hits, n - hits + 1, tail))
+    high = 1.0 if hits == n else float(betaincinv(hits + 1, n - hits, 1 - tail))
+    return low, high
 
 
 def paired_bootstrap(
@@ -203,19 +209,22 @@ def _auroc(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
         (fp[..., 1:] - fp[..., :-1]).astype(np.float64),
         (tp[..., 1:] + tp[..., :-1]).astype(np.float64),
     )
-    return twice / (2.0 * tp[..., -1].astype(np.float64) * fp[..., -1])
+    area: np.ndarray = twice / (2.0 * tp[..., -1].astype(np.float64) * fp[..., -1])
+    return area
 
 
 def _average_precision(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
     steps = np.diff(tp, axis=-1, prepend=0)
     # a resample may hold nothing above a threshold: precision 0 / 0, with a step of 0
-    return (steps * (tp / np.maximum(tp + fp, 1))).sum(axis=-1) / tp[..., -1]
+    precision: np.ndarray = (steps * (tp / np.maximum(tp + fp, 1))).sum(axis=-1) / tp[..., -1]
+    return precision
 
 
 def _fpr_at_tpr(tp: np.ndarray, fp: np.ndarray, tpr: float = 0.95) -> np.ndarray:
     # a share of 0.95 of 20 is 19, though 0.95 * 20 may exceed it in the last bit
     first = np.argmax(tp >= tpr * tp[..., -1:] - 1e-9, axis=-1)
-    return np.take_along_axis(fp, first[..., None], axis=-1)[..., 0] / fp[..., -1]
+    rate: np.ndarray = np.take_along_axis(fp, first[..., None], axis=-1)[..., 0] / fp[..., -1]
+    return rate
 
 
 _OF_CURVE: dict[Metric, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

@@ -121,7 +121,8 @@ def pixel_intervals(
 def _ramp_area(a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
     """Area up to `limit` under a unit ramp that rises from 0 at `a` to 1 at `b` (a <= b) and stays there."""
     width = np.where(b > a, b - a, 1.0)
-    return np.where(b <= limit, limit - (a + b) / 2, np.maximum(limit - a, 0.0) ** 2 / (2 * width))
+    area: np.ndarray = np.where(b <= limit, limit - (a + b) / 2, np.maximum(limit - a, 0.0) ** 2 / (2 * width))
+    return area
 
 
 def _components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:

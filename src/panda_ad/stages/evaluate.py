@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from panda_ad.evaluation import image_metrics as metrics
-from panda_ad.evaluation import pixel_metrics
+from panda_ad.evaluation import figures
 from panda_ad.evaluation.intervals import Intervals
 from panda_ad.evaluation.masks import PIXEL_SIDE, load_masks, with_masks
 from panda_ad.params import Params, load_params
@@ -27,27 +26,20 @@ from panda_ad.system.stage import run_stage
 
 def main(category: str) -> None:
     """Write build/evaluation/<category>/{metrics.json, intervals.json, scores.csv, roc.csv, histogram.csv, report.html}."""
+    from panda_ad.stages.evaluate_report import evaluation_report
+
     params = load_params()
     threads()
     rows = category_rows(category)["test"]
     detector = load_bundle(BUILD / "bundle" / category)
+    limit = detector.threshold().value
     scores = score_rows(detector, params, rows, category)
-    labels = rows["label"].to_numpy()
-    limit = detector.threshold()
-    values, intervals = image_metrics(labels, scores.score, params)
-    values |= {
-        "threshold": limit.value,
-        "false_alarm_rate": float((scores.score[labels == 0] > limit.value).mean()),
-        "recall": float((scores.score[labels == 1] > limit.value).mean()),
-        "test_good": int((labels == 0).sum()),
-        "test_defect": int((labels == 1).sum()),
-        "features_auroc": metrics.auroc(labels, scores.feature_score),  # what either part of the score would give alone
-    }
-    if scores.map_score is not None:
-        values["heatmap_auroc"] = metrics.auroc(labels, scores.map_score)
+    labels = rows["label"].to_numpy(np.int64)
+    values, intervals = figures.image_figures(labels, scores.score, limit, params)
+    values |= figures.component_figures(labels, scores.feature_score, scores.map_score)
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
-        pixel_values, pixel_intervals = pixel_figures(*with_masks(scores.heatmaps, masks), params)
+        pixel_values, pixel_intervals = figures.pixel_figures(*with_masks(scores.heatmaps, masks), params)
         values |= pixel_values
         intervals |= pixel_intervals
     folder = BUILD / "evaluation" / category
@@ -58,28 +50,31 @@ def main(category: str) -> None:
         features_score=scores.feature_score,
         heatmap_peak=scores.map_score,
         p_value=p_values(detector.calibration, scores.score),
-        anomalous=scores.score > limit.value,
+        anomalous=scores.score > limit,
         snapshot=scores.snapshot,
     )
     write_csv(folder / "scores.csv", table)
-    false_positive, true_positive, _ = metrics.roc_curve(labels, scores.score)
-    write_csv(
-        folder / "roc.csv", pd.DataFrame({"false_positive_rate": false_positive, "true_positive_rate": true_positive})
-    )
-    write_csv(folder / "histogram.csv", histogram(labels, scores.score))
-    from panda_ad.stages.evaluate_report import evaluation_report
-
+    write_csv(folder / "roc.csv", figures.roc_table(labels, scores.score))
+    write_csv(folder / "histogram.csv", figures.histogram_table(labels, scores.score, limit))
     evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, intervals, masks)
-    low, high = intervals["image_auroc"]
-    print(
-        f"{category}: image AUROC {values['image_auroc']:.4f} [{low:.4f}, {high:.4f}]"
-        + f", caught {100 * values['recall']:.0f} % at {100 * values['false_alarm_rate']:.0f} % false alarms"
-        + (
-            f", pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}"
-            if "pixel_auroc" in values
-            else ""
-        )
-    )
+    print(f"{category}: {summary_line(values, intervals)}")
+    for line in figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence):
+        print(f"{category}: {line}")
+
+
+def summary_line(values: Mapping[str, float], intervals: Intervals) -> str:
+    """Say the main figures in one line; those that could not be measured are left out."""
+    parts = []
+    if "image_auroc" in values:
+        low, high = intervals["image_auroc"]
+        parts.append(f"image AUROC {values['image_auroc']:.4f} [{low:.4f}, {high:.4f}]")
+    if "recall" in values:
+        parts.append(f"caught {100 * values['recall']:.0f} %")
+    if "false_alarm_rate" in values:
+        parts.append(f"false alarms {100 * values['false_alarm_rate']:.0f} %")
+    if "pixel_auroc" in values:
+        parts.append(f"pixel AUROC {values['pixel_auroc']:.4f}, AU-PRO {values['au_pro']:.4f}")
+    return ", ".join(parts) or f"no test images; threshold {values['threshold']:.4g}"
 
 
 def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category: str) -> Scores:
@@ -87,6 +82,8 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
 
     Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
     """
+    if not len(rows):
+        return no_scores(detector)
     images = cached_images(activations_for(params, detector.network.backbone, category), rows, params, category)
     images.cache.warm(images.items, detector.levels)
     most = max(PIXEL_SIDE, *detector.size)
@@ -112,43 +109,13 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
     return Scores(score, snapshot, neighbors, distances, features, maps, feature_score, map_score)
 
 
-def image_metrics(labels: np.ndarray, scores: np.ndarray, params: Params) -> tuple[dict[str, float], Intervals]:
-    """AUROC, average precision and FPR at 95 % TPR on raw scores, each with its stratified bootstrap interval."""
-    values: dict[str, float] = {}
-    intervals: Intervals = {}
-    for name, metric in {
-        "image_auroc": metrics.auroc,
-        "average_precision": metrics.average_precision,
-        "fpr_at_95_tpr": metrics.fpr_at_tpr,
-    }.items():
-        intervals[name] = metrics.bootstrap_interval(
-            metric, labels, scores, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
-        )
-        values[name] = float(metric(labels, scores))
-    return values, intervals
-
-
-def pixel_figures(
-    masks: Sequence[np.ndarray], maps: Sequence[np.ndarray], params: Params
-) -> tuple[dict[str, float], Intervals]:
-    """Pixel AUROC, AU-PRO and best F1, exact, with bootstrap intervals by image."""
-    values = {
-        "pixel_auroc": pixel_metrics.pixel_auroc(masks, maps),
-        "au_pro": pixel_metrics.au_pro(masks, maps),
-        "pixel_f1": pixel_metrics.pixel_f1(masks, maps),
-    }
-    intervals = pixel_metrics.pixel_intervals(
-        masks, maps, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
+def no_scores(detector: Detector) -> Scores:
+    """Return the scores of no images, for a test set without any: arrays of `Scores` with N = 0, without heat maps."""
+    none, peaks = np.zeros(0), None if detector.localizer is None else np.zeros(0)
+    pairs = np.zeros((0, 0))
+    return Scores(
+        none, none.astype(np.int64), pairs.astype(np.int64), pairs, np.zeros((0, 0), np.float32), None, none, peaks
     )
-    return values, intervals
-
-
-def histogram(labels: np.ndarray, scores: np.ndarray, bins: int = 30) -> pd.DataFrame:
-    """Images per score interval, good and defect."""
-    edges = np.histogram_bin_edges(scores, bins)
-    counts = {name: np.histogram(scores[labels == label], edges)[0] for label, name in ((0, "good"), (1, "defect"))}
-    middle = (edges[:-1] + edges[1:]) / 2
-    return pd.concat([pd.DataFrame({"score": middle, "images": n, "label": name}) for name, n in counts.items()])
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
