@@ -49,7 +49,8 @@ def test_each_runs_and_its_parts_make_the_whole(name):
     for level, value in zip((*entry.frozen_levels, *entry.adapted_levels), (*frozen, *maps), strict=True):
         torch.testing.assert_close(value, expected[level])
         assert value.isfinite().all() and value.std() > 0
-    torch.testing.assert_close(pooled, expected[entry.adapted_levels[-1]].mean(dim=(2, 3)))
+    joined = torch.cat([expected[level].mean(dim=(2, 3)) for level in entry.feature_levels], dim=1)
+    torch.testing.assert_close(pooled, joined)
     if backbone.classifier is not None:
         with torch.inference_mode():
             torch.testing.assert_close(backbone.classifier(maps[-1]), at)

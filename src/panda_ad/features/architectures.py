@@ -30,7 +30,8 @@ class Architecture:
     licence : of these weights.
     build : number of classes -> the network, as modules run in order; those after the last adapted level are the classifier.
     frozen_levels : outputs that are looked at in the frozen layers; these end with the last of them.
-    adapted_levels : outputs that are looked at in the adapted layers; the last one's mean over positions is the pooled features.
+    adapted_levels : outputs that are looked at in the adapted layers.
+    feature_levels : levels whose means over positions, joined, are the pooled features: the last frozen one, or adapted ones.
     map_levels : outputs that heat maps compare.
     mean, std : of the input's channels, on [0, 1].
     interpolation : of the resize to the input size, bilinear or bicubic.
@@ -44,6 +45,7 @@ class Architecture:
     build: Callable[[int], nn.Sequential]
     frozen_levels: tuple[str, ...]
     adapted_levels: tuple[str, ...]
+    feature_levels: tuple[str, ...]
     map_levels: tuple[str, ...]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -65,6 +67,7 @@ def _resnet(name: str) -> Architecture:
         build=functools.partial(resnet.ResNet, name),
         frozen_levels=("layer1", "layer2"),
         adapted_levels=("layer3", "layer4"),
+        feature_levels=("layer4",),
         map_levels=("layer2", "layer3"),
     )
 
@@ -77,6 +80,7 @@ def _efficientnet_lite(name: str, input_size: int) -> Architecture:
         build=functools.partial(efficientnet_lite.EfficientNetLite, name),
         frozen_levels=("stage2", "stage3", "stage5"),  # 24 channels at 1/4 of the input, 40 at 1/8, 112 at 1/16
         adapted_levels=("stage6", "stage7"),  # 192 and 320 channels at 1/32
+        feature_levels=("stage5", "stage6", "stage7"),
         map_levels=("stage2", "stage3", "stage5"),
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),

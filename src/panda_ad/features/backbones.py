@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +59,32 @@ class FrozenLayers(_Layers):
 
 
 class AdaptedLayers(_Layers):
-    """The layers that PANDA adapts."""
+    """The layers that PANDA adapts.
+
+    Attributes
+    ----------
+    feature_levels : levels whose means are the pooled features; a name that is none of `levels` is the input, the last frozen level.
+    """
 
     layer3: nn.Sequential
+
+    def __init__(self, modules: Mapping[str, nn.Module], levels: tuple[str, ...], feature_levels: tuple[str, ...]):
+        super().__init__(modules, levels)
+        self.feature_levels = feature_levels
 
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
         """Last level of the frozen layers (B, C, h, w) -> for each level (B, C', h', w')."""
         return self._outputs(x)
 
+    def pool(self, x: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Input (B, C, h, w) and what `maps` makes of it -> pooled features (B, D)."""
+        by_level = dict(zip(self.levels, maps, strict=True))
+        means = [by_level.get(level, x).mean(dim=(2, 3)) for level in self.feature_levels]
+        return means[0] if len(means) == 1 else torch.cat(means, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Last level of the frozen layers (B, C, h, w) -> pooled features (B, D)."""
-        return self.maps(x)[-1].mean(dim=(2, 3))
+        return self.pool(x, self.maps(x))
 
 
 class Backbone(nn.Module):
@@ -96,7 +111,7 @@ class Backbone(nn.Module):
         net, classified = _network(self.architecture, state)
         frozen, adapted, classifier = _divided(net, self.architecture)
         self.frozen = FrozenLayers(frozen, self.architecture.frozen_levels)
-        self.adapted = AdaptedLayers(adapted, self.architecture.adapted_levels)
+        self.adapted = AdaptedLayers(adapted, self.architecture.adapted_levels, self.architecture.feature_levels)
         self.classifier = nn.Sequential(OrderedDict(classifier)) if classified else None
         self.fingerprint = fingerprint({k: v for k, v in state.items() if k.partition(".")[0] not in classifier})
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)

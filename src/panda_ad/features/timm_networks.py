@@ -46,6 +46,7 @@ def timm_architecture(name: str) -> Architecture:
         build=lambda classes: nn.Sequential(_in_order(timm.create_model(short, features_only=True))),
         frozen_levels=frozen,
         adapted_levels=adapted,
+        feature_levels=adapted[-1:],
         map_levels=(frozen[-1], adapted[0]),
         mean=facts.mean,
         std=facts.std,
