@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.retrain import BACKOFF
 from panda_ad.commands.score import Scored, score_files
-from panda_ad.data.images import image_files
+from panda_ad.data.listing import image_files
 from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
 from panda_ad.monitor.inbox import due

@@ -8,11 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
-from panda_ad.data.checks import check
 from panda_ad.data.manifest import collect
+from panda_ad.data.validation import validate
 from panda_ad.params import Params, parse_params
+
+# on a busy machine any property would fail for its time alone
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -63,8 +68,9 @@ def make_mvtec(
 
 def build_manifest(params: Params) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The rows that can be used, and (path, reason) of everything that cannot."""
-    checked = check(collect(params), params)
-    return checked.usable, checked.problems + checked.blocking
+    rows, warnings = collect(params)
+    found = validate(rows, params, warnings)
+    return found.usable, found.problems + found.shortages
 
 
 @pytest.fixture

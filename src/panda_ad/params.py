@@ -32,6 +32,15 @@ class Data(_Section):
     min_train: Annotated[int, Field(ge=4)]
     calibration_fraction: Fraction
     on_invalid: Literal["fail", "quarantine"]
+    gray_range: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
+    max_megapixels: Annotated[int, Field(ge=1, le=10_000)] = 100
+
+    @field_validator("gray_range")
+    @classmethod
+    def _rises(cls, values: list[int] | None) -> list[int] | None:
+        if values is not None and values[0] >= values[1]:
+            raise ValueError(f"[lowest, highest] 16-bit gray is expected, found {values}")
+        return values
 
 
 class BackboneParams(_Section):

@@ -17,9 +17,9 @@ from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 from prefect_project import call
 
-from panda_ad.commands.ingest import _told, ingest
+from panda_ad.commands.ingest import _summary, ingest
 from panda_ad.data import manifest, records
-from panda_ad.data.intake import take_in
+from panda_ad.data.add_images import Request, add_images
 from panda_ad.errors import Busy, UserError
 
 
@@ -42,27 +42,31 @@ def drop(tmp_path):
     return tmp_path / "drop"
 
 
+def add(params, category, paths, *arguments, **more):
+    return add_images(params, Request(category, tuple(paths), *arguments, **more))
+
+
 def files(folder="data"):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
 
 
-def reasons(intake):
-    with open(intake.quarantine / "reasons.csv", newline="", encoding="utf-8") as f:
+def reasons(result):
+    with open(result.quarantine / "reasons.csv", newline="", encoding="utf-8") as f:
         return {Path(row["path"]).name: row for row in csv.DictReader(f)}
 
 
 def test_new_images_go_to_train_once(project, drop, make_params):
     params, before = make_params(["nut"]), files()
-    intake = take_in(params, "nut", [drop])
-    assert [f.name for f, _ in intake.added] == ["part 0.png", "part 1.png", "part 2.png"]
-    for file, path in intake.added:
+    result = add(params, "nut", [drop])
+    assert [f.name for f, _ in result.added] == ["part 0.png", "part 1.png", "part 2.png"]
+    for file, path in result.added:
         assert path.startswith("nut/train/good/part_") and (project / "data" / path).read_bytes() == file.read_bytes()
-    assert set(files()) - set(before) == {path for _, path in intake.added} and intake.quarantine is None
+    assert set(files()) - set(before) == {path for _, path in result.added} and result.quarantine is None
     rows, problems = build_manifest(params)
     assert len(rows) == 22 and not problems
     after = files()
-    again = take_in(params, "nut", [drop, drop / "part 1.png"])
-    assert not again.added and again.known == intake.added and files() == after
+    again = add(params, "nut", [drop, drop / "part 1.png"])
+    assert not again.added and again.duplicates == result.added and files() == after
 
 
 def test_neither_known_images_nor_new_ones_are_read_again(project, drop, make_params, monkeypatch, tmp_path):
@@ -70,24 +74,26 @@ def test_neither_known_images_nor_new_ones_are_read_again(project, drop, make_pa
     build_manifest(params)
     read = []
     original = manifest.inspect_image
-    monkeypatch.setattr(manifest, "inspect_image", lambda root, path: read.append(path) or original(root, path))
-    intake = take_in(params, "nut", [drop])
-    assert len(intake.added) == 3 and not read
+    monkeypatch.setattr(
+        manifest, "inspect_image", lambda root, path, **kw: read.append(path) or original(root, path, **kw)
+    )
+    result = add(params, "nut", [drop])
+    assert len(result.added) == 3 and not read
     rows, _ = build_manifest(params)
     assert not read, "what is taken in has been read once"
     monkeypatch.setattr(records, "CACHE", tmp_path / "no cache")
     pd.testing.assert_frame_equal(build_manifest(params)[0], rows)
-    assert set(read) > {path for _, path in intake.added}
+    assert set(read) > {path for _, path in result.added}
 
 
-def test_the_same_picture_is_found_by_its_pixels(project, drop, make_params):
+def test_the_same_picture_is_resultby_its_pixels(project, drop, make_params):
     known = noise(3)  # what make_mvtec wrote as train/good/003.png
     Image.fromarray(known).save(drop / "again.bmp")
     Image.fromarray(noise(77_001)).save(drop / "the same.tiff")
-    intake = take_in(make_params(["nut"]), "nut", [drop])
-    found = {f.name: twin for f, twin in intake.known}
+    result = add(make_params(["nut"]), "nut", [drop])
+    found = {f.name: twin for f, twin in result.duplicates}
     assert found["again.bmp"] == "nut/train/good/003.png"
-    assert found["the same.tiff"].startswith("nut/train/good/part_1-") and len(intake.added) == 3
+    assert found["the same.tiff"].startswith("nut/train/good/part_1-") and len(result.added) == 3
 
 
 def test_what_cannot_be_used_is_copied_to_quarantine(project, drop, make_params):
@@ -100,33 +106,33 @@ def test_what_cannot_be_used_is_copied_to_quarantine(project, drop, make_params)
     shutil.copy(project / "data/nut/test/crack/000.png", drop / "defect.png")  # known as defective, now called good
     (drop / ".DS_Store").write_bytes(b"x")
     before = files()
-    intake = take_in(make_params(["nut"]), "nut", [drop])
-    assert len(intake.added) == 3 and len(files()) == len(before) + 3
-    assert intake.quarantine.parent == project / "quarantine"
-    listed = reasons(intake)
-    assert set(listed) == {"cut.png", "notes.txt", "tiny.png", "defect.png"} and len(intake.refused) == 5
+    result = add(make_params(["nut"]), "nut", [drop])
+    assert len(result.added) == 3 and len(files()) == len(before) + 3
+    assert result.quarantine.parent == project / "quarantine"
+    listed = reasons(result)
+    assert set(listed) == {"cut.png", "tiny.png", "defect.png"} and len(result.refused) == 4
     assert listed["tiny.png"]["reason"] == "9 x 7 pixels, too small: at least 8 x 8"
-    assert "other label" in listed["defect.png"]["reason"] and "not an image" in listed["notes.txt"]["reason"]
-    assert (intake.quarantine / listed["tiny.png"]["copy"]).read_bytes() == (drop / "tiny.png").read_bytes()
-    assert len(list(intake.quarantine.iterdir())) == 6
+    assert "other label" in listed["defect.png"]["reason"] and result.passed_over == "1 .txt"
+    assert (result.quarantine / listed["tiny.png"]["copy"]).read_bytes() == (drop / "tiny.png").read_bytes()
+    assert len(list(result.quarantine.iterdir())) == 5
 
 
 def test_a_file_is_quarantined_once(project, drop, make_params):
     """A drop folder that is taken in again each day would else fill the disk with copies of what it was refused for."""
     params = make_params(["nut"])
     save(noise(5, (7, 9)), drop / "tiny.png")
-    first = take_in(params, "nut", [drop])
+    first = add(params, "nut", [drop])
     shutil.copy(drop / "tiny.png", drop / "again.png")
-    again = take_in(params, "nut", [drop])
+    again = add(params, "nut", [drop])
     assert len(again.refused) == 2 and (again.quarantine, again.quarantined_before) == (None, 2)
-    assert "2 quarantined (2 of them before)" in _told(again, "nut", project / "data")
+    assert "2 quarantined (2 of them before)" in _summary(again, "nut", project / "data")
     save(noise(6, (7, 9)), drop / "more.png")
-    third = take_in(params, "nut", [drop])
+    third = add(params, "nut", [drop])
     assert (
         set(reasons(third)) == {"more.png"} and third.quarantine != first.quarantine and third.quarantined_before == 2
     )
     shutil.rmtree(first.quarantine)
-    assert set(reasons(take_in(params, "nut", [drop]))) == {"tiny.png", "again.png"}, (
+    assert set(reasons(add(params, "nut", [drop]))) == {"tiny.png", "again.png"}, (
         "what was cleared away is copied again"
     )
 
@@ -142,15 +148,15 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
     save(noise(77_009), drop / "bare.png")
     params = make_params(["nut"])
     with pytest.raises(UserError, match="--masks: no folder"):
-        take_in(params, "nut", [drop], "defect", "dent", masks=drop / "nowhere")
-    intake = take_in(params, "nut", [drop], "defect", "dent", masks=masks)
-    (path,) = [path for _, path in intake.added]
+        add(params, "nut", [drop], "defect", "dent", masks=drop / "nowhere")
+    result = add(params, "nut", [drop], "defect", "dent", masks=masks)
+    (path,) = [path for _, path in result.added]
     stem = Path(path).stem
     assert path.startswith("nut/test/dent/part_0-")
     assert (project / f"data/nut/ground_truth/dent/{stem}_mask.png").read_bytes() == (
         masks / "part 0_mask.png"
     ).read_bytes()
-    why = {f.name: reason for f, reason in intake.refused}
+    why = {f.name: reason for f, reason in result.refused}
     assert set(why) == {"part 1.png", "part 2.png", "bare.png", "nobody.png"}
     assert "empty" in why["part 1.png"] and "15 x 16" in why["part 2.png"] and why["bare.png"] == "has no mask"
     rows, problems = build_manifest(params)
@@ -159,23 +165,22 @@ def test_defects_bring_their_masks(project, drop, make_params, tmp_path):
 
 def test_defects_may_come_without_masks_where_others_have_them(project, drop, make_params):
     params = make_params(["nut"])
-    intake = take_in(params, "nut", [drop], "defect", "dent")
+    result = add(params, "nut", [drop], "defect", "dent")
     rows, problems = build_manifest(params)
-    added = rows[rows["path"].isin([path for _, path in intake.added])]
+    new = rows[rows["path"].isin([path for _, path in result.added])]
     assert (
-        not problems
-        and len(added) == len(intake.added) > 0
-        and (added["mask"] == "").all()
-        and (rows["mask"] != "").any()
+        not problems and len(new) == len(result.added) > 0 and (new["mask"] == "").all() and (rows["mask"] != "").any()
     )
     mask = np.zeros((16, 16), np.uint8)
     mask[2:5, 2:5] = 255
-    for file, _ in intake.added:
+    for file, _ in result.added:
         save(mask, drop / "masks" / f"{file.stem}.png")
-    again = take_in(
-        params, "nut", [file for file, _ in intake.added], "defect", "dent", masks=drop / "masks"
+    again = add(
+        params, "nut", [file for file, _ in result.added], "defect", "dent", masks=drop / "masks"
     )  # drawn since
-    assert not again.added and not again.refused and all("which has its mask now" in twin for _, twin in again.known)
+    assert (
+        not again.added and not again.refused and all("which has its mask now" in twin for _, twin in again.duplicates)
+    )
     rows, problems = build_manifest(params)
     assert not problems and (rows["mask"] != "").sum() == rows["label"].sum()
 
@@ -189,11 +194,11 @@ def test_files_whose_endings_say_nothing_have_masks_of_their_own(project, tmp_pa
         mask[n : n + 4, 2:5] = 255
         save(mask, masks / f"a.{n}_mask.png")
     params = make_params(["nut"])
-    intake = take_in(params, "nut", sorted(drop.iterdir()), "defect", "scratch", masks=masks)
-    assert len(intake.added) == 2 and not intake.refused
+    result = add(params, "nut", sorted(drop.iterdir()), "defect", "scratch", masks=masks)
+    assert len(result.added) == 2 and not result.refused
     rows, problems = build_manifest(params)
-    added = rows[rows["path"].isin([path for _, path in intake.added])]
-    assert not problems and len(set(added["mask"])) == 2
+    new = rows[rows["path"].isin([path for _, path in result.added])]
+    assert not problems and len(set(new["mask"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -210,13 +215,13 @@ def test_files_whose_endings_say_nothing_have_masks_of_their_own(project, tmp_pa
 def test_a_request_that_cannot_be_met_changes_nothing(project, drop, make_params, arguments, message):
     before = files()
     with pytest.raises(UserError, match=message):
-        take_in(make_params(["nut"]), **{"category": "nut", "paths": [drop], **arguments})
+        add(make_params(["nut"]), **{"category": "nut", "paths": [drop], **arguments})
     assert files() == before and not (project / "quarantine").exists()
 
 
 def test_torchvision_sets_take_nothing(project, drop, make_params):
     with pytest.raises(UserError, match="cifar10 is a published set"):
-        take_in(make_params(["cat"], data={"layout": "cifar10"}), "cat", [drop])
+        add(make_params(["cat"], data={"layout": "cifar10"}), "cat", [drop])
 
 
 def test_folders_layout(tmp_path, drop, make_params, monkeypatch):
@@ -225,19 +230,19 @@ def test_folders_layout(tmp_path, drop, make_params, monkeypatch):
         save(noise(n), tmp_path / "data" / folder / "a.png")
     params = make_params(["pet"], data={"layout": "folders", "normal_classes": {"pet": ["cat", "lynx"]}})
     with pytest.raises(UserError, match="cat, lynx"):
-        take_in(params, "pet", [drop])
+        add(params, "pet", [drop])
     shutil.copy(tmp_path / "data/test/dog/a.png", drop / "dog.png")
-    intake = take_in(params, "pet", [drop], kind="lynx", split="test")
-    assert {str(Path(path).parent) for _, path in intake.added} == {"test/lynx"} and len(intake.added) == 3
-    assert [f.name for f, _ in intake.refused] == ["dog.png"]
+    result = add(params, "pet", [drop], kind="lynx", split="test")
+    assert {str(Path(path).parent) for _, path in result.added} == {"test/lynx"} and len(result.added) == 3
+    assert [f.name for f, _ in result.refused] == ["dog.png"]
     save(noise(9), drop / "wolf.png")
-    intake = take_in(params, "pet", [drop / "wolf.png"], "defect", "wolf")
-    assert intake.added[0][1].startswith("test/wolf/")
+    result = add(params, "pet", [drop / "wolf.png"], "defect", "wolf")
+    assert result.added[0][1].startswith("test/wolf/")
 
 
 def test_the_first_images_of_a_category(project, drop, make_params):
-    intake = take_in(make_params(["nut", "bolt"]), "bolt", [drop])
-    assert len(intake.added) == 3 and intake.folder == "bolt/train/good"
+    result = add(make_params(["nut", "bolt"]), "bolt", [drop])
+    assert len(result.added) == 3 and result.folder == "bolt/train/good"
 
 
 def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path, make_params):
@@ -257,8 +262,8 @@ def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path
     originals = {p.read_bytes() for p in (tmp_path / "big").iterdir()}
     assert all(p.read_bytes() in originals for p in new)
     (train / ".x.png.123.tmp").write_bytes(b"half")
-    intake = take_in(make_params(["nut"]), "nut", [tmp_path / "big"])
-    assert len(intake.known) == len(new) and len(intake.added) == 60 - len(new)
+    result = add(make_params(["nut"]), "nut", [tmp_path / "big"])
+    assert len(result.duplicates) == len(new) and len(result.added) == 60 - len(new)
     assert not list(train.glob(".*")) and len(build_manifest(make_params(["nut"]))[0]) == 79
 
 

@@ -175,7 +175,8 @@ def test_transparency_is_laid_over_white_and_in_masks_over_black():
 
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([0, 0, 0, 9, 9, 9])
-    assert decode(encode(palette, transparency=0), "x").min() == 255
+    palette.putpixel((0, 0), 1)
+    assert decode(encode(palette, transparency=0), "x")[:2, 0, 0].tolist() == [9, 255]
 
     mask = np.zeros((4, 4, 4), np.uint8)
     mask[0, 0] = 255

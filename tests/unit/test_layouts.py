@@ -238,7 +238,9 @@ def test_second_run_reads_only_what_is_new(make_params, monkeypatch):
     first, _ = build(make_params)
     read = []
     original = manifest.inspect_image
-    monkeypatch.setattr(manifest, "inspect_image", lambda root, path: read.append(path) or original(root, path))
+    monkeypatch.setattr(
+        manifest, "inspect_image", lambda root, path, **kw: read.append(path) or original(root, path, **kw)
+    )
     save(noise(999), Path("data/nut/train/good/new.png"))
     second, _ = build(make_params)
     assert read == ["nut/train/good/new.png"] and len(second) == len(first) + 1

@@ -13,9 +13,9 @@ import yaml
 from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 
-from panda_ad.data.checks import check
+from panda_ad.data.data_docs import render
 from panda_ad.data.manifest import collect, load_manifest
-from panda_ad.data.validation import offline, validate
+from panda_ad.data.validation import Validation, validate
 from panda_ad.errors import UserError
 from panda_ad.stages import validate as stage
 
@@ -27,7 +27,12 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 def checked(make_params, categories=("nut",), **data):
     params = make_params(list(categories), data={"root": "data", **data})
-    return check(collect(params), params)
+    return found_in(params)
+
+
+def found_in(params) -> Validation:
+    rows, warnings = collect(params)
+    return validate(rows, params, warnings)
 
 
 def test_a_module_loaded_when_used_is_loaded_when_used():
@@ -64,8 +69,8 @@ BAD = {
     "truncated": (lambda: truncate("train/good/003.png"), "nut/train/good/003.png", "truncated"),
     "empty": (lambda: Path("data/nut/test/good/001.png").write_bytes(b""), "nut/test/good/001.png", "empty"),
     "non-image": (
-        lambda: Path("data/nut/train/good/notes.txt").write_text("hello"),
-        "nut/train/good/notes.txt",
+        lambda: Path("data/nut/train/good/notes.png").write_text("hello"),
+        "nut/train/good/notes.png",
         "not an image",
     ),
     "bomb": (
@@ -135,21 +140,19 @@ def test_bad_image_is_named_with_its_reason(name, make_params):
     assert (
         [p for p, _ in found.problems] == [path] and reason in found.problems[0][1] and "\n" not in found.problems[0][1]
     )
-    assert found.blocking == [] and path not in set(found.usable["path"])
+    assert found.shortages == [] and path not in set(found.usable["path"])
 
 
-def test_great_expectations_find_the_same(make_params):
+def test_great_expectations_decide(make_params):
     make_mvtec(Path("data"), train=12)
     for name in ("truncated", "non-image", "too small", "duplicate across", "defect in train"):
         BAD[name][0]()
     edit("ground_truth/crack/000_mask.png", mask(255, (16, 20)))
     edit("ground_truth/crack/002_mask.png", mask(0))
-    params = make_params(["nut"], data={"root": "data", "min_train": 11})
-    found = check(collect(params), params)
-    failed = {e.description: e.unexpected for e in validate(found, params, Path("docs")) if not e.success}
+    found = found_in(make_params(["nut"], data={"root": "data", "min_train": 11}))
+    failed = {e.description: e.unexpected for e in found.expectations if not e.success}
     assert len(found.problems) == 7
     assert failed == {
-        "Nothing was found wrong with any file": 7,
         "Every file decodes": 2,
         "Images are at least 8 pixels high": 1,
         "No picture occurs twice in a category, within or across train and test": 2,
@@ -166,32 +169,16 @@ def test_defects_without_a_mask_are_named_and_stay(make_params):
     found = checked(make_params)
     assert found.problems == [] and "nut/test/crack/001.png" in set(found.usable["path"])
     assert [w for w in found.warnings if "have no mask, pixel figures leave them out: nut/test/crack/001.png" in w]
-    assert all(e.success for e in validate(found, make_params(["nut"], data={"root": "data"}), Path("docs")))
-
-
-def test_a_failure_without_a_reason_is_an_error_whatever_else_is_wrong(make_params, monkeypatch):
-    """The suite says more than the checks found: under quarantine too, beside a file with a reason of its own."""
-    make_mvtec(Path("data"), train=12)
-    BAD["truncated"][0]()
-    params = make_params(["nut"], data={"root": "data", "on_invalid": "quarantine"})
-    found = check(collect(params), params)
-    outcomes = validate(found, params, Path("docs"))
-    assert not all(e.success for e in outcomes) and all(e.explained for e in outcomes)
-    stage.judge(found, outcomes, params, Path("problems.csv"))
-    monkeypatch.setattr("panda_ad.data.validation.MIN_SIDE", 17)  # the images have 16
-    outcomes = validate(found, params, Path("more"))
-    with pytest.raises(UserError, match="breaks an expectation: Images are at least 17 pixels wide"):
-        stage.judge(found, outcomes, params, Path("problems.csv"))
+    assert all(e.success for e in found.expectations)
 
 
 def test_clean_data_passes_everything(make_params):
     make_mvtec(Path("data"))
     make_mvtec(Path("data"), "bolt", masks=False, seed=1)
     params = make_params(["nut", "bolt"], data={"root": "data"})
-    found = check(collect(params), params)
-    assert found.problems == found.blocking == found.warnings == []
-    expectations = validate(found, params, Path("docs"))
-    assert all(e.success for e in expectations) and len(expectations) == 20
+    found = found_in(params)
+    assert found.problems == found.shortages == found.warnings == []
+    assert all(e.success for e in found.expectations) and len(found.expectations) == 10 + 2 * 4
 
 
 def test_every_accepted_kind_of_image_is_usable(make_params):
@@ -247,27 +234,39 @@ def test_the_same_picture_in_two_categories_is_no_duplicate(make_params):
 def test_too_few_images(images, make_params):
     make_mvtec(Path("data"), train=images)
     found = checked(make_params)
-    assert found.blocking == [("nut/train/good", f"{images} usable training images of nut, data.min_train asks for 8")]
+    assert found.shortages == [("nut/train/good", f"{images} usable training images of nut, data.min_train asks for 8")]
 
 
 def test_empty_category(make_params):
     Path("data/nut/train/good").mkdir(parents=True)
     found = checked(make_params)
-    assert len(found.blocking) == 3 and found.usable.empty
-    assert any("no usable anomalous test images" in reason for _, reason in found.blocking)
-    assert build_manifest(make_params(["nut"], data={"root": "data"}))[1] == found.blocking
+    assert len(found.shortages) == 1 and found.usable.empty
+    assert any("no usable anomalous test images" in line for line in found.warnings)
+    assert build_manifest(make_params(["nut"], data={"root": "data"}))[1] == found.shortages
 
 
 def test_gallery_must_keep_images_beside_calibration(make_params):
     make_mvtec(Path("data"), train=10)
-    assert "3 of 10 training images of nut left" in checked(make_params, calibration_fraction=0.7).blocking[0][1]
+    assert "3 of 10 training images of nut left" in checked(make_params, calibration_fraction=0.7).shortages[0][1]
 
 
-def test_one_kind_of_test_image_is_not_enough(make_params):
-    make_mvtec(Path("data"), good=0)
-    assert checked(make_params).blocking == [
-        ("nut/test", "no usable normal test images of nut: without both kinds nothing can be evaluated")
-    ]
+@pytest.mark.parametrize(("good", "defective"), [(0, 3), (3, 0), (0, 0)])
+def test_a_start_with_good_images_only(good, defective, make_params):
+    """The start of every line: what cannot be evaluated is said, and training goes on."""
+    make_mvtec(Path("data"), good=good, defective=defective)
+    found = checked(make_params)
+    missing = {what for what in ("normal", "anomalous") if any(f"no usable {what} test" in w for w in found.warnings)}
+    assert missing == ({"normal"} if not good else set()) | ({"anomalous"} if not defective else set())
+    assert not found.fatal(make_params(["nut"])) and (found.usable["split"] == "calibration").sum() == 2
+    assert [e.needed for e in found.expectations if not e.success] == [False] * len(missing)
+    assert render(found, make_params(["nut"])).count("! missing") == len(missing)
+
+
+def test_few_defects_say_little(make_params):
+    make_mvtec(Path("data"), defective=1)
+    assert any(
+        "only 2 defective test images: figures on defects say little" in w for w in checked(make_params).warnings
+    )
 
 
 def write_params(**data) -> None:
@@ -347,26 +346,17 @@ def test_stage_as_a_command():
     assert done.stderr.splitlines() == ["panda-ad: validate: categories: no folder 'nut' in data; it holds none at all"]
 
 
-def test_data_docs_need_no_network(make_params):
+def test_data_docs_are_one_page_that_loads_and_runs_nothing():
+    write_params()
     make_mvtec(Path("data"))
     Path("data/nut/test/good/<script>alert(1)<img src=x onerror=alert(1)>.png").write_bytes(b"x")
-    params = make_params(["nut"], data={"root": "data"})
-    found = check(collect(params), params)
-    validate(found, params, Path("docs"))
-    pages = {
-        p.relative_to("docs").as_posix(): p.read_text(encoding="utf-8") for p in Path("docs").rglob("*") if p.is_file()
-    }
-    assert set(pages) == {"index.html", "results.html", "expectations.html"}
-    for name, html in pages.items():
-        assert "Content-Security-Policy" in html and "<style>" in html
-        for forbidden in ("<script", "<link", "<img", "url(", "src="):
-            assert forbidden not in html.replace("src=x onerror", ""), (name, forbidden)
-    assert "not an image" in pages["index.html"] and "No picture occurs twice" in pages["results.html"]
-    assert "&lt;script&gt;alert(1)" in pages["results.html"]
-    assert 'href="results.html"' in pages["index.html"] and 'href="index.html"' in pages["results.html"]
-
-
-def test_offline_drops_what_runs_or_loads():
-    html = '<html><head><link href="https://x/y.css"><script src="https://x/z.js"></script></head><body onload="f()"><p>kept</p><script>f()</script></body></html>'
-    out = offline(html)
-    assert "kept" in out and "https://x" not in out and "f()" not in out and "<style>" in out
+    with pytest.raises(UserError):
+        stage.main()
+    docs = Path("build/validation/data_docs")
+    assert [p.name for p in docs.rglob("*")] == ["index.html"]
+    html = (docs / "index.html").read_text(encoding="utf-8")
+    assert "Content-Security-Policy" in html and "<style>" in html
+    for forbidden in ("<script", "<link", "<img", "url(", "href=", 'src="'):
+        assert forbidden not in html, forbidden
+    assert "not an image" in html and "No picture occurs twice" in html and "expect_column_values_to_be_null" in html
+    assert "&lt;script&gt;alert(1)" in html

@@ -12,41 +12,46 @@ from typing import Any
 import yaml
 
 from panda_ad.commands.run import dvc, dvc_meanwhile
-from panda_ad.data.intake import Intake, Label, Split, take_in
+from panda_ad.data.add_images import Additions, Label, Request, Split, add_images
+from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
 from panda_ad.system.lock import locked_params
 
 _SHOWN = 20
 _SUSPECTS = 5
+_CHANCE = 0.25
+"""So many alarms or more on good images are a warning where they are less likely than this."""
 
 
 def ingest(
     paths: Sequence[Path], category: str, label: Label = "good", kind: str | None = None, split: Split | None = None,
     masks: Path | None = None, check: bool = True,
 ) -> None:  # fmt: skip
-    """Add images, record the new version with DVC, say what happened; see `take_in` for the parameters.
+    """Add images, record the new version with DVC, say what happened; see `Request` for the parameters.
 
-    With `check`, images labelled good are scored with build/bundle/<category> where that is, and those that it calls defect are named: a
+    With `check`, images labeled good are scored with build/bundle/<category> where that is, and those that it calls defect are named: a
     batch with the wrong label spoils every model trained on it.
 
     Raises
     ------
     UserError
-        As `take_in` does; the data set is not here in full; or DVC fails (the images are in place then, and running again records them).
+        As `add_images` does; the data set is not here in full; or DVC fails (the images are in place then, and running again records them).
     Busy
         Another run is at work.
     """
     with locked_params("panda-ad ingest") as params:
         root = Path(params.data.root)
+        if root.is_dir():
+            refuse_links(root)
         tracked = _tracked(root)
         _complete(root, tracked)
         before = _version(tracked)
-        intake = take_in(params, category, paths, label, kind, split, masks)
+        found = add_images(params, Request(category, tuple(paths), label, kind, split, masks))
         unversioned = _unversioned(root)
         with nullcontext() if unversioned else dvc_meanwhile("add", "--quiet", str(tracked.with_suffix(""))):
-            asked = check and label == "good" and intake.added
-            opinion, doubtful = _opinion(root, category, [path for _, path in intake.added]) if asked else ("", False)
-    print(_told(intake, category, root))
+            asked = check and label == "good" and found.added
+            opinion, doubtful = _opinion(root, category, [path for _, path in found.added]) if asked else ("", False)
+    print(_summary(found, category, root))
     after = _version(tracked)
     if unversioned:
         print(unversioned)
@@ -56,7 +61,7 @@ def ingest(
         print(f"data: {before or 'none'} -> {after} ({tracked})")
     if opinion:
         print(f"panda-ad: warning: {opinion}" if doubtful else opinion, file=sys.stderr if doubtful else sys.stdout)
-    if intake.added:
+    if found.added:
         keep = (
             ""
             if unversioned
@@ -112,18 +117,22 @@ def _unversioned(root: Path) -> str:
     return ""
 
 
-def _told(intake: Intake, category: str, root: Path) -> str:
-    counts = f"{category}: {len(intake.added)} added to {root / intake.folder}, {len(intake.known)} already there, {len(intake.refused)} quarantined"
-    copies = [f"in {_near(intake.quarantine)}, with reasons.csv"] if intake.quarantine else []
-    copies += [f"{intake.quarantined_before} of them before"] if intake.quarantined_before else []
+def _summary(found: Additions, category: str, root: Path) -> str:
+    where, there, refused = root / found.folder, len(found.duplicates), len(found.refused)
+    counts = f"{category}: {len(found.added)} added to {where}, {there} already there, {refused} quarantined"
+    copies = [f"in {_near(found.quarantine)}, with reasons.csv"] if found.quarantine else []
+    copies += [f"{found.quarantined_before} of them before"] if found.quarantined_before else []
     lines = [counts + (f" ({'; '.join(copies)})" if copies else "")]
-    for title, found in (
-        ("already there", [(f, f"as {twin}") for f, twin in intake.known]),
-        ("quarantined", intake.refused),
+    for title, files in (
+        ("already there", [(f, f"as {twin}") for f, twin in found.duplicates]),
+        ("quarantined", found.refused),
+        ("added, but may be damaged", found.doubtful),
     ):
-        lines += [f"  {title}: {' '.join(f'{file}: {what}'.split())}" for file, what in found[:_SHOWN]]
-        if len(found) > _SHOWN:
-            lines.append(f"  {title}: and {len(found) - _SHOWN} more")
+        lines += [f"  {title}: {' '.join(f'{file}: {what}'.split())}" for file, what in files[:_SHOWN]]
+        if len(files) > _SHOWN:
+            lines.append(f"  {title}: and {len(files) - _SHOWN} more")
+    if found.passed_over:
+        lines.append(f"  passed over, no images: {found.passed_over}")
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
@@ -133,10 +142,15 @@ def _near(path: Path) -> Path:
 
 
 def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
-    """What the present model says to new 'good' images, in a line, and whether that is a warning; it names those that it calls defect."""
+    """What the present model says to new 'good' images, in a line, and whether that is a warning; it names those that it calls defect.
+
+    As many alarms as the false-alarm rate makes on good images by chance are no warning.
+    """
     bundle = Path("build/bundle") / category
     if not (bundle / "bundle.json").is_file():
         return f"no model in {bundle} yet: that the new images are good is taken on trust", False
+    from scipy.stats import binom
+
     from panda_ad.commands.score import verdicts
     from panda_ad.scoring.bundle import load_bundle
 
@@ -152,11 +166,13 @@ def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
     if not found:
         return f"{bundle} calls all new images good", False
     found.sort(key=lambda pair: -pair[1].score)
-    names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + (
-        f" and {len(found) - _SUSPECTS} more" if len(found) > _SUSPECTS else ""
+    more = f" and {len(found) - _SUSPECTS} more" if len(found) > _SUSPECTS else ""
+    names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + more
+    expected = detector.threshold().expected
+    said = (
+        f"of {len(added)} new images labeled good {bundle} calls {len(found)} defect (about {expected * len(added):.0f} are to be "
+        f"expected by its false-alarm rate): {names}"
     )
-    return (
-        f"of {len(added)} new images labelled good {bundle} calls {len(found)} defect (about {detector.threshold().expected * len(added):.0f} are to be "
-        f"expected by its false-alarm rate): {names}. Look at them before you train",
-        True,
-    )
+    if binom.sf(len(found) - 1, len(added), expected) > _CHANCE:
+        return said, False
+    return f"{said}. Look at them before you train", True

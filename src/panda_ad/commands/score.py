@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from panda_ad.data.images import batches, decode, image_files, pixel_count, read_bytes
-from panda_ad.data.layouts import printable
+from panda_ad.data.images import batches, decode, pixel_count, read_bytes
+from panda_ad.data.listing import image_files, printable
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
 from panda_ad.scoring.detector import Detector

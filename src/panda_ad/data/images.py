@@ -3,11 +3,12 @@
 What is decided here, for every caller (pipeline, command line, REST):
 
 - Formats: PNG, JPEG, BMP, TIFF, WebP and PGM/PPM; nothing else is even tried.
-- EXIF orientation is applied. Color profiles are ignored.
-- 16-bit gray is scaled from its full range: round(v / 257). A camera that fills only part of the range (10 or 12 bits in a
-  16-bit file) comes out dark; stretching each image by its own range would hide brightness defects, so window such images
-  once, with one window for all, before handing them in. 12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
-- Palette, gray, CMYK, YCbCr and 1-bit become RGB; transparency is laid over white (in masks: over black, 'not marked').
+- EXIF orientation is applied; other EXIF fields are not even read. Color profiles are ignored.
+- 16-bit gray is scaled from its full range, round(v / 257), or from `Decoding.gray_range`: a camera that fills only part of it
+  (10 or 12 bits in a 16-bit file) else comes out dark. It is one range for all images, since stretching each by its own would hide
+  brightness defects. 12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
+- Palette, gray, CMYK, YCbCr and 1-bit become RGB; transparency is laid over white (in masks: over black, 'not marked'), or ignored
+  where all is transparent.
 - Floating-point and 32-bit images have no known range, and animations and multi-page files no one picture: refused.
 """
 
@@ -16,21 +17,21 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from panda_ad.data.mask_files import mask_parts
 from panda_ad.errors import UserError
 
+if TYPE_CHECKING:
+    from panda_ad.params import Params
+
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
-SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".pnm")
-)
-"""PixelStatistics endings of their names, lower case: what to pick up from a mixed folder. `decode` goes by content alone."""
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 BATCH, BATCH_PIXELS = 32, 64_000_000
@@ -62,6 +63,52 @@ WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the stored picture upright (EXIF 2.3, tag 274)."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What files leave open; one choice for all images of a model, which keeps it.
+
+    Attributes
+    ----------
+    gray_range : values of 16-bit gray that become black and white.
+    max_megapixels : larger images are refused, and files of more than 2.7 bytes for each pixel allowed.
+    """
+
+    gray_range: tuple[int, int] = (0, 65535)
+    max_megapixels: int = MAX_PIXELS // 1_000_000
+
+    @classmethod
+    def of(cls, params: Params) -> Decoding:
+        """Return what the parameters choose."""
+        low, high = params.data.gray_range or (0, 65535)
+        return cls((low, high), params.data.max_megapixels)
+
+    @classmethod
+    def of_model(cls, config: Mapping[str, Any]) -> Decoding:
+        """Return what a bundle's configuration says; bundles from before it do not, and mean the defaults."""
+        stored = dict(config.get("decoding") or {})
+        low, high = stored.get("gray_range", (0, 65535))
+        return cls((low, high), stored.get("max_megapixels", DEFAULT.max_megapixels))
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes of a file."""
+        return MAX_BYTES * self.max_megapixels * 1_000_000 // MAX_PIXELS
+
+
+DEFAULT = Decoding()
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -71,19 +118,22 @@ class Picture:
     ----------
     rgb : uint8 (H, W, 3), upright.
     mode : Pillow's name of the pixel mode as stored in the file, e.g. 'L', 'RGB', 'I;16'.
+    values : smallest and largest value of 16-bit gray; None of other images.
     """
 
     rgb: np.ndarray
     mode: str
+    values: tuple[int, int] | None = None
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
+def decode(data: bytes, name: str, decoding: Decoding = DEFAULT) -> np.ndarray:
     """Decode an image file.
 
     Parameters
     ----------
     data : the file's bytes.
     name : what to call it in an error.
+    decoding : what the file leaves open.
 
     Returns
     -------
@@ -94,44 +144,69 @@ def decode(data: bytes, name: str) -> np.ndarray:
     UserError
         Empty, truncated, too large, not an image, or of a kind refused (see the module's text); names `name` and the reason.
     """
-    return picture(data, name).rgb
+    return picture(data, name, WHITE, decoding).rgb
 
 
-def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE) -> Picture:
+def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE, decoding: Decoding = DEFAULT) -> Picture:
     """`decode`, with the stored mode, and transparency laid over `background` (RGB, 0..255)."""
     if not data:
         raise UserError(f"{name}: the file is empty")
-    if len(data) > MAX_BYTES:
+    if len(data) > decoding.max_bytes:
         raise UserError(
-            f"{name}: {len(data) / 2**20:.0f} MiB, more than the {MAX_BYTES // 2**20} MiB an image file may have"
+            f"{name}: more than the {decoding.max_bytes // 2**20} MiB an image file may have; data.max_megapixels raises that"
         )
+    if decoding.max_megapixels * 1_000_000 > (Image.MAX_IMAGE_PIXELS or 0):
+        Image.MAX_IMAGE_PIXELS = decoding.max_megapixels * 1_000_000
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _refuse(image, name)
+            _refuse(image, name, decoding)
             mode = image.mode
             image.load()
-            levels = _levels(image) if mode.startswith("I") else None
-            rgb = _to_rgb(ImageOps.exif_transpose(image), levels, background)
+            gray = np.asarray(image) if mode.startswith("I") else None
+            levels = None if gray is None else _levels(image, decoding.gray_range)
+            values = None if gray is None else (int(gray.min()), int(gray.max()))
+            rgb = _to_rgb(_upright(image), levels, background)
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(
-            f"{name}: not an image of a known format (PNG, JPEG, BMP, TIFF, WebP, PGM/PPM), or cut off in its header"
-        ) from None
+        raise UserError(f"{name}: {_not_an_image(data)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: more than the {MAX_PIXELS:,} pixels an image may have") from None
+        raise UserError(_too_large(name, "", decoding)) from None
     except Exception as e:  # Pillow's decoders raise a dozen kinds (SyntaxError, struct.error, ...) on damaged files
         raise UserError(
             f"{name}: truncated or damaged ({' '.join(str(e).split())[:120] or type(e).__name__})"
         ) from None
-    return Picture(rgb, mode)
+    return Picture(rgb, mode, values)
 
 
-def _refuse(image: Image.Image, name: str) -> None:
+def _not_an_image(data: bytes) -> str:
+    known = "PNG, JPEG, BMP, TIFF, WebP, PGM/PPM"
+    if data[4:8] == b"ftyp":
+        return f"HEIC, AVIF or a film, which is not read; save it as one of {known}"
+    return f"not an image of a known format ({known}), or cut off in its header"
+
+
+def _too_large(name: str, size: str, decoding: Decoding) -> str:
+    return (
+        f"{name}: {size}more than the {decoding.max_megapixels * 1_000_000:,} pixels an image may have; "
+        f"data.max_megapixels raises that"
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn by EXIF orientation. Pillow's own way writes all of EXIF anew, and fails on a field that it cannot write."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # as many kinds as decoding damaged files raises
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _refuse(image: Image.Image, name: str, decoding: Decoding) -> None:
     """Raise for what must not be decoded; reads headers only."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{name}: {width} x {height} pixels, more than the {MAX_PIXELS:,} an image may have")
+    if width * height > decoding.max_megapixels * 1_000_000:
+        raise UserError(_too_large(name, f"{width} x {height} pixels, ", decoding))
     if image.mode not in MODES or (image.mode == "I" and image.format != "PPM"):
         raise UserError(
             f"{name}: pixel mode {image.mode} has no known value range; save it with 8 or 16 bits per channel"
@@ -142,14 +217,13 @@ def _refuse(image: Image.Image, name: str) -> None:
         raise UserError(f"{name}: holds {frames} frames or pages; save the one to inspect as a file of its own")
 
 
-def _levels(image: Image.Image) -> np.ndarray:
+def _levels(image: Image.Image, gray_range: tuple[int, int]) -> np.ndarray:
     """uint8 (65536,): the gray that each value of a 16-bit image stands for."""
     tags: Any = getattr(image, "tag_v2", {})
-    full_scale = 4095 if tags.get(258, (16,)) == (12,) else 65535  # 258: BitsPerSample
-    levels = np.rint(np.arange(65536).clip(0, full_scale) * (255 / full_scale)).astype(np.uint8)
-    return (
-        255 - levels if tags.get(262) == 0 else levels
-    )  # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
+    low, high = (0, 4095) if tags.get(258, (16,)) == (12,) else gray_range  # 258: BitsPerSample
+    levels = np.rint((np.arange(65536).clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
+    # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
+    return 255 - levels if tags.get(262) == 0 else levels
 
 
 def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int, int, int]) -> np.ndarray:
@@ -164,29 +238,38 @@ def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int
         if image.mode == "La":
             image = image.convert("LA")
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+        if image.getchannel("A").getextrema() != (0, 0):  # an alpha channel of zeros is one that nobody filled in
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return np.array(image.convert("RGB"))
 
 
-def read_bytes(path: Path | str, name: str | None = None) -> bytes:
-    """A file's bytes, at most MAX_BYTES + 1 of them (so that `decode` refuses a larger one unread). Raises UserError."""
+def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = DEFAULT) -> bytes:
+    """Read a file, one byte more than `decode` takes at most (so that it refuses a larger one unread). Raises UserError."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise UserError(f"{name or path}: cannot be read (not a file)")
         with open(path, "rb") as f:
-            return f.read(MAX_BYTES + 1)
+            return f.read(decoding.max_bytes + 1)
     except OSError as e:
         raise UserError(f"{name or path}: cannot be read ({e.strerror})") from None
 
 
-def read_image(path: Path | str, sha256: str | None = None) -> np.ndarray:
+def read_image(path: Path | str, sha256: str | None = None, decoding: Decoding = DEFAULT) -> np.ndarray:
     """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex)."""
-    return decode(_known_bytes(path, sha256), str(path))
+    data = read_bytes(path, decoding=decoding)
+    _require([data], sha256, path)
+    return decode(data, str(path), decoding)
 
 
-def _known_bytes(path: Path | str, sha256: str | None) -> bytes:
-    data = read_bytes(path)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+def digest(parts: Sequence[bytes]) -> str:
+    """Return the sha256 (hex) of a file's bytes or, of several files, of their digests."""
+    digests = [hashlib.sha256(data).hexdigest() for data in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _require(parts: Sequence[bytes], sha256: str | None, path: Path | str) -> None:
+    if sha256 is not None and digest(parts) != sha256:
         raise UserError(f"{path}: has changed since `validate` read it; run `dvc repro` again")
-    return data
 
 
 def pixel_count(file: Path | bytes) -> int:
@@ -216,32 +299,29 @@ def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]
         yield batch
 
 
-def mask_levels(data: bytes, name: str) -> np.ndarray:
-    """Decode a mask before it is binarized: uint8 (H, W), the largest channel. Raises UserError as `decode` does."""
-    return picture(data, name, BLACK).rgb.max(axis=2)
+def mask_levels(parts: Sequence[bytes], name: str) -> np.ndarray:
+    """Decode a mask, of one file or several to join, before it is binarized: uint8 (H, W), the largest channel.
+
+    Raises UserError as `decode` does, and where there is no file, or they differ in size.
+    """
+    levels = [picture(data, name, BLACK).rgb.max(axis=2) for data in parts]
+    if len({part.shape for part in levels}) != 1:
+        raise UserError(f"{name}: {'masks of different sizes' if levels else 'holds no masks'}")
+    return np.maximum.reduce(levels)
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
     """Decode a mask: bool (H, W), true where the largest channel reaches half of its range. Raises UserError as `decode` does."""
-    return mask_levels(data, name) >= 128
+    return mask_levels([data], name) >= 128
+
+
+def mask_bytes(path: Path, name: str | None = None) -> list[bytes]:
+    """Read the files of a mask (see `mask_parts`). Raises UserError."""
+    return [read_bytes(part, name if part == path else None) for part in mask_parts(path)]
 
 
 def read_mask(path: Path | str, sha256: str | None = None) -> np.ndarray:
-    """Read a mask file: bool (H, W), true where marked. Raises UserError as `read_image` does."""
-    return decode_mask(_known_bytes(path, sha256), str(path))
-
-
-def image_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, and the images in folders (recursive, sorted, hidden ones left out). UserError where there are none."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            files += sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{path}: no such file or folder")
-    if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths))}; looked for {' '.join(sorted(SUFFIXES))}")
-    return files
+    """Read a mask, a file or a folder of files: bool (H, W), true where marked. Raises UserError as `read_image` does."""
+    parts = mask_bytes(Path(path))
+    _require(parts, sha256, path)
+    return mask_levels(parts, str(path)) >= 128

@@ -2,27 +2,48 @@
 
 Two layouts (parameter `data.layout`):
 
-- `mvtec`: `<category>/train/good/*`, `<category>/test/good/*`, `<category>/test/<defect>/*` and, optional,
-  `<category>/ground_truth/<defect>/<stem>_mask.*` (or `<stem>.*`).
+- `mvtec`: `<category>/train/good/*`, `<category>/test/good/*`, `<category>/test/<defect>/*` and, optional, masks (`mask_files`).
+  `<category>/validation/good/*` (MVTec LOCO) are training images too.
 - `folders`: `train/<class>/*` and `test/<class>/*`. A category is one class, or the classes of `data.normal_classes`: it trains on
   those in train/, and tests on all of test/, where every other class is anomalous. torchvision's sets are read as this.
 
-Hidden files and the droppings of file managers are passed over; every other file in an image folder counts as an image. What
-lies where the layout has no place for it becomes an entry with its `problem`, so that nothing is left out in silence.
+What lies where the layout has no place for it becomes an entry with its `problem`, and files that are no images are counted in a
+warning, so that nothing is left out in silence. Names are compared as people read them, whatever their Unicode form.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from panda_ad.data import torchvision_sets
+from panda_ad.data.links import refuse_links
+from panda_ad.data.listing import describe, is_image, nfc, printable, same_name, visible
+from panda_ad.data.mask_files import MASK_FOLDERS, MaskFiles
 from panda_ad.errors import UserError
 from panda_ad.params import Params
 
-_DROPPINGS = {"thumbs.db", "desktop.ini", "__macosx"}
+SPLITS = {"train": "train", "test": "test", "validation": "train", "val": "train"}
+"""Folder of a category -> split."""
+_GOOD = frozenset(
+    [
+        "ok",
+        "okay",
+        "io",
+        "normal",
+        "nominal",
+        "pass",
+        "passed",
+        "gut",
+        "defect_free",
+        "defect-free",
+        "non_defective",
+        "no_defect",
+        "goods",
+    ]
+)
+"""Folder names that must not be taken for a kind of defect."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class Entry:
 
     Attributes
     ----------
-    path, mask : POSIX, relative to the data's root; mask '' where there is none.
+    path, mask : POSIX, relative to the data's root; mask '' where there is none, a folder where it is several files to join.
     category, defect : names; defect 'good' for normal images.
     split : 'train' or 'test'.  label : 0 normal, 1 anomalous.
     stratum : the folder that `limit_test` draws from in proportion.
@@ -48,145 +69,172 @@ class Entry:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The entries of a data set in the order of categories, then of paths, and one line on each thing that was passed over."""
+
+    entries: list[Entry] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A folder of images, and what all images in it are."""
+
+    root: Path
+    path: Path
+    category: str
+    split: str
+    label: int
+    defect: str
+
+    def entry(self, path: Path, mask: Path | None = None, problem: str = "") -> Entry:
+        """Return one of its files as an entry; names that are not UTF-8 are a problem, since no table could hold them."""
+        relative, mask_name = _relative(self.root, path), _relative(self.root, mask) if mask else ""
+        if any(printable(text) != text for text in (relative, mask_name)):
+            problem = "its name is not valid UTF-8: rename it"
+        defect = printable(self.defect)
+        names = printable(relative), self.category, self.split, self.label, defect, printable(mask_name)
+        return Entry(*names, stratum=defect, problem=problem)
+
+
 def image_root(params: Params) -> Path:
-    """The folder that manifest paths are relative to; a torchvision set is unpacked first where it is not yet."""
+    """Return the folder that manifest paths are relative to; a torchvision set is unpacked first where it is not yet."""
     if params.data.layout in torchvision_sets.SETS:
         return torchvision_sets.unpack(params.data.layout, Path(params.data.root))
     return Path(params.data.root)
 
 
-def list_entries(params: Params, root: Path) -> list[Entry]:
-    """All images of the categories in `params`, in the order of categories, then of paths.
+def list_entries(params: Params, root: Path) -> Listing:
+    """List all images of the categories in `params`.
 
     Raises
     ------
     UserError
-        The root or a category's folder is missing; the message lists what was found instead.
+        The root or a category's folder is missing (the message lists what was found instead), or holds links (`links`).
     """
     if not root.is_dir():
         raise UserError(
             f"data.root: no folder {root}; run dvc pull for the sample, or point data.root at a folder of images"
         )
-    listing = _mvtec if params.data.layout == "mvtec" else _folders
-    return [entry for category in params.categories for entry in listing(params, root, category)]
+    refuse_links(root)
+    listing = Listing()
+    layout = _mvtec if params.data.layout == "mvtec" else _folders
+    for category in params.categories:
+        passed: list[Path] = []
+        listing.entries.extend(layout(params, root, category, passed, listing.warnings))
+        if passed:
+            listing.warnings.append(
+                f"{category}: files that are no images to read were passed over: {describe(passed)}"
+            )
+    return listing
 
 
-def _mvtec(params: Params, root: Path, category: str) -> Iterator[Entry]:
-    folder = root / category
+def category_folder(root: Path, category: str) -> Path:
+    """Return a category's folder, in whatever Unicode form its name is written on this disk."""
+    return next((p for p in visible(root) if same_name(p.name, category) and p.is_dir()), root / category)
+
+
+def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
+    folder = category_folder(root, category)
     if not folder.is_dir():
         found = [p.name for p in visible(root) if (p / "train").is_dir() or (p / "test").is_dir()]
         raise UserError(f"categories: no folder {category!r} in {root}; {_found(found)}")
-    for split in ("train", "test"):
-        for child in visible(folder / split):
-            defect, label = child.name, int(child.name != "good")
-            if child.is_dir():
-                yield from _images(root, child, category, split, label, defect, folder / "ground_truth" / defect)
+    found_splits: dict[str, list[Path]] = {name: [] for name in SPLITS}
+    mask_folders = []
+    for child in visible(folder):
+        name = child.name.casefold()
+        if not child.is_dir():
+            passed.append(child)
+        elif name in SPLITS:
+            found_splits[name].append(child)
+        elif name in MASK_FOLDERS:
+            mask_folders.append(child)
+        else:
+            warnings.append(f"{category}: {child} is not read: the layout has no such folder")
+    if extra := [p for name in ("validation", "val") for p in found_splits[name]]:
+        warnings.append(f"{category}: {', '.join(map(str, extra))} read as training images")
+    masks = MaskFiles(mask_folders, passed)
+    for name in ("train", "validation", "val", "test"):
+        for split_folder in found_splits[name]:
+            yield from _split(_Folder(root, split_folder, category, SPLITS[name], 0, "good"), masks, passed)
+    for path, problem in masks.unused():
+        yield _Folder(root, path, category, "test", 1, "good").entry(path, problem=problem)
+
+
+def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Entry]:
+    """The images of one of a category's train, validation and test folders."""
+    kinds = [child for child in visible(split.path) if child.is_dir()]
+    where = split.path.name
+    if split.split == "test":
+        masks.kinds = [nfc(p.name) for p in kinds if p.name.casefold() != "good"]
+        masks.claim_direct({nfc(p.name): [f for f in visible(p) if f.is_file() and is_image(f)] for p in kinds})
+    for child in visible(split.path):
+        defect = nfc(child.name)
+        if not child.is_dir():
+            if is_image(child):
+                problem = f"lies beside the folders of images: move it into {where}/good or {where}/<defect>"
+                yield split.entry(child, problem=problem)
             else:
-                yield _stray(
-                    root,
-                    child,
-                    category,
-                    split,
-                    f"lies beside the folders of images: move it into {split}/good or {split}/<defect>",
-                )
-
-
-def _images(
-    root: Path, folder: Path, category: str, split: str, label: int, defect: str, mask_folder: Path | None
-) -> Iterator[Entry]:
-    """A folder's images, with their masks where they are defective."""
-    masks = {}
-    if label and split == "test" and mask_folder is not None:
-        masks = {p.stem: p for p in visible(mask_folder)}
-    used = set()
-    for path in visible(folder):
-        if path.is_dir():
-            yield _stray(
-                root,
-                path,
-                category,
-                split,
-                "is a folder inside a folder of images and is not read: move its images up",
-                label,
-                defect,
+                passed.append(child)
+        elif defect.casefold() in _GOOD:
+            problem = (
+                f"is this the folder of good images? Then call it {where}/good; a kind of defect needs another name"
             )
-            continue
-        mask = masks.get(f"{path.stem}_mask") or masks.get(path.stem)
-        used.add(mask)
-        problem = ""
-        if label and split == "train" and mask_folder is not None:
-            problem = "a defective image in train: only train/good may hold training images"
-        yield _entry(root, path, category, split, label, defect, _relative(root, mask) if mask else "", defect, problem)
-    for mask in masks.values():
-        if mask not in used:
-            yield _stray(root, mask, category, split, f"is a mask without an image in {split}/{defect}", label, defect)
+            yield split.entry(child, problem=problem)
+        elif defect.casefold() == "good":
+            yield from _images(replace(split, path=child), passed)
+        else:
+            part = replace(split, path=child, label=1, defect=defect)
+            yield from _images(part, passed, masks if split.split == "test" else None)
 
 
-def _folders(params: Params, root: Path, category: str) -> Iterator[Entry]:
-    normal = params.data.normal_classes.get(category, [category])
+def _images(folder: _Folder, passed: list[Path], masks: MaskFiles | None = None) -> Iterator[Entry]:
+    """A folder's images, with their masks where there are any."""
+    files = []
+    for path in visible(folder.path):
+        if path.is_dir():
+            yield folder.entry(
+                path, problem="is a folder inside a folder of images and is not read: move its images up"
+            )
+        elif is_image(path):
+            files.append(path)
+        else:
+            passed.append(path)
+    pairs = masks.of(folder.defect, files) if masks is not None else {}
+    for path in files:
+        mask, problem = pairs.get(path, (None, ""))
+        yield folder.entry(path, mask, problem)
+
+
+def _folders(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
+    normal = [nfc(name) for name in params.data.normal_classes.get(category, [category])]
     classes = {split: [p for p in visible(root / split) if p.is_dir()] for split in ("train", "test")}
     for name in normal:
-        if name not in {p.name for p in classes["train"]}:
+        if name not in {nfc(p.name) for p in classes["train"]}:
             key = f"data.normal_classes.{category}" if category in params.data.normal_classes else "categories"
             raise UserError(
                 f"{key}: no class {name!r} in {root / 'train'}; {_found([p.name for p in classes['train']])}"
             )
     for split in ("train", "test"):
         for folder in classes[split]:
-            label = int(folder.name not in normal)
+            label = int(nfc(folder.name) not in normal)
             if split == "train" and label:
                 continue
-            for e in _images(root, folder, category, split, label, folder.name if label else "good", None):
-                yield Entry(**{**e.__dict__, "stratum": folder.name})
+            part = _Folder(root, folder, category, split, label, nfc(folder.name) if label else "good")
+            yield from (replace(e, stratum=folder.name) for e in _images(part, passed))
         for path in visible(root / split):
-            if not path.is_dir():
-                yield _stray(
-                    root, path, category, split, f"lies beside the class folders: move it into {split}/<class>"
-                )
-
-
-def visible(folder: Path) -> list[Path]:
-    """A folder's entries in the order of their names, without hidden ones and file managers' droppings; none where there is no such folder."""
-    try:
-        names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be listed ({e.strerror})") from None
-    return [folder / name for name in names if not name.startswith(".") and name.lower() not in _DROPPINGS]
-
-
-def _entry(
-    root: Path,
-    path: Path,
-    category: str,
-    split: str,
-    label: int,
-    defect: str,
-    mask: str = "",
-    stratum: str = "good",
-    problem: str = "",
-) -> Entry:
-    relative = _relative(root, path)
-    for text in (relative, mask):
-        if printable(text) != text:
-            problem, mask, relative = "its name is not valid UTF-8: rename it", printable(mask), printable(relative)
-    return Entry(relative, category, split, label, printable(defect), mask, printable(stratum), problem)
-
-
-def _stray(
-    root: Path, path: Path, category: str, split: str, problem: str, label: int = 0, defect: str = "good"
-) -> Entry:
-    return _entry(root, path, category, split, label, defect, problem=problem)
+            if path.is_dir():
+                continue
+            if is_image(path):
+                problem = f"lies beside the class folders: move it into {split}/<class>"
+                yield _Folder(root, root / split, category, split, 0, "good").entry(path, problem=problem)
+            else:
+                passed.append(path)
 
 
 def _relative(root: Path, path: Path) -> str:
-    return PurePosixPath(path.relative_to(root)).as_posix()
-
-
-def printable(text: str) -> str:
-    """The text with bytes that are not UTF-8 (which Python keeps as lone surrogates) written as \\x escapes."""
-    return os.fsencode(text).decode("utf-8", "backslashreplace")
+    return path.relative_to(root).as_posix()
 
 
 def _found(names: list[str]) -> str:

@@ -8,6 +8,7 @@ decoded RGB pixels: equal for the same picture in another file format), mask_sha
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -15,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from panda_ad.data.images import Decoding
 from panda_ad.data.layouts import Entry, image_root, list_entries
 from panda_ad.data.records import Record, Records, digest, inspect_image, inspect_mask, read_all
 from panda_ad.errors import UserError
@@ -40,44 +42,61 @@ COLUMNS = [
 ]
 
 
-def collect(params: Params) -> pd.DataFrame:
-    """Every image of the categories, usable or not: COLUMNS (split train or test), and what the checks need beyond them.
+def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
+    """Read every image of the categories, usable or not.
 
-    `problem` ('' or the reason why the image or its mask could not be read), `mask_width`, `mask_height`, `mask_marked` (pixels)
-    and `mask_largest` (0..255), NaN where there is nothing to measure.
+    Returns
+    -------
+    rows : COLUMNS (split train or test), and what validation needs beyond them: `misplaced` and `unreadable` ('' or the reason),
+        `mask_width`, `mask_height`, `mask_marked` (pixels) and `mask_largest` (0..255), NaN where there is nothing to measure,
+        `doubt` ('' or a sign of damage), `thumb` ('' or see `records`), `low` and `high` (values of 16-bit gray, else NaN).
+    warnings : one line each.
     """
     import pandas as pd
 
-    root = image_root(params)
-    with Records(root) as cache:
-        entries = _limit(list_entries(params, root), params, root, cache)
-        good = [e for e in entries if not e.problem]
-        read = read_all(root, {e.path for e in good}, "image", inspect_image, cache)
-        masks = read_all(root, {e.mask for e in good if e.mask}, "mask", inspect_mask, cache)
+    root, decoding = image_root(params), Decoding.of(params)
+    with Records(root, decoding=decoding) as cache:
+        listing = list_entries(params, root)
+        entries = _limit(listing.entries, params, root, cache)
+        placed = [e for e in entries if not e.problem]
+        read = read_all(
+            root, {e.path for e in placed}, "image", functools.partial(inspect_image, decoding=decoding), cache
+        )
+        masks = read_all(root, {e.mask for e in placed if e.mask}, "mask", inspect_mask, cache)
     rows = [_row(e, read.get(e.path, {}), masks.get(e.mask, {})) for e in entries]
-    measures = ["mask_width", "mask_height", "mask_marked", "mask_largest"]
-    frame = pd.DataFrame(rows, columns=[*COLUMNS, "problem", *measures])
-    return frame.astype({"width": "Int64", "height": "Int64", "label": "int64", **dict.fromkeys(measures, "Int64")})
+    measures = ["mask_width", "mask_height", "mask_marked", "mask_largest", "low", "high"]
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, "misplaced", "unreadable", "doubt", "thumb", *measures])
+    types = {"width": "Int64", "height": "Int64", "label": "int64", **dict.fromkeys(measures, "Int64")}
+    return frame.astype(types), listing.warnings
 
 
 def _row(entry: Entry, image: Record, mask: Record) -> dict[str, Any]:
-    problem = entry.problem or image.get("problem", "") or mask.get("problem", "")
+    low, high = image.get("values", (None, None))
     return {
         **{k: getattr(entry, k) for k in ("path", "category", "split", "label", "defect", "mask")},
-        **{k: image.get(k, "") for k in ("sha256", "mode", "pixels")},
+        **{k: image.get(k, "") for k in ("sha256", "mode", "pixels", "doubt", "thumb")},
         **{k: image.get(k) for k in ("width", "height")},
         "mask_sha256": mask.get("sha256", ""),
         **{f"mask_{k}": mask.get(k) for k in ("width", "height", "marked", "largest")},
-        "problem": problem,
+        "low": low,
+        "high": high,
+        "misplaced": entry.problem,
+        "unreadable": image.get("problem", "") or mask.get("problem", ""),
     }
 
 
-def known_images(params: Params, category: str) -> list[tuple[Entry, Record]]:
-    """Every image of one category with what reading it found; only files that no run has read yet are read."""
-    root = image_root(params)
-    with Records(root, keep=True) as cache:
-        entries = list_entries(params.model_copy(update={"categories": [category]}), root)
-        read = read_all(root, {e.path for e in entries if not e.problem}, "image", inspect_image, cache)
+def existing_images(params: Params, category: str) -> list[tuple[Entry, Record]]:
+    """Return every image of one category with what reading it found; only files that no run has read yet are read."""
+    root, decoding = image_root(params), Decoding.of(params)
+    with Records(root, keep=True, decoding=decoding) as cache:
+        entries = list_entries(params.model_copy(update={"categories": [category]}), root).entries
+        read = read_all(
+            root,
+            {e.path for e in entries if not e.problem},
+            "image",
+            functools.partial(inspect_image, decoding=decoding),
+            cache,
+        )
     return [(e, read.get(e.path, {})) for e in entries]
 
 
@@ -91,7 +110,7 @@ def _limit(entries: list[Entry], params: Params, root: Path, cache: Records) -> 
     limits = {"train": params.data.limit_train, "test": params.data.limit_test}
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for e in entries:
-        if not e.problem:
+        if not e.problem and (e.split == "test" or not e.label):
             groups[e.category, e.split].append(e)
     over = {key: group for key, group in groups.items() if (limit := limits[key[1]]) is not None and len(group) > limit}
     digests = read_all(root, {e.path for group in over.values() for e in group}, "file", digest, cache)

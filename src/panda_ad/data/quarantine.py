@@ -9,8 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from panda_ad.data import images
-from panda_ad.data.layouts import printable
+from panda_ad.data.listing import SUFFIXES, printable
 from panda_ad.system.files import atomic_folder, digest_if_readable
 
 REASONS = "reasons.csv"
@@ -23,10 +22,10 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
     -------
     The folder, None where there was nothing to copy, and how many of the files were left out, since an earlier one holds their content.
     """
-    held = _held(parent)
+    copied = _copied(parent)
     digests = {path: digest_if_readable(path) for path, _ in refused}
-    fresh = [(path, reason) for path, reason in refused if digests[path] not in held]
-    if not fresh:
+    new = [(path, reason) for path, reason in refused if digests[path] not in copied]
+    if not new:
         return None, len(refused)
     stamp = time.strftime("%Y-%m-%d_%H%M%S")
     folder = next(
@@ -34,7 +33,7 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
     )
     with atomic_folder(folder) as temporary:
         rows = []
-        for n, (path, reason) in enumerate(fresh, 1):
+        for n, (path, reason) in enumerate(new, 1):
             copy = f"{n:04d}-{plain_stem(path)}{image_suffix(path)}"
             try:
                 shutil.copyfile(path, temporary / copy)
@@ -45,10 +44,10 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
             writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
             writer.writerow(["path", "reason", "copy", "sha256"])
             writer.writerows(rows)
-    return folder, len(refused) - len(fresh)
+    return folder, len(refused) - len(new)
 
 
-def _held(parent: Path) -> set[str]:
+def _copied(parent: Path) -> set[str]:
     """sha256 of the copies that are there; folders from before reasons.csv had that column hold unknown ones."""
     found = set()
     for path in parent.glob(f"*/{REASONS}"):
@@ -71,4 +70,4 @@ def plain_stem(file: Path) -> str:
 def image_suffix(file: Path) -> str:
     """A file's ending where it is one of an image, in lower case; else ''."""
     suffix = file.suffix.lower()
-    return suffix if suffix in images.SUFFIXES else ""
+    return suffix if suffix in SUFFIXES else ""

@@ -2,63 +2,89 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
+from PIL import Image
 
 from panda_ad.data import images
+from panda_ad.data.damage import __file__ as damage_code
+from panda_ad.data.damage import doubt
+from panda_ad.data.images import Decoding
+from panda_ad.data.mask_files import mask_parts
 from panda_ad.errors import UserError
 from panda_ad.system.files import atomic_file
 
 CACHE = Path(".cache") / "manifest"
 
 Record = dict[str, Any]
-"""What one reading of a file found: sha256, width, height, problem; of an image also mode and pixels, of a mask marked and largest."""
+"""What one reading of a file found: sha256, width, height, problem; of an image also mode, pixels, thumb, doubt and, of 16-bit gray, values;
+of a mask marked and largest."""
+
+THUMB = 16
+"""Side of the reduced picture that near copies are found by."""
 
 
-def inspect_image(root: Path, path: str) -> Record:
+def inspect_image(root: Path, path: str, decoding: Decoding = images.DEFAULT) -> Record:
     """Read and decode one image; a failure is a `problem`, not an exception."""
     try:
-        data = images.read_bytes(root / path, path)
+        data = images.read_bytes(root / path, path, decoding)
     except UserError as e:
         return {"problem": str(e).removeprefix(f"{path}: ")}
-    return image_record(data, path)
+    return image_record(data, path, decoding)
 
 
-def image_record(data: bytes, path: str) -> Record:
-    """What an image file's bytes hold; `path` is what decoding calls it, and no part of the record."""
+def image_record(data: bytes, path: str, decoding: Decoding = images.DEFAULT) -> Record:
+    """Return what an image file's bytes hold; `path` is what decoding calls it, and no part of the record."""
     record: Record = {"problem": "", "sha256": hashlib.sha256(data).hexdigest()}
     try:
-        picture = images.picture(data, path)
+        picture = images.picture(data, path, decoding=decoding)
     except UserError as e:
         return {**record, "problem": str(e).removeprefix(f"{path}: ")}
     height, width = picture.rgb.shape[:2]
     digest = hashlib.sha256(f"{width}x{height}".encode())
     digest.update(np.ascontiguousarray(picture.rgb).data)
-    return {**record, "width": width, "height": height, "mode": picture.mode, "pixels": digest.hexdigest()}
+    return {
+        **record,
+        "width": width,
+        "height": height,
+        "mode": picture.mode,
+        "pixels": digest.hexdigest(),
+        "thumb": _thumb(picture.rgb),
+        **({"doubt": found} if (found := doubt(data, picture.rgb)) else {}),
+        **({"values": picture.values} if picture.values else {}),
+    }
+
+
+def _thumb(rgb: np.ndarray) -> str:
+    """Base64 of float16 (THUMB, THUMB): mean luma, 0..255, of each part of an image."""
+    image = Image.fromarray(rgb).convert("L").convert("F")
+    reduced = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX))
+    return base64.b64encode(reduced.astype(np.float16).tobytes()).decode()
 
 
 def inspect_mask(root: Path, path: str) -> Record:
     """Read and decode one mask; a failure is a `problem`, not an exception."""
     try:
-        data = images.read_bytes(root / path, path)
+        parts = images.mask_bytes(root / path, path)
     except UserError as e:
         return {"problem": f"its mask {e}"}
-    return mask_record(data, path)
+    return mask_record(parts, path)
 
 
-def mask_record(data: bytes, path: str) -> Record:
-    """What a mask file's bytes hold."""
-    record: Record = {"problem": "", "sha256": hashlib.sha256(data).hexdigest()}
+def mask_record(parts: Sequence[bytes], path: str) -> Record:
+    """Return what a mask's file, or its files to join, hold."""
+    record: Record = {"problem": "", "sha256": images.digest(parts) if parts else ""}
     try:
-        levels = images.mask_levels(data, path)
+        levels = images.mask_levels(parts, path)
     except UserError as e:
         return {**record, "problem": f"its mask {e}"}
     height, width = levels.shape
@@ -72,7 +98,7 @@ def mask_record(data: bytes, path: str) -> Record:
 
 
 def digest(root: Path, path: str) -> Record:
-    """The sha256 of a file, not decoded; its path where it cannot be read."""
+    """Return the sha256 of a file, not decoded; its path where it cannot be read."""
     try:
         return {"sha256": hashlib.sha256(images.read_bytes(root / path, path)).hexdigest()}
     except UserError:
@@ -80,37 +106,37 @@ def digest(root: Path, path: str) -> Record:
 
 
 class Records:
-    """Records of files read before, by (kind, path, size, mtime); safe to delete.
+    """Records of files read before, by kind, path, and what a changed or replaced file cannot keep (`_state`); safe to delete.
 
     Kept for the files of the last run only, or, with `keep`, for those of runs before it too.
     """
 
-    def __init__(self, root: Path, keep: bool = False):
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, keep: bool = False, decoding: Decoding = images.DEFAULT):
+        self.root, self.keep, self.decoding = root, keep, decoding
         # Another way to decode would find other things: the cache is void when that code or Pillow changes.
-        rules = Path(images.__file__).read_bytes() + Path(__file__).read_bytes() + PIL.__version__.encode()
-        self.rules = hashlib.sha256(rules).hexdigest()
+        rules = b"".join(Path(file).read_bytes() for file in (images.__file__, damage_code, __file__))
+        self.rules = hashlib.sha256(rules + f"{PIL.__version__} {decoding}".encode()).hexdigest()
         self.path = CACHE / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
         self.used: dict[str, Record] = {}
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.known: dict[str, Record] = stored["records"] if stored["rules"] == self.rules else {}
+            self.stored: dict[str, Record] = stored["records"] if stored["rules"] == self.rules else {}
         except (OSError, ValueError, KeyError, TypeError):
-            self.known = {}
+            self.stored = {}
 
     def __enter__(self) -> Records:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         # interrupted: the rest is still to be asked for
-        records = self.used if kind is None and not self.keep else {**self.known, **self.used}
+        records = self.used if kind is None and not self.keep else {**self.stored, **self.used}
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps({"rules": self.rules, "records": records}), encoding="utf-8")
 
-    def held(self, kind: str, path: str) -> Record | None:
-        """What is known of a file as it is now."""
+    def cached(self, kind: str, path: str) -> Record | None:
+        """Return what an earlier run found in a file as it is now; None where none did."""
         key = self._key(kind, path)
-        record = None if key is None else self.known.get(key)
+        record = None if key is None else self.stored.get(key)
         if key is not None and record is not None:
             self.used[key] = record
         return record
@@ -130,15 +156,22 @@ class Records:
 
     def _key(self, kind: str, path: str) -> str | None:
         try:
-            stat = os.stat(f"{self.root}/{path}")
+            file = Path(f"{self.root}/{path}")
+            states = [_state(part) for part in mask_parts(file)] if kind == "mask" else [_state(file)]
         except OSError:
             return None
-        return json.dumps([kind, path, stat.st_size, stat.st_mtime_ns])
+        return json.dumps([kind, path, states])
 
 
-def remember(root: Path, found: Iterable[tuple[str, str, Record]]) -> None:
+def _state(file: Path) -> list[int]:
+    """Size, time and identity: a copy with its time kept is another file, or has another time of change."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def remember(root: Path, found: Iterable[tuple[str, str, Record]], decoding: Decoding = images.DEFAULT) -> None:
     """Keep what reading files under `root` found, each (kind: 'image' or 'mask', path, record), so that no run reads them again."""
-    with Records(root, keep=True) as cache:
+    with Records(root, keep=True, decoding=decoding) as cache:
         for kind, path, record in found:
             cache.put(kind, path, record)
 
@@ -149,8 +182,8 @@ def read_all(
     """`read` each file once, by as many threads as there are cores (decoding releases Python's lock)."""
     from tqdm import tqdm
 
-    held = {path: record for path in paths if (record := cache.held(kind, path)) is not None}
-    ordered = sorted(paths - held.keys())
+    cached = {path: record for path in paths if (record := cache.cached(kind, path)) is not None}
+    ordered = sorted(paths - cached.keys())
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda path: cache.read(kind, path, read), ordered)
         try:
@@ -160,4 +193,4 @@ def read_all(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return {**held, **dict(zip(ordered, found, strict=True))}
+    return {**cached, **dict(zip(ordered, found, strict=True))}

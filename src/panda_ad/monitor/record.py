@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from panda_ad.data.layouts import printable
+from panda_ad.data.listing import printable
 from panda_ad.features.image_statistics import image_statistics
 from panda_ad.monitor.log import LOG, Entry, append, known
 from panda_ad.scoring.verdict import Verdict

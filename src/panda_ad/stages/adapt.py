@@ -13,7 +13,8 @@ from torch import Tensor
 from panda_ad.adapt.fisher import cached_fisher, load_fisher, source_labels
 from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
-from panda_ad.data.images import image_files, read_image
+from panda_ad.data.images import read_image
+from panda_ad.data.listing import image_files
 from panda_ad.data.outliers import coarseness, is_gray, outlier_item
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import Backbone
