@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed, State
 
 from flows.retrain import BACKOFF
 from panda_ad.commands.score import Scored, score_files
-from panda_ad.data.listing import image_files
+from panda_ad.data.listing import describe, find_images, settled
 from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
 from panda_ad.monitor.inbox import due
@@ -36,14 +36,17 @@ def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
     model = model_at(category, alias, params)
     row: dict[str, Any] = {"category": category, "model": f"{model.name} version {model.version}"}
     out = VERDICTS / category / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.csv"
-    try:
-        files = image_files([folder]) if folder.is_dir() else []
-    except UserError:  # an empty folder: nothing has arrived
-        files = []
+    found = find_images([folder] if folder.is_dir() else [])
+    files, moving = settled([*found.images, *found.unread], params.monitor.settle_seconds)
+    for what, passed in (("still being written, left for the next run", moving), ("no images", found.passed_over)):
+        if passed:
+            get_run_logger().info("%s: passed over, %s: %s", category, what, describe(passed))
     wanted = due(files, category, model.name, model.version, params.monitor.window, model.detector.seen)
-    done = score_files(wanted, model, out, log=LOG) if wanted else Scored(0, 0, 0, [])
+    done = score_files(wanted, model, out, log=LOG) if wanted else Scored(0, 0, 0)
     if not done.images:
         out.unlink(missing_ok=True)
+    for warning in done.warnings:
+        get_run_logger().warning("%s: %s", category, warning)
     for problem in done.problems:
         get_run_logger().warning("%s: not scored: %s", category, problem)
     row |= {"scored": done.images, "called defect": done.alarms, "known": len(files) - done.images - len(done.problems)}

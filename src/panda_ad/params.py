@@ -138,6 +138,7 @@ class MonitorParams(_Section):
     min_images: Annotated[int, Field(ge=4)]
     significance: Fraction
     min_shift: Annotated[float, Field(ge=0)]
+    settle_seconds: Annotated[float, Field(ge=0, le=600)] = 5.0
 
     @model_validator(mode="after")
     def _window_holds_enough(self) -> MonitorParams:

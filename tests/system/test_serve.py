@@ -119,7 +119,7 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
     table = pd.DataFrame({"image": [file.read_bytes() for file in files]})
 
     def everything():
-        verdicts = [v for _, _, v in score.verdicts(served.detector, files)]
+        verdicts = [j.verdict for j in score.verdicts(served.detector, files)]
         return (
             served.predict(None, table, {"heatmap": True}),
             verdicts,

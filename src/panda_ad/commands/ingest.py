@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from panda_ad.commands.run import dvc, dvc_meanwhile
+from panda_ad.commands.run import dvc_meanwhile, fetch_images
 from panda_ad.data.add_images import Additions, Label, Request, Split, add_images
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
@@ -97,7 +97,7 @@ def _complete(root: Path, tracked: Path) -> None:
     recorded = _output(tracked).get("nfiles", 0)
     folder = tracked.with_suffix("")
     if recorded and not folder.exists():
-        dvc("pull", "--quiet", str(tracked))
+        fetch_images(str(tracked))
     here = sum(len(files) for _, _, files in os.walk(folder))
     if here < recorded:
         raise UserError(
@@ -156,11 +156,8 @@ def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
 
     try:
         detector = load_bundle(bundle)
-        found = [
-            (f, v)
-            for f, _, v in verdicts(detector, [root / path for path in added])
-            if not isinstance(v, str) and v.anomalous
-        ]
+        judged = verdicts(detector, [root / path for path in added])
+        found = [(j.file, j.verdict) for j in judged if j.verdict is not None and j.verdict.anomalous]
     except UserError as e:
         return f"the new images could not be compared with the present model: {e}", True
     if not found:

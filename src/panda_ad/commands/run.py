@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from panda_ad.data.links import refuse_links
 from panda_ad.errors import GateRefused, UserError
 from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.params import Params, load_params
@@ -20,8 +21,11 @@ from panda_ad.system.processes import Group, child_environment
 def run() -> None:
     """Run all; GateRefused at the end where a category was not promoted, UserError where a stage failed."""
     with locked_params("panda-ad run") as params:
-        if Path("data.dvc").exists() and params.data.root == "data" and not Path("data").exists():
-            dvc("pull", "--quiet", "data.dvc")
+        root = Path(params.data.root)
+        if Path("data.dvc").exists() and params.data.root == "data" and not root.exists():
+            fetch_images("data.dvc")
+        if root.is_dir():
+            refuse_links(root)
         dvc("repro")
         from panda_ad.registry.promote import promote
 
@@ -33,6 +37,28 @@ def run() -> None:
     print(summary(params))
     if refused is not None:
         raise refused
+
+
+def fetch_images(tracked: str) -> None:
+    """Get the images that a .dvc file records from the remote. UserError where no remote has them, which DVC says nothing of."""
+    try:
+        dvc("pull", "--quiet", tracked)
+    except UserError:
+        listed = subprocess.run(
+            [sys.executable, "-m", "dvc", "remote", "list"],
+            env=child_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        remotes = ", ".join(
+            " (".join(line.split("\t")[:2]) + ")" for line in listed.stdout.splitlines() if line.strip()
+        )
+        where = f"the remote, {remotes}, lacks them" if remotes else "no remote is set (`dvc remote add -d NAME PLACE`)"
+        raise UserError(
+            f"{tracked}: its images are not here and could not be fetched: {where}, or it does not answer. Where they are, run "
+            f"`dvc push {tracked}`; or copy them to {tracked.removesuffix('.dvc')}/ and run `dvc add {tracked.removesuffix('.dvc')}`"
+        ) from None
 
 
 @contextmanager

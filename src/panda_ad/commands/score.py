@@ -5,20 +5,40 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 
-from panda_ad.data.images import batches, decode, pixel_count, read_bytes
-from panda_ad.data.listing import image_files, printable
+from panda_ad.data.damage import doubt
+from panda_ad.data.images import Decoding, batches, decode, pixel_count, read_bytes
+from panda_ad.data.listing import describe, find_images, no_images, printable, settled
+from panda_ad.data.quarantine import plain_stem
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.verdict import Verdict
 from panda_ad.system.files import atomic_file
 
+if TYPE_CHECKING:
+    from panda_ad.monitor.record import Recorder
+
 COLUMNS = ("path", "score", "p_value", "decision", "threshold", "whole_image", "worst_spot", "x0", "y0", "x1", "y1")
+"""Of the CSV; a file that cannot be read has a row of its path and the decision `unreadable`."""
+_NAMED = 3
+_SETTLE_SECONDS = 5.0
+
+
+class Judged(NamedTuple):
+    """One file: its pixels, uint8 (H, W, 3), and verdict, or why there is none; and a sign that it is only part of a picture, or ''."""
+
+    file: Path
+    pixels: np.ndarray | None
+    verdict: Verdict | None
+    problem: str
+    doubt: str
 
 
 @dataclass(frozen=True)
@@ -27,35 +47,42 @@ class Scored:
 
     Attributes
     ----------
-    images : scored.  alarms : of these, called defect.  known : left out, since the log holds their verdict of this version.
+    images : scored.  alarms : of these, called defect.  logged : left out, since the log holds their verdict of this version.
     problems : one line per file that could not be read.
+    warnings : one line per image that may be damaged, and per output that could not be written.
     """
 
     images: int
     alarms: int
-    known: int
-    problems: list[str]
+    logged: int
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def verdicts(
-    detector: Detector, files: list[Path], heatmaps: bool = False
-) -> Iterator[tuple[Path, np.ndarray | None, Verdict | str]]:
-    """(file, its pixels, its verdict) in order; where a file cannot be read, (file, None, the reason)."""
+def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> Iterator[Judged]:
+    """Judge files, in order."""
     from tqdm import tqdm
 
+    decoding = Decoding.of(detector.config)
     with tqdm(total=len(files), desc="score", unit="img", disable=None) as bar:
         for batch in batches(files, pixel_count):
             images: dict[Path, np.ndarray] = {}
             problems: dict[Path, str] = {}
+            doubts: dict[Path, str] = {}
             for file in batch:
                 name = printable(str(file))
                 try:
-                    images[file] = decode(read_bytes(file, name), name)
+                    data = read_bytes(file, name, decoding)
+                    images[file] = decode(data, name, decoding)
+                    doubts[file] = doubt(data, images[file])
                 except UserError as e:
                     problems[file] = str(e)
             found = dict(zip(images, detector.score(list(images.values()), heatmaps), strict=True))
             for file in batch:
-                yield (file, images[file], found[file]) if file in found else (file, None, problems[file])
+                if file in found:
+                    yield Judged(file, images[file], found[file], "", doubts[file])
+                else:
+                    yield Judged(file, None, None, problems[file], "")
             bar.update(len(images) + len(problems))
 
 
@@ -68,31 +95,43 @@ def score_paths(
     false_alarm_rate: float | None,
     log: Path | None = None,
 ) -> None:
-    """What the command line does: `score_files` with words. UserError at the end names files that could not be read."""
-    files = image_files(paths)
+    """Do what the command line does: `score_files` with words. UserError at the end names files that could not be read."""
+    found = find_images(paths)
+    files = [*found.images, *found.unread]
+    if not files:
+        raise UserError(no_images(paths, found))
     loaded = load_model(model, bundle, false_alarm_rate)
     if log is not None and not loaded.version:
         raise UserError("--log needs --model: the log says which registered version decided")
     limit = loaded.detector.threshold()
     if not limit.enough:
-        print(f"panda-ad: {limit.message}", file=sys.stderr)
+        _say(limit.message)
+    if log is not None:
+        files, moving = settled(files, _SETTLE_SECONDS)
+        if moving:
+            _say(f"left for the next run, still being written: {describe(moving)}")
     done = score_files(files, loaded, out, heatmaps, log)
-    known = f", {done.known} known to the log" if done.known else ""
-    print(
-        f"{done.images} image{'s' if done.images != 1 else ''} scored, {done.alarms} called defect{known}",
-        file=sys.stderr,
-    )
+    if found.passed_over:
+        _say(f"passed over, no images: {describe(found.passed_over)}")
+    for warning in done.warnings:
+        _say(f"warning: {warning}")
+    logged = f", {done.logged} known to the log" if done.logged else ""
+    plural = "s" if done.images != 1 else ""
+    print(f"{done.images} image{plural} scored, {done.alarms} called defect{logged}", file=sys.stderr)
     if done.problems:
-        more = f" and {len(done.problems) - 3} more" if len(done.problems) > 3 else ""
-        raise UserError(
-            f"{len(done.problems)} of {len(files)} files could not be read: {'; '.join(done.problems[:3])}{more}"
-        )
+        more = f" and {len(done.problems) - _NAMED} more" if len(done.problems) > _NAMED else ""
+        shown = "; ".join(done.problems[:_NAMED])
+        raise UserError(f"{len(done.problems)} of {len(files)} files could not be read: {shown}{more}")
+
+
+def _say(line: str) -> None:
+    print(f"panda-ad: {line}", file=sys.stderr)
 
 
 def score_files(
     files: list[Path], model: Model, out: Path | None, heatmaps: Path | None = None, log: Path | None = None
 ) -> Scored:
-    """Score images and write a CSV, a row per readable image.
+    """Score images and write a CSV, a row per file. What else cannot be written is said, and costs nothing but itself.
 
     Parameters
     ----------
@@ -100,61 +139,73 @@ def score_files(
     log : the verdict log, which is appended to; images it holds of this version are left out. None: no log.
         It is written last, in one piece: a run that is killed has logged nothing, and the next one scores the same images.
     """
-    detector = model.detector
-    limit = detector.threshold()
+    _check_outputs(model.detector, out, heatmaps)
+    recorder, wanted = None, files
+    if log is not None:
+        from panda_ad.monitor.record import Recorder
+
+        limit = model.detector.threshold().value
+        recorder = Recorder(model.detector.config.category, model.name, model.version, limit, log)
+        wanted = recorder.fresh(files)
+    with _table(out) as target:
+        done = _write_rows(target, model.detector, wanted, heatmaps, recorder)
+    if recorder is not None:
+        recorder.write()
+    return Scored(len(wanted) - len(done.problems), done.alarms, len(files) - len(wanted), done.problems, done.warnings)
+
+
+def _check_outputs(detector: Detector, out: Path | None, heatmaps: Path | None) -> None:
+    """Refuse what cannot be written before anything is scored. UserError."""
     if heatmaps is not None and detector.localizer is None:
         raise UserError("--heatmaps: this model was built with localize.method: none and has no heat maps")
     if heatmaps is not None and heatmaps.exists() and not heatmaps.is_dir():
         raise UserError(f"--heatmaps {heatmaps}: is a file; give a folder")
     if out is not None and (out.is_dir() or not out.name):
         raise UserError(f"--out {out}: is a folder; give a file, e.g. {out / 'scores.csv'}")
-    recorder = None
-    fresh = files
-    if log is not None:
-        from panda_ad.monitor.record import Recorder
 
-        recorder = Recorder(detector.config.category, model.name, model.version, limit.value, log)
-        fresh = recorder.fresh(files)
-    problems: list[str] = []
-    alarms = 0
 
-    def write(target) -> None:
-        nonlocal alarms
-        rows = csv.writer(target, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        for n, (file, pixels, verdict) in enumerate(verdicts(detector, fresh, heatmaps is not None)):
-            if isinstance(verdict, str) or pixels is None:
-                problems.append(str(verdict))
-                continue
-            alarms += verdict.anomalous
-            decision = "defect" if verdict.anomalous else "good"
-            box = verdict.region or ("", "", "", "")
-            parts = [f"{part:.3f}" for part in verdict.components] if verdict.components else ["", ""]
-            # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
-            rows.writerow(
-                [
-                    printable(str(file)),
-                    repr(verdict.score),
-                    repr(verdict.p_value),
-                    decision,
-                    repr(limit.value),
-                    *parts,
-                    *box,
-                ]
-            )
-            if recorder is not None:
-                recorder.add(file, pixels, verdict)
-            if heatmaps is not None and verdict.heatmap is not None:
-                save_overlay(heatmaps / f"{n:05d}-{file.stem}-{decision}.jpg", pixels, verdict.heatmap, detector)
-
+@contextmanager
+def _table(out: Path | None) -> Iterator[TextIO]:
     if out is None:
-        write(sys.stdout)
+        yield sys.stdout
     else:
         with atomic_file(out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as target:
-            write(target)
-    if recorder is not None:
-        recorder.write()
-    return Scored(len(fresh) - len(problems), alarms, len(files) - len(fresh), problems)
+            yield target
+
+
+def _write_rows(
+    target: TextIO, detector: Detector, files: list[Path], heatmaps: Path | None, recorder: Recorder | None
+) -> Scored:
+    """Write a row per file and an overlay per image; the recorder gets the verdicts. `logged` of what comes back says nothing."""
+    limit, alarms = detector.threshold().value, 0
+    problems: list[str] = []
+    warnings: list[str] = []
+    rows = csv.writer(target, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for n, (file, pixels, verdict, problem, doubtful) in enumerate(verdicts(detector, files, heatmaps is not None)):
+        name = printable(str(file))
+        if verdict is None or pixels is None:
+            problems.append(problem)
+            rows.writerow([name, "", "", "unreadable", *[""] * (len(COLUMNS) - 4)])
+            continue
+        alarms += verdict.anomalous
+        decision = "defect" if verdict.anomalous else "good"
+        box = verdict.region or ("", "", "", "")
+        parts = [f"{part:.3f}" for part in verdict.components] if verdict.components else ["", ""]
+        # repr keeps every digit, so that the number is the same here, in the evaluation and over REST
+        numbers = repr(verdict.score), repr(verdict.p_value), decision, repr(limit)
+        rows.writerow([name, *numbers, *parts, *box])
+        if doubtful:
+            warnings.append(f"{name}: called {decision}, but may be damaged: {doubtful}")
+        if recorder is not None:
+            recorder.add(file, pixels, verdict)
+        if heatmaps is not None and verdict.heatmap is not None:
+            stem = file.stem if len(file.stem.encode()) <= 200 else plain_stem(file)
+            try:
+                save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict.heatmap, detector)
+            except (OSError, ValueError, MemoryError) as e:  # the disk, or more pixels than a JPEG holds
+                warnings.append(f"{name}: scored, but its overlay was not written ({' '.join(str(e).split())[:120]})")
+    return Scored(0, alarms, 0, problems, warnings)
 
 
 def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:

@@ -110,7 +110,7 @@ def add_images(params: Params, request: Request) -> Additions:
     for file in files:
         batch.add(file)
     if batch.read:
-        remember(root, batch.read, Decoding.of(params))
+        remember(root, batch.read, Decoding.of(params.data))
     found = batch.found
     found.passed_over = passed_over
     if masks is not None:
@@ -134,7 +134,7 @@ class _Batch:
     ) -> None:
         self.found = Additions(target.images)
         self.read: list[tuple[str, str, Record]] = []
-        self._root, self._decoding, self._target = Path(params.data.root), Decoding.of(params), target
+        self._root, self._decoding, self._target = Path(params.data.root), Decoding.of(params.data), target
         self._given, self._wants_masks = given, wants_masks
         self._contents = _Contents(there)
         self._unmasked = {e.path for e, _ in there if not e.mask and e.path.startswith(f"{target.images}/")}

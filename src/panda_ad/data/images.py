@@ -17,19 +17,16 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from panda_ad.data.mask_files import mask_parts
 from panda_ad.errors import UserError
-
-if TYPE_CHECKING:
-    from panda_ad.params import Params
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 MAX_PIXELS = 100_000_000
@@ -75,6 +72,13 @@ _UPRIGHT = {
 """EXIF orientation -> what turns the stored picture upright (EXIF 2.3, tag 274)."""
 
 
+class _Choice(Protocol):
+    @property
+    def gray_range(self) -> Sequence[int] | None: ...
+    @property
+    def max_megapixels(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Decoding:
     """What files leave open; one choice for all images of a model, which keeps it.
@@ -89,17 +93,10 @@ class Decoding:
     max_megapixels: int = MAX_PIXELS // 1_000_000
 
     @classmethod
-    def of(cls, params: Params) -> Decoding:
-        """Return what the parameters choose."""
-        low, high = params.data.gray_range or (0, 65535)
-        return cls((low, high), params.data.max_megapixels)
-
-    @classmethod
-    def of_model(cls, config: Mapping[str, Any]) -> Decoding:
-        """Return what a bundle's configuration says; bundles from before it do not, and mean the defaults."""
-        stored = dict(config.get("decoding") or {})
-        low, high = stored.get("gray_range", (0, 65535))
-        return cls((low, high), stored.get("max_megapixels", DEFAULT.max_megapixels))
+    def of(cls, chosen: _Choice) -> Decoding:
+        """Return what `data` of params.yaml, or a detector's configuration, chooses."""
+        low, high = chosen.gray_range or DEFAULT.gray_range
+        return cls((low, high), chosen.max_megapixels)
 
     @property
     def max_bytes(self) -> int:

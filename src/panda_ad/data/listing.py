@@ -7,6 +7,7 @@ their ending or, where they have none that says anything, by their first bytes. 
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -204,6 +205,31 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             yield from _walk(path, seen)
         else:
             yield path
+
+
+def settled(files: Iterable[Path], seconds: float) -> tuple[list[Path], list[Path]]:
+    """Divide files into those that nobody writes to, and those that may still be being copied.
+
+    Files changed within `seconds` (or in the future, by a server's clock) are looked at again after as long: what has not changed by then
+    is complete. Files that have gone count as neither.
+    """
+    files = list(files)
+    before = {file: _state(file) for file in files}
+    now = time.time_ns()
+    young = [f for f in files if (state := before[f]) is not None and max(state[1:]) > now - seconds * 1e9]
+    if young:
+        time.sleep(seconds)
+    moving = {f for f in young if _state(f) != before[f]}
+    return [f for f in files if before[f] is not None and f not in moving], sorted(moving)
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """Size, and times of change of content and of the file; None where it has gone."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def describe(files: Iterable[Path]) -> str:

@@ -54,7 +54,7 @@ def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
     """
     import pandas as pd
 
-    root, decoding = image_root(params), Decoding.of(params)
+    root, decoding = image_root(params), Decoding.of(params.data)
     with Records(root, decoding=decoding) as cache:
         listing = list_entries(params, root)
         entries = _limit(listing.entries, params, root, cache)
@@ -87,7 +87,7 @@ def _row(entry: Entry, image: Record, mask: Record) -> dict[str, Any]:
 
 def existing_images(params: Params, category: str) -> list[tuple[Entry, Record]]:
     """Return every image of one category with what reading it found; only files that no run has read yet are read."""
-    root, decoding = image_root(params), Decoding.of(params)
+    root, decoding = image_root(params), Decoding.of(params.data)
     with Records(root, keep=True, decoding=decoding) as cache:
         entries = list_entries(params.model_copy(update={"categories": [category]}), root).entries
         read = read_all(

@@ -10,7 +10,7 @@ from panda_ad.monitor.log import LOG, holders
 from panda_ad.system.files import digest_if_readable, write_text
 
 CACHE = Path(".cache/inbox")
-"""Per category what its images held when they were last read, by path, size and time of change; safe to delete."""
+"""Per category what its images held when they were last read, by path, size, times and identity; safe to delete."""
 
 
 def due(
@@ -47,20 +47,20 @@ def due(
     ]  # fmt: skip
 
 
-def _stats(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:
-    """Size and time of change in ns; a file that has gone meanwhile is left out."""
+def _stats(files: Iterable[Path]) -> dict[Path, tuple[int, int, int, int]]:
+    """Size, time of change in ns, and what a file put in its place cannot keep; a file that has gone meanwhile is left out."""
     found = {}
     for file in files:
         try:
             stat = file.stat()
         except OSError:
             continue
-        found[file] = (stat.st_size, stat.st_mtime_ns)
+        found[file] = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     return found
 
 
-def _digests(found: dict[Path, tuple[int, int]], category: str) -> dict[Path, str]:
-    """sha256 of each file, '' where it cannot be read; those of the last time are not read again unless size or time differ."""
+def _digests(found: dict[Path, tuple[int, int, int, int]], category: str) -> dict[Path, str]:
+    """sha256 of each file, '' where it cannot be read; those of the last time are not read again unless the file is another."""
     path = CACHE / f"{category}.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -68,8 +68,8 @@ def _digests(found: dict[Path, tuple[int, int]], category: str) -> dict[Path, st
         known = {}
     digests = {}
     for file, stat in found.items():
-        size, changed, digest = known.get(str(file), (0, 0, ""))
-        digests[file] = digest if digest and (size, changed) == stat else digest_if_readable(file)
+        *then, digest = known.get(str(file), [""])
+        digests[file] = digest if digest and then == [*stat] else digest_if_readable(file)
     now = {str(file): [*stat, digests[file]] for file, stat in found.items()}
     if now != known:
         write_text(path, json.dumps(now))

@@ -100,7 +100,7 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
 
 def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
     """Scores that a bundle gives the images of `rows` (path, sha256, label): its columns with `score` replaced."""
-    from panda_ad.data.images import batches, decode, pixel_count
+    from panda_ad.data.images import Decoding, batches, decode, pixel_count
     from panda_ad.data.layouts import image_root
     from panda_ad.scoring.bundle import load_bundle
 
@@ -120,7 +120,7 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
                 raise UserError(
                     f"{root / path}: not the image that was evaluated; run `dvc repro`, or `dvc checkout` for the images of dvc.lock"
                 )
-            images.append(decode(data, path))
+            images.append(decode(data, path, Decoding.of(detector.config)))
         scores += [v.score for v in detector.score(images)]
     return rows.assign(score=scores)
 

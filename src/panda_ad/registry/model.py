@@ -28,7 +28,7 @@ class PandaModel(PythonModel):
 
         Raises MlflowException (HTTP 400) naming the row whose image cannot be decoded.
         """
-        from panda_ad.data.images import batches, decode, pixel_count
+        from panda_ad.data.images import Decoding, batches, decode, pixel_count
         from panda_ad.errors import UserError
 
         heatmap = bool((params or {}).get("heatmap", False))
@@ -37,7 +37,7 @@ class PandaModel(PythonModel):
         rows = []
         for batch in batches(enumerate(map(_file, model_input["image"])), lambda row: pixel_count(row[1])):
             try:
-                images = [decode(data, f"row {i}") for i, data in batch]
+                images = [decode(data, f"row {i}", Decoding.of(self.detector.config)) for i, data in batch]
             except UserError as e:
                 raise MlflowException(str(e), error_code=INVALID_PARAMETER_VALUE) from None
             for v in self.detector.score(images, heatmaps=heatmap):

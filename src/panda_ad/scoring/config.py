@@ -24,6 +24,8 @@ class DetectorConfig(BaseModel):
     score : the feature score, the map score, or the sum of both in robust units.
     false_alarm_rate : share of good parts that may raise an alarm, in (0, 1).
     heatmap_range : where an overlay's color starts and where it is full, in units of the heat map; None without a localizer.
+    gray_range : 16-bit gray values that are black and white in all its images; None: 0 and 65535.
+    max_megapixels : larger images are refused.
     provenance : facts on how the model was made.
     """
 
@@ -38,6 +40,8 @@ class DetectorConfig(BaseModel):
     score: ScoreKind = "both"
     false_alarm_rate: float = 0.05
     heatmap_range: tuple[float, float] | None = None
+    gray_range: tuple[int, int] | None = None
+    max_megapixels: int = 100
     provenance: dict[str, Any] = {}
 
 

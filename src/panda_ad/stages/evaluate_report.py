@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from panda_ad.data.images import read_image
+from panda_ad.data.images import Decoding, read_image
 from panda_ad.data.layouts import image_root
 from panda_ad.evaluation import image_metrics as metrics
 from panda_ad.evaluation import pixel_metrics
@@ -71,7 +71,7 @@ def evaluation_report(
             score=float(scores.score[i]),
             p_value=float(p[i]),
             snapshot=int(scores.snapshot[i]),
-            rgb=small(read_image(root / paths[i], keys[i])),
+            rgb=small(read_image(root / paths[i], keys[i], Decoding.of(params.data))),
             heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
             mask=None if masks is None else masks[i],
             parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),

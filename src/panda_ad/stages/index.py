@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
+from panda_ad.data.images import Decoding
 from panda_ad.features.backbones import Backbone
 from panda_ad.features.cache import Activations
 from panda_ad.features.network import Network, with_state
@@ -45,6 +46,8 @@ def main(category: str) -> None:
         dataset=params.dataset,
         category=category,
         method=facts["method"],
+        gray_range=Decoding.of(params.data).gray_range if params.data.gray_range else None,
+        max_megapixels=params.data.max_megapixels,
         provenance=provenance(params, activations.backbone, facts)
         | {"train_images": len(train), "calibration_images": len(calibration)},
     )

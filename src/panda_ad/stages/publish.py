@@ -199,7 +199,7 @@ def _counts(category: str) -> dict[str, int]:
 
 def _example(category: str, params: Params) -> bytes:
     """A good image as a file's bytes, for the model's input example: as it is if small, else reduced."""
-    from panda_ad.data.images import read_image
+    from panda_ad.data.images import Decoding, read_image
     from panda_ad.data.layouts import image_root
 
     path = image_root(params) / next(row["path"] for row in _rows(category) if row["split"] == "train")
@@ -207,7 +207,7 @@ def _example(category: str, params: Params) -> bytes:
         return path.read_bytes()
     from PIL import Image
 
-    image = Image.fromarray(read_image(path))
+    image = Image.fromarray(read_image(path, decoding=Decoding.of(params.data)))
     image.thumbnail((256, 256))
     out = io.BytesIO()
     image.save(out, "JPEG", quality=90)
