@@ -28,8 +28,9 @@ from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.maps import positions, tensors
 from panda_ad.scoring.localize.patch_memory import PatchMemory, patch_features
-from panda_ad.scoring.localize.spade import LAYERS, Spade
+from panda_ad.scoring.localize.spade import Spade
 
+LEVELS = {"spade": ("layer1", "layer2", "layer3"), "patch_memory": ("layer2", "layer3")}
 SAMPLE = 48  # positions per layer timed in the plain implementation
 
 
@@ -68,7 +69,9 @@ def build(folder: Path, count: int, size: int) -> None:
         params = LocalizeParams(
             method=method, neighbors=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
         )
-        localizer = build_localizer(params, lambda i: {k: np.array(v[i]) for k, v in arrays.items()}, pooled, 0)
+        localizer = build_localizer(
+            params, LEVELS[method], lambda i: {k: np.array(v[i]) for k, v in arrays.items()}, pooled, 0
+        )
         (folder / method).mkdir()
         localizer.save(folder / method)
         print(f"built {method} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -113,13 +116,13 @@ def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list
     from panda_ad.scoring.localize.search import nearest, pack
 
     if isinstance(localizer, PatchMemory):
-        queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, PatchMemory.levels)))[0]
+        queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, localizer.levels)))[0]
         ours = nearest(queries, [pack(localizer.rows, localizer.basis)], localizer.basis)
         return [(queries, localizer.rows.values, ours)]
     assert isinstance(localizer, Spade)
     chosen = localizer.nearest_images(pooled[0])
     out = []
-    for layer in LAYERS:
+    for layer in localizer.levels:
         queries = positions(torch.from_numpy(maps[layer][:1]))[0]
         rows = torch.from_numpy(np.asarray(localizer.values[layer][chosen])).flatten(0, 1)
         out.append((queries, rows, nearest(queries, localizer._gallery(layer, chosen), localizer.bases[layer])))

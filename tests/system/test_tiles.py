@@ -16,7 +16,8 @@ from registry_project import make_project, read_rows, write_rows
 from scipy import ndimage
 
 from panda_ad.data.images import decode, read_image
-from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, preprocess
+from panda_ad.features.backbones import load_backbone, preprocess
+from panda_ad.features.network import Network
 from panda_ad.params import LocalizeParams, load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.localize.localizer import build_localizer
@@ -53,17 +54,17 @@ def maps_of(
 ) -> np.ndarray:
     """Heat maps of `test` by a patch memory of `train`."""
     backbone = load_backbone("embedded")
+    network = Network(backbone, (backbone.adapted,), (0,), size, torch.float32)
 
     def layers(images):
-        parts = torch.cat([image_tiles(image, size, tiles or 1) for image in images])
-        layer2 = frozen_activations(backbone, parts, torch.float32)[1]
-        (layer3,) = in_micro_batches(lambda x: backbone.adapted.layer3(x.float()), layer2)
-        return {"layer2": layer2.numpy(), "layer3": layer3.half().numpy()}
+        parts = torch.cat([image_tiles(image, network, tiles or 1) for image in images])
+        return network.maps(network.activations(parts), ("layer2", "layer3"))
 
     values = {"neighbors": 5, "memory_fraction": 0.3, "memory_limit": 1000, "sigma": sigma, "tiles": tiles}
     gallery = layers(train)
     localizer = build_localizer(
         LocalizeParams(method="patch_memory", **values),
+        ("layer2", "layer3"),
         lambda i: {k: v[i] for k, v in gallery.items()},
         np.empty((len(train), 0)),
         0,
@@ -247,7 +248,13 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
     sigma, sharp = detector.localizer.sigma, replace(detector.localizer, sigma=0.0, tiles=1)
     for y0, x0 in [(y, x) for y in (0, 32, 64, 96) for x in (0, 32, 64, 96)]:
         maps.append(
-            sharp.heatmaps(detector.tile_maps(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), np.empty((1, 0)), SIZE)[0]
+            sharp.heatmaps(
+                detector.network.maps(
+                    detector.network.activations(x[None, :, y0 : y0 + 64, x0 : x0 + 64]), sharp.levels
+                ),
+                np.empty((1, 0)),
+                SIZE,
+            )[0]
         )
     rise = (1 - np.cos(np.pi * (np.arange(32) + 0.5) / 32)) / 2
     total, weights = np.zeros((160, 160)), np.zeros((160, 160))

@@ -144,7 +144,7 @@ def test_out_of_fold_maps_are_those_of_each_image_alone_without_its_fold(world, 
         tiles=tiles if tiles > 1 else None,
     )
     monkeypatch.setattr(fit_localizer, "image_maps", lambda *a: lambda i: {k: v[i] for k, v in gallery.items()})
-    detector = SimpleNamespace(localizer=whole, size=size)
+    detector = SimpleNamespace(localizer=whole, size=size, network=None)
     folds, chosen = split_folds(count, 3), np.arange(1, count)
     found = fit_localizer.out_of_fold_maps(detector, None, pooled[:count], folds, chosen)
     assert found.shape[0] == count - 1

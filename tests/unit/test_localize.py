@@ -12,6 +12,8 @@ from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.patch_memory import choose, patch_features
 from panda_ad.scoring.localize.tiling import blend, boxes, tiles
 
+LEVELS = {"spade": ("layer1", "layer2", "layer3"), "patch_memory": ("layer2", "layer3")}
+
 
 def params(method, **changes):
     values = {
@@ -55,7 +57,9 @@ def world(request):
 
 def build(method, world, **changes):
     _, gallery, pooled, _, _ = world
-    return build_localizer(params(method, **changes), lambda i: {k: v[i] for k, v in gallery.items()}, pooled, 0)
+    return build_localizer(
+        params(method, **changes), LEVELS[method], lambda i: {k: v[i] for k, v in gallery.items()}, pooled, 0
+    )
 
 
 def pairwise(queries, rows):
@@ -191,7 +195,7 @@ def test_coreset_covers_better_than_chance():
 
 
 def test_patch_features_of_an_image_do_not_depend_on_the_batch(world):
-    layers = {k: torch.from_numpy(v) for k, v in world[3].items()}
+    layers = {k: torch.from_numpy(world[3][k]) for k in LEVELS["patch_memory"]}
     together = patch_features(layers)
     for i in range(3):
         assert torch.equal(together[i], patch_features({k: v[i : i + 1] for k, v in layers.items()})[0])

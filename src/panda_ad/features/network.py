@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,18 +36,23 @@ class Network:
     precision: torch.dtype
 
     @property
-    def frozen_level(self) -> str:
-        """Level at which the frozen layers end: what the adapted layers read."""
-        return "layer2"
+    def frozen_levels(self) -> tuple[str, ...]:
+        """Levels of `activations`; the adapted layers read the last."""
+        return self.backbone.frozen.levels
 
     @property
-    def frozen_levels(self) -> tuple[str, ...]:
-        """Levels of `activations`."""
-        return ("layer1", "layer2")
+    def inner_levels(self) -> tuple[str, ...]:
+        """Levels before the pooled features, from fine to coarse: those that heat maps may compare."""
+        return (*self.frozen_levels, *self.backbone.adapted.levels[:-1])
+
+    @property
+    def map_levels(self) -> tuple[str, ...]:
+        """Levels that a patch memory compares."""
+        return self.backbone.architecture.map_levels
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 (H, W, 3) of any size -> float32 (N, 3, *size)."""
-        return torch.stack([preprocess(image, self.size) for image in images])
+        return torch.stack([preprocess(image, self.size, self.backbone.architecture) for image in images])
 
     def activations(self, pixels: Tensor) -> dict[str, np.ndarray]:
         """Frozen activations of preprocessed images, float32 (N, 3, H, W)."""
@@ -59,7 +64,7 @@ class Network:
 
         `pretrained` (N, D) are those under the pretrained layers, where they are known already.
         """
-        values = torch.from_numpy(activations[self.frozen_level])
+        values = torch.from_numpy(activations[self.frozen_levels[-1]])
         out: list[np.ndarray] = []
         for adapted, step in zip(self.adapted, self.steps, strict=True):
             if pretrained is not None and step == 0:
@@ -70,25 +75,50 @@ class Network:
         return out
 
     def features_and_maps(
-        self, activations: Activations, pretrained: np.ndarray | None = None
+        self, activations: Activations, levels: Sequence[str], pretrained: np.ndarray | None = None
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """`features`, and activations with the levels that the last snapshot adds; its layers are run once for both."""
+        """`features`, and the maps of some levels under the last snapshot; its layers are run once for both."""
+        if set(levels) <= set(self.frozen_levels):
+            return self.features(activations, pretrained), {level: activations[level] for level in levels}
         last = self.adapted[-1]
 
-        def pooled_and_map(x: Tensor) -> tuple[Tensor, Tensor]:
-            layer3, layer4 = last.maps(x.float())
-            return layer4.mean(dim=(2, 3)), layer3
+        def pooled_and_maps(x: Tensor) -> tuple[Tensor, ...]:
+            *maps, final = last.maps(x.float())
+            return (final.mean(dim=(2, 3)), *maps)
 
-        others = Network(self.backbone, self.adapted[:-1], self.steps[:-1], self.size, self.precision)
-        pooled, layer3 = in_micro_batches(pooled_and_map, torch.from_numpy(activations[self.frozen_level]))
-        maps = {**activations, "layer3": layer3.half().numpy()}
-        return [*others.features(activations, pretrained), pooled.numpy()], maps
+        others = replace(self, adapted=self.adapted[:-1], steps=self.steps[:-1])
+        pooled, *maps = in_micro_batches(pooled_and_maps, torch.from_numpy(activations[self.frozen_levels[-1]]))
+        known = {**activations, **_halves(dict(zip(last.levels, maps, strict=False)))}
+        features = [*others.features(activations, pretrained), pooled.numpy()]
+        return features, {level: known[level] for level in levels}
 
-    def maps(self, activations: Activations) -> dict[str, np.ndarray]:
-        """Activations with the levels that the last snapshot adds, float16."""
-        values = torch.from_numpy(activations[self.frozen_level])
-        (layer3,) = in_micro_batches(lambda x: self.adapted[-1].layer3(x.float()), values)
-        return {**activations, "layer3": layer3.half().numpy()}
+    def maps(self, activations: Activations, levels: Sequence[str]) -> dict[str, np.ndarray]:
+        """Maps of some levels under the last snapshot, float16 (N, C, h, w) each."""
+        wanted = set(levels) - set(self.frozen_levels)
+        known = dict(activations)
+        if wanted:
+            last = self.adapted[-1]
+            values = torch.from_numpy(activations[self.frozen_levels[-1]])
+            maps = in_micro_batches(lambda x: _first_levels(last, x.float(), wanted), values)
+            known |= _halves(dict(zip(last.levels, maps, strict=False)))
+        return {level: known[level] for level in levels}
+
+
+def _first_levels(layers: AdaptedLayers, x: Tensor, wanted: set[str]) -> tuple[Tensor, ...]:
+    """Run layers until all wanted levels are there; return every level on the way."""
+    found: dict[str, Tensor] = {}
+    for name, module in layers.named_children():
+        x = module(x)
+        if name in layers.levels:
+            found[name] = x
+        if wanted <= found.keys():
+            break
+    return tuple(found.values())
+
+
+def _halves(maps: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    limit = torch.finfo(torch.float16).max
+    return {level: values.clamp(-limit, limit).half().numpy() for level, values in maps.items()}
 
 
 def with_state(adapted: AdaptedLayers, state: Mapping[str, Tensor]) -> AdaptedLayers:

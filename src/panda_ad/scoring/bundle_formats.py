@@ -35,7 +35,7 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_localizer(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of localizer.json as format `FORMAT` has it."""
-    new = {"tiles": 1, **config}
+    new = {"tiles": 1, "levels": ["layer2", "layer3"], **config}
     if "neighbours" in new:
         new["neighbors"] = new.pop("neighbours")
     return new

@@ -11,12 +11,12 @@ import torch
 
 from panda_ad.errors import UserError
 from panda_ad.features.image_statistics import Reference
+from panda_ad.features.images import Images
 from panda_ad.features.network import Network
 from panda_ad.scoring.calibration import Threshold, p_values, threshold
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.image_score import PixelStatistics, RobustScale, image_scores
-from panda_ad.scoring.images import Images
 from panda_ad.scoring.localize.localizer import Localizer
 from panda_ad.scoring.ses import ses_scores
 from panda_ad.scoring.verdict import Scores, Verdict, region, resize_map
@@ -71,7 +71,8 @@ class Detector:
     @property
     def levels(self) -> tuple[str, ...]:
         """Levels of the frozen activations that scoring reads."""
-        wanted = {self.network.frozen_level, *(self.localizer.levels if self.localizer is not None else ())}
+        compared = self.localizer.levels if self.localizer is not None else ()
+        wanted = {self.network.frozen_levels[-1], *compared}
         return tuple(level for level in self.network.frozen_levels if level in wanted)
 
     def threshold(self, rate: float | None = None) -> Threshold:
@@ -126,7 +127,7 @@ class Detector:
         localizer = self.localizer if heatmaps or self.config.score != "features" else None
         maps: np.ndarray | None = None
         if localizer is not None and localizer.tiles == 1:
-            plain, layers = self.network.features_and_maps(activations, pretrained)
+            plain, layers = self.network.features_and_maps(activations, localizer.levels, pretrained)
             features = self.transformed(plain)
             maps = localizer.heatmaps(layers, features[-1], self.size)
         else:
@@ -175,17 +176,14 @@ class Detector:
             return knn[0], np.zeros(len(knn[0]), dtype=np.int64)
         return ses_scores(knn, self.train_means)
 
-    def tile_maps(self, tiles: torch.Tensor) -> dict[str, np.ndarray]:
-        """Return what the localizer compares of preprocessed tiles (T, 3, h, w): float16 (T, C, h, w) per level."""
-        return self.network.maps(self.network.activations(tiles))
-
     def _tiled_heatmaps(self, localizer: Localizer, images: Iterable[np.ndarray], features: np.ndarray) -> np.ndarray:
         from panda_ad.scoring.localize.tiling import image_tiles
 
         step, parts, rest = max(1, _TILES // localizer.tiles**2), [], iter(images)
         for i in range(0, len(features), step):
-            tiles = torch.cat([image_tiles(image, self.size, localizer.tiles) for image in islice(rest, step)])
-            parts.append(localizer.heatmaps(self.tile_maps(tiles), features[i : i + step], self.size))
+            tiles = torch.cat([image_tiles(image, self.network, localizer.tiles) for image in islice(rest, step)])
+            maps = self.network.maps(self.network.activations(tiles), localizer.levels)
+            parts.append(localizer.heatmaps(maps, features[i : i + step], self.size))
         return np.concatenate(parts)
 
     def components(self, scores: Scores) -> np.ndarray | None:

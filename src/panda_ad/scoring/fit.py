@@ -14,6 +14,7 @@ import numpy as np
 
 from panda_ad.errors import UserError
 from panda_ad.features.image_statistics import Reference, as_float16, image_statistics, statistics_matrix
+from panda_ad.features.images import Images
 from panda_ad.features.network import Network
 from panda_ad.params import GalleryParams
 from panda_ad.scoring.config import DetectorConfig, FitParams
@@ -21,7 +22,6 @@ from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.fit_localizer import fit_localizer, fit_pixel_statistics_and_scales
 from panda_ad.scoring.folds import Folds, split_folds
 from panda_ad.scoring.gallery import Gallery, check_finite, cluster_means, compress
-from panda_ad.scoring.images import Images
 from panda_ad.scoring.verdict import Scores
 from panda_ad.scoring.whitening import Whitening, fit_whitening
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from panda_ad.features.backbones import MICRO_BATCH
+from panda_ad.features.images import Images
+from panda_ad.features.network import Network
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.folds import Folds, folds_of
 from panda_ad.scoring.image_score import fit_pixel_statistics, fit_robust_scale, out_of_fold_map_scores
-from panda_ad.scoring.images import Images
-from panda_ad.scoring.localize.localizer import Localizer, build_localizer, levels_of
+from panda_ad.scoring.localize.localizer import Localizer, build_localizer
 from panda_ad.scoring.localize.maps import Maps
 from panda_ad.scoring.localize.tiling import image_tiles
 from panda_ad.system.paths import BUILD
@@ -25,10 +26,9 @@ _MAPS = 64  # most training images whose heat maps pixel statistics are made of
 
 def fit_localizer(detector: Detector, train: Images, features: np.ndarray, params: FitParams) -> Localizer:
     """Fit `params.localize` to the training images; `features` (M, D) are theirs under the last snapshot."""
-    levels = levels_of(params.localize.method)
-    return build_localizer(
-        params.localize, image_maps(detector, train, levels, params.localize.tiles or 1), features, params.seed
-    )
+    levels = detector.network.inner_levels if params.localize.method == "spade" else detector.network.map_levels
+    maps = image_maps(detector.network, train, levels, params.localize.tiles or 1)
+    return build_localizer(params.localize, levels, maps, features, params.seed)
 
 
 def fit_pixel_statistics_and_scales(
@@ -61,7 +61,7 @@ def out_of_fold_maps(
     localizer = detector.localizer
     assert localizer is not None
     tiles = localizer.tiles**2
-    maps = image_maps(detector, train, localizer.levels, localizer.tiles)
+    maps = image_maps(detector.network, train, localizer.levels, localizer.tiles)
     at_a_time = max(1, MICRO_BATCH // tiles)
     found: np.ndarray | None = None
     for fold, _ in folds:
@@ -79,20 +79,20 @@ def out_of_fold_maps(
     return found
 
 
-def image_maps(detector: Detector, images: Images, levels: tuple[str, ...], tiles: int) -> Maps:
+def image_maps(network: Network, images: Images, levels: tuple[str, ...], tiles: int) -> Maps:
     """Return a function of indices that gives maps under the last snapshot, of the images or of their `tiles`^2 tiles each."""
-    network = detector.network
-    needed = tuple(level for level in network.frozen_levels if level in {*levels, network.frozen_level})
+    needed = tuple(level for level in network.frozen_levels if level in {*levels, network.frozen_levels[-1]})
 
     def whole(index: slice | np.ndarray) -> dict[str, np.ndarray]:
-        return network.maps(images.activations(index, needed))
+        return network.maps(images.activations(index, needed), levels)
 
     @lru_cache(maxsize=1)
     def tiles_of(image: int) -> torch.Tensor:
-        return image_tiles(images.read(image), detector.size, tiles)
+        return image_tiles(images.read(image), network, tiles)
 
     def tiled(index: slice | np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.arange(len(images) * tiles**2)[index].tolist()
-        return detector.tile_maps(torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen]))
+        pixels = torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen])
+        return network.maps(network.activations(pixels), levels)
 
     return whole if tiles == 1 else tiled

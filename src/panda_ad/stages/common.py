@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from panda_ad.features.backbones import Backbone
     from panda_ad.features.cache import Activations, Item
+    from panda_ad.features.images import CachedImages
     from panda_ad.params import Params
-    from panda_ad.scoring.images import CachedImages
 
 BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the precision they were computed in
 
@@ -91,14 +91,16 @@ def pretrained_features(category: str) -> np.ndarray:
     return np.load(FEATURES / category / "pretrained.npy", mmap_mode="r")
 
 
-def layers_needed(params: Params) -> tuple[str, ...]:
-    """Levels of the frozen layers that scoring reads: SPADE compares layer1 too."""
-    return ("layer1", "layer2") if params.localize.method == "spade" else ("layer2",)
+def levels_needed(params: Params, backbone: Backbone) -> tuple[str, ...]:
+    """Levels of the frozen layers that training and scoring read: SPADE compares all, a patch memory some."""
+    levels, entry = backbone.frozen.levels, backbone.architecture
+    compared = {"spade": levels, "patch_memory": entry.map_levels}.get(params.localize.method, ())
+    return tuple(level for level in levels if level in compared or level == levels[-1])
 
 
 def cached_images(activations: Activations, rows: pd.DataFrame, params: Params, category: str) -> CachedImages:
     """Manifest rows of a category as images that fitting and scoring read from the activation cache."""
-    from panda_ad.scoring.images import CachedImages
+    from panda_ad.features.images import CachedImages
 
     features = pretrained_features(category)[rows.index]
     return CachedImages(activations, items_of(rows, params), rows["path"].tolist(), features)

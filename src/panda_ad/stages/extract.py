@@ -11,7 +11,7 @@ import numpy as np
 
 from panda_ad.data.manifest import load_manifest, write_manifest
 from panda_ad.params import load_params
-from panda_ad.stages.common import BACKBONE, activations_for, backbone_for, items_of, layers_needed, threads
+from panda_ad.stages.common import BACKBONE, activations_for, backbone_for, items_of, levels_needed, threads
 from panda_ad.system.files import atomic_folder, write_json
 from panda_ad.system.paths import FEATURES, MANIFEST
 from panda_ad.system.stage import run_stage
@@ -29,7 +29,7 @@ def main() -> None:
     items = items_of(distinct, params)
     backbone = backbone_for(params)
     activations = activations_for(params, backbone)
-    computed = activations.warm(items, layers_needed(params), label="extract")
+    computed = activations.warm(items, levels_needed(params, backbone), label="extract")
     with atomic_folder(FEATURES) as folder:
         (width,) = activations.features.shape
         every = np.lib.format.open_memmap(folder / "every.npy", mode="w+", dtype=np.float32, shape=(len(items), width))

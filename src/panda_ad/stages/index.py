@@ -23,7 +23,7 @@ from panda_ad.stages.common import (
     cached_images,
     category_rows,
     check_weights,
-    layers_needed,
+    levels_needed,
     threads,
 )
 from panda_ad.system.files import atomic_folder
@@ -40,7 +40,7 @@ def main(category: str) -> None:
     train, calibration = (
         cached_images(activations, rows[split], params, category) for split in ("train", "calibration")
     )
-    activations.warm([*train.items, *calibration.items], layers_needed(params))
+    activations.warm([*train.items, *calibration.items], levels_needed(params, activations.backbone))
     network, classifier, facts = adapted_network(category, activations)
     config = DetectorConfig(
         dataset=params.dataset,

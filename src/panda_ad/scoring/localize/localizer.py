@@ -55,29 +55,24 @@ class Localizer(Protocol):
         ...
 
 
-def build_localizer(params: LocalizeParams, maps: Maps, pooled: np.ndarray, seed: int) -> Localizer:
+def build_localizer(
+    params: LocalizeParams, levels: tuple[str, ...], maps: Maps, pooled: np.ndarray, seed: int
+) -> Localizer:
     """Build what `params.method` ('spade' or 'patch_memory') needs from the normal training images.
 
     Parameters
     ----------
+    levels : those to compare, from fine to coarse; a patch memory brings all to the grid of the first.
     maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices; with `params.tiles`, of
         their tiles, image by image.
     pooled : float32 (M, D), pooled features of the same images under the same snapshot.
     seed : of the coreset.
     """
     if params.method == "spade":
-        return Spade.build(maps, pooled, params.neighbors, params.sigma)
+        return Spade.build(maps, levels, pooled, params.neighbors, params.sigma)
     if params.method == "patch_memory":
-        tiles = params.tiles or 1
-        return PatchMemory.build(
-            maps, len(pooled) * tiles**2, params.memory_fraction, params.memory_limit, params.sigma, seed, tiles
-        )
+        return PatchMemory.build(maps, levels, len(pooled), params, seed)
     raise ValueError(f"localize.method {params.method!r} builds no localizer")
-
-
-def levels_of(method: str) -> tuple[str, ...]:
-    """Return the levels of the network that the localizer of that name compares."""
-    return _KINDS[method].levels
 
 
 def load_localizer(folder: Path) -> Localizer:

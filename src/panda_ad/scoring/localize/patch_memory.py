@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from panda_ad.params import LocalizeParams
 from panda_ad.scoring.gallery import greedy_coreset
 from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
 from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
@@ -34,18 +35,18 @@ class PatchMemory:
 
     Attributes
     ----------
-    rows : the memory, float16 (K, C2 + C3).
+    rows : the memory, float16 (K, C), C the sum of the levels' channels.
     basis : for the search.
     sigma : pixels of the heat map.
+    levels : of the network, from fine to coarse.
     tiles : tiles per side of an image; 1: the whole image is one.
     sources : int64 (K,), index of the image that each row is of; known until it is saved.
     """
 
-    levels: ClassVar[tuple[str, ...]] = ("layer2", "layer3")
-
     rows: Rows
     basis: Basis
     sigma: float
+    levels: tuple[str, ...]
     tiles: int = 1
     sources: Tensor | None = field(default=None, repr=False)
 
@@ -54,34 +55,36 @@ class PatchMemory:
         return pack(self.rows, self.basis)
 
     @classmethod
-    def build(
-        cls, maps: Maps, count: int, fraction: float, limit: int, sigma: float, seed: int, tiles: int = 1
-    ) -> PatchMemory:
-        """Memory of `fraction` of the patches of `count` images or tiles, at most `limit`, chosen greedily from at most `POOL`."""
+    def build(cls, maps: Maps, levels: tuple[str, ...], images: int, params: LocalizeParams, seed: int) -> PatchMemory:
+        """Memory of a fraction of the patches of some images, at most a limit, chosen greedily from at most `POOL`."""
+        tiles = params.tiles or 1
+        count = images * tiles**2
         generator = torch.Generator().manual_seed(seed)
         parts: list[Tensor] = []
         sources: list[int] = []
         total = 0
         quota = max(1, POOL // count)  # patches drawn from each
         for i in range(0, count, BATCH):
-            batch = positions(patch_features(tensors(maps(slice(i, i + BATCH)), cls.levels)))  # (B, P, C)
+            batch = positions(patch_features(tensors(maps(slice(i, i + BATCH)), levels)))  # (B, P, C)
             total += batch.shape[0] * batch.shape[1]
             for j, rows in enumerate(batch, start=i):
                 drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
                 parts.append(rows[drawn])
                 sources += [j // tiles**2] * len(drawn)
         pool = torch.cat(parts)
-        chosen = choose(pool, min(max(1, round(fraction * total)), limit, len(pool)), generator)
+        size = min(max(1, round(params.memory_fraction * total)), params.memory_limit, len(pool))
+        chosen = choose(pool, size, generator)
         values = pool[chosen]
         basis = fit_basis(values)
-        return cls(Rows(values, bounds(values, basis)), basis, sigma, tiles, torch.tensor(sources)[chosen])
+        rows = Rows(values, bounds(values, basis))
+        return cls(rows, basis, params.sigma, levels, tiles, torch.tensor(sources)[chosen])
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
         shape, overlap = grid(size, self.tiles)
         per_image = self.tiles**2
         layers = tensors(maps, self.levels)
-        out = np.empty((len(layers["layer2"]) // per_image, *shape), np.float32)
+        out = np.empty((len(layers[self.levels[0]]) // per_image, *shape), np.float32)
         for i in range(len(out)):
             parts = [self._sharp(layers, b, size) for b in range(i * per_image, (i + 1) * per_image)]
             out[i] = smooth(torch.from_numpy(blend(parts, shape, size, overlap)), self.sigma)
@@ -111,8 +114,8 @@ class PatchMemory:
             "axes": self.basis.axes,
         }
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
-        config = {"method": "patch_memory", "sigma": self.sigma, "rank": self.basis.rank}
-        write_json(folder / "localizer.json", config | {"tiles": self.tiles})
+        config = {"method": "patch_memory", "sigma": self.sigma, "levels": self.levels, "tiles": self.tiles}
+        write_json(folder / "localizer.json", config | {"rank": self.basis.rank})
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
@@ -122,20 +125,22 @@ class PatchMemory:
             Rows(t["values"], t["bounds"]),
             Basis(t["mean"], t["axes"], config["rank"]),
             config["sigma"],
+            tuple(config["levels"]),
             config["tiles"],
         )
 
 
 def patch_features(maps: dict[str, Tensor]) -> Tensor:
-    """Locally aware patch features: mean of each 3 x 3 neighborhood (of what lies inside the map), layer3 brought to layer2's grid.
+    """Locally aware patch features: mean of each 3 x 3 neighborhood (of what lies inside the map), all levels on the first one's grid.
 
-    layer2 (B, C2, h, w), layer3 (B, C3, h', w') -> float16 (B, C2 + C3, h, w). Each image is computed alone.
+    (B, C1, h, w), (B, C2, h', w'), ... -> float16 (B, C1 + C2 + ..., h, w). Each image is computed alone.
     """
     out = []
-    for layer2, layer3 in zip(maps["layer2"], maps["layer3"], strict=True):
-        pooled2, pooled3 = (F.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in (layer2, layer3))
-        pooled3 = F.interpolate(pooled3, size=pooled2.shape[2:], mode="bilinear", align_corners=False)
-        out.append(torch.cat([pooled2, pooled3], dim=1).half())
+    for levels in zip(*maps.values(), strict=True):
+        first, *others = (F.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in levels)
+        shape = first.shape[2:]
+        others = [F.interpolate(x, size=shape, mode="bilinear", align_corners=False) for x in others]
+        out.append(torch.cat([first, *others], dim=1).half())
     return torch.cat(out)
 
 

@@ -18,7 +18,6 @@ from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tenso
 from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
 from panda_ad.system.files import write_json
 
-LAYERS = ("layer1", "layer2", "layer3")
 _PART = 2**25  # numbers of the gallery (64 MB) read at a time
 
 
@@ -26,7 +25,7 @@ _PART = 2**25  # numbers of the gallery (64 MB) read at a time
 class Spade:
     """The K normal images nearest by pooled feature; per position the distance to the nearest position among theirs.
 
-    A layer's distances are Euclidean; the three maps are brought to input size (bilinear), averaged and smoothed.
+    A layer's distances are Euclidean; the maps are brought to input size (bilinear), averaged and smoothed.
 
     Attributes
     ----------
@@ -37,7 +36,6 @@ class Spade:
     left_out : indices of gallery images that count as not there.
     """
 
-    levels: ClassVar[tuple[str, ...]] = LAYERS
     tiles: ClassVar[int] = 1  # it compares whole images
 
     pooled: np.ndarray
@@ -49,7 +47,7 @@ class Spade:
     left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
 
     @classmethod
-    def build(cls, maps: Maps, pooled: np.ndarray, neighbors: int, sigma: float) -> Spade:
+    def build(cls, maps: Maps, levels: tuple[str, ...], pooled: np.ndarray, neighbors: int, sigma: float) -> Spade:
         """Write the gallery's maps to a temporary folder, `BATCH` images at a time, and map it into memory."""
         folder = Path(tempfile.mkdtemp(prefix="panda-ad-spade-"))
         count = len(pooled)
@@ -57,7 +55,7 @@ class Spade:
         bases: dict[str, Basis] = {}
         values: dict[str, np.ndarray] = {}
         lengths: dict[str, np.ndarray] = {}
-        for layer, sample in tensors(maps(spread), LAYERS).items():
+        for layer, sample in tensors(maps(spread), levels).items():
             rows = positions(sample)
             bases[layer] = fit_basis(rows.flatten(0, 1)[:: max(1, rows.shape[0] * rows.shape[1] // 50_000)])
             shape = (count, rows.shape[1], rows.shape[2])
@@ -66,7 +64,7 @@ class Spade:
                 folder / f"{layer}-lengths.npy", "w+", np.float32, (*shape[:2], 2)
             )
         for i in range(0, count, BATCH):
-            for layer, batch in tensors(maps(slice(i, i + BATCH)), LAYERS).items():
+            for layer, batch in tensors(maps(slice(i, i + BATCH)), levels).items():
                 for j, rows in enumerate(positions(batch), start=i):
                     values[layer][j] = rows.numpy()
                     lengths[layer][j] = bounds(rows, bases[layer]).numpy()
@@ -78,7 +76,7 @@ class Spade:
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
-        layers = tensors(maps, LAYERS)
+        layers = tensors(maps, self.levels)
         out = np.empty((len(pooled), *size), np.float32)
         for b in range(len(pooled)):
             chosen = self.nearest_images(pooled[b])
@@ -86,8 +84,13 @@ class Spade:
             for layer, values in layers.items():
                 distances = nearest(positions(values[b : b + 1])[0], self._gallery(layer, chosen), self.bases[layer])
                 total += upsample(distances, (values.shape[2], values.shape[3]), size)
-            out[b] = smooth(total / len(LAYERS), self.sigma)
+            out[b] = smooth(total / len(layers), self.sigma)
         return out
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """See `Localizer.levels`."""
+        return tuple(self.values)
 
     def nearest_images(self, pooled: np.ndarray) -> np.ndarray:
         """Indices of the K gallery images nearest to `pooled` (D,), nearest first."""
@@ -127,9 +130,10 @@ class Spade:
     def load(cls, folder: Path, config: dict[str, Any]) -> Spade:
         """Read what `save` wrote; maps stay on disk."""
         small = load_file(folder / "small.safetensors")
-        values = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in LAYERS}
-        lengths = {layer: np.load(folder / f"{layer}-lengths.npy", mmap_mode="r") for layer in LAYERS}
+        values = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in config["ranks"]}
+        lengths = {layer: np.load(folder / f"{layer}-lengths.npy", mmap_mode="r") for layer in values}
         bases = {
-            layer: Basis(small[f"{layer}.mean"], small[f"{layer}.axes"], config["ranks"][layer]) for layer in LAYERS
+            layer: Basis(small[f"{layer}.mean"], small[f"{layer}.axes"], rank)
+            for layer, rank in config["ranks"].items()
         }
         return cls(small["pooled"].numpy(), values, lengths, bases, config["neighbors"], config["sigma"])

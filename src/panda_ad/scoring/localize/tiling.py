@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import preprocess
+from panda_ad.features.network import Network
 
 Pair = tuple[int, int]
 """(vertical, horizontal), pixels."""
@@ -28,10 +29,10 @@ def grid(size: Pair, count: int) -> tuple[Pair, Pair]:
     return (count * (size[0] - overlap[0]) + overlap[0], count * (size[1] - overlap[1]) + overlap[1]), overlap
 
 
-def image_tiles(rgb: np.ndarray, size: Pair, count: int) -> Tensor:
+def image_tiles(rgb: np.ndarray, network: Network, count: int) -> Tensor:
     """Bring an image, uint8 (H, W, 3), to `grid`'s shape and cut it: float32 (count^2, 3, *size), preprocessed, row by row."""
-    shape, overlap = grid(size, count)
-    return tiles(preprocess(rgb, shape), size, overlap)
+    shape, overlap = grid(network.size, count)
+    return tiles(replace(network, size=shape).preprocess([rgb])[0], network.size, overlap)
 
 
 def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
