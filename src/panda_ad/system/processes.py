@@ -30,9 +30,11 @@ exec "$@" 3<&-
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with this Python's commands first, output unbuffered and telemetry off."""
+    """This process's environment, with this folder's code and this Python's commands first, output unbuffered and telemetry off."""
+    code = [str(Path.cwd() / "src")] if Path("src/panda_ad").is_dir() else []
     return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([*code, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
         "DVC_NO_ANALYTICS": "1",
@@ -60,24 +62,17 @@ class Group:
     ):
         """Start `command`; stdout and stderr go to the file `output`, or to `lines()` where that is None.
 
-        Raises OSError where the command does not exist.
+        The exit status of a command that does not exist is 127.
         """
-        held, self._guard = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                ["/bin/sh", "-c", _GUARDED, "sh", *command],
-                stdin=held,
-                stdout=subprocess.PIPE if output is None else output,
-                stderr=subprocess.STDOUT,
-                cwd=cwd,
-                env=None if env is None else dict(env),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._guard)
-            raise
-        finally:
-            os.close(held)
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARDED, "sh", *command],
+            stdin=subprocess.PIPE,  # the guard's: this process alone has its other end
+            stdout=subprocess.PIPE if output is None else output,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=None if env is None else dict(env),
+            start_new_session=True,
+        )
         self.pid = self._process.pid
 
     def __enter__(self) -> Group:
@@ -119,17 +114,17 @@ class Group:
                     yield from _text(pending or state.rsplit(b"\r", 1)[-1])
         yield from _text(pending)
 
-    def stop(self, grace: float = 5.0) -> int:
+    def stop(self, grace: float = 1.5) -> int:
         """Ask the group to end (SIGTERM), kill it after `grace` seconds; return the command's exit status."""
-        if self._guard < 0:  # already stopped; the group's id may be another's by now
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:  # already stopped; the group's id may be another's by now
             return self._process.wait()
         if self.running:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace)
         self._signal(signal.SIGKILL)  # the guard, and whatever outlived the command
-        os.close(self._guard)
-        self._guard = -1
+        self._process.stdin.close()
         if self._process.stdout is not None:
             self._process.stdout.close()
         return self._process.wait()
