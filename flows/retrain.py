@@ -6,6 +6,8 @@ python -m flows.retrain        # the same without a deployment
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Literal
 
 from prefect import flow, get_run_logger, task
@@ -17,8 +19,9 @@ from flows.common import Stage, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.params import load_params
-from panda_ad.system.changed_params import changed_params
+from panda_ad.registry.connection import root
 from panda_ad.system.lock import repository_lock
+from panda_ad.system.workspace import changed_copy, has_commit
 
 BACKOFF: list[float] = [5, 20, 60]
 """Seconds before the first, second and any further retry of what talks to servers."""
@@ -62,10 +65,13 @@ def promote_category(category: str) -> State:
 
 @task(cache_policy=NO_CACHE)
 def record_experiment(name: str) -> State:
-    """`dvc exp save`: the changed parameters and their results stay as an experiment."""
-    status, last = run_logged(["dvc", "exp", "save", "--name", name], get_run_logger(), {})
-    if status:
-        return Failed(message=f"dvc exp save failed (exit status {status}): {last}")
+    """`dvc exp save` in the run's copy, and the experiment from there into the repository."""
+    experiment = f"refs/exps/*/{name}"
+    fetch = ["git", "-C", str(root()), "fetch", "--quiet", str(Path.cwd()), f"{experiment}:{experiment}"]
+    for command in (["dvc", "exp", "save", "--name", name], fetch):
+        status, last = run_logged(command, get_run_logger(), {})
+        if status:
+            return Failed(message=f"{' '.join(command)} failed (exit status {status}): {last}")
     return Completed(
         message=f"experiment {name}: `dvc exp show` lists it, `dvc exp apply {name}` makes it the repository's"
     )
@@ -87,13 +93,14 @@ def retrain(
         method: How features are adapted in this run: none (DN2, the fastest), compactness, ses (sample-wise early stopping), ewc (elastic
             regularisation), oe (outlier exposure, needs a folder: adapt.outliers).
         set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5; not those of the gate, which judges the
-            run. A run with changes is recorded as a DVC experiment of the run's name; params.yaml stays as it is.
+            run. A run with changes works in a copy of the checkout, which stays as it is, and is recorded as a DVC experiment of
+            the run's name.
         promote: Let the gate decide about promotion to staging. Off: only the challenger is registered.
     """
     changes = set_params + ([] if method == "as in params.yaml" else [f"adapt.method={method}"])
     try:
-        with repository_lock(f"Prefect flow run {flow_run.name}"), changed_params(changes):
-            return _retrain(categories, promote, recorded=bool(changes))
+        with repository_lock(f"Prefect flow run {flow_run.name}"), changed_copy(changes) if changes else nullcontext():
+            return _retrain(categories, promote, recorded=bool(changes) and has_commit(Path.cwd()))
     except UserError as e:
         return Failed(message=str(e))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -93,6 +95,18 @@ def make_project(folder: Path) -> Path:
     call("git", "add", "-A", cwd=folder)
     call("git", "commit", "-q", "-m", "A project", cwd=folder)
     return folder
+
+
+@contextlib.contextmanager
+def lock_held(project: Path, command: str) -> Iterator[int]:
+    """Another process that holds the project's lock; gives its id."""
+    code = f"import time; from panda_ad.system.lock import repository_lock\nwith repository_lock({command!r}): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=project, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            yield holder.pid
+        finally:
+            holder.kill()
 
 
 def new_data(project: Path, text: str) -> None:

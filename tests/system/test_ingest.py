@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
-from prefect_project import call
+from prefect_project import call, lock_held
 
 from panda_ad.commands.ingest import _summary, ingest
 from panda_ad.data import manifest, records
@@ -268,19 +268,11 @@ def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path
 
 
 def test_one_at_a_time(project, drop, monkeypatch):
-    code = (
-        "import time; from panda_ad.system.lock import repository_lock\n"
-        "with repository_lock('other'): print('held', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            before = files()
-            with pytest.raises(Busy):
-                ingest([drop], "nut")
-            assert files() == before
-        finally:
-            other.kill()
+    with lock_held(project, "other"):
+        before = files()
+        with pytest.raises(Busy):
+            ingest([drop], "nut")
+        assert files() == before
 
 
 @pytest.mark.slow

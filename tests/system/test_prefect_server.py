@@ -17,10 +17,10 @@ import httpx
 import psutil
 import pytest
 from monitor_project import drop, make_monitored
-from prefect_project import ROOT, Prefect, call, clean_environment, make_project, new_data
+from prefect_project import ROOT, Prefect, call, clean_environment, lock_held, make_project, new_data
 
 from panda_ad.commands.servers import running_servers
-from panda_ad.system.lock import HELD, repository_lock
+from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import Group
 
 pytestmark = pytest.mark.slow
@@ -301,11 +301,10 @@ def test_a_wrong_parameter_is_one_line(prefect, dead_machine):
 
 
 def test_one_run_at_a_time(prefect, dead_machine):
-    with repository_lock("make run"):
+    with lock_held(prefect.project, "panda-ad run") as pid:
         ended = prefect.run_by_hand()
         assert ended["state_type"] == "FAILED"
-        assert f'another run (pid {os.getpid()}, "make run", since ' in ended["state"]["message"]
-    assert HELD not in os.environ
+        assert f'another run (pid {pid}, "panda-ad run", since ' in ended["state"]["message"]
 
 
 def test_a_failed_run_is_posted_to_the_webhook_whose_address_stays_secret(prefect, dead_machine, webhook):

@@ -6,19 +6,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPO, make_mvtec
-from prefect_project import BIN, call, clean_environment
+from prefect_project import BIN, call, clean_environment, lock_held
 
 from panda_ad.commands.reproduce import reproduce
 from panda_ad.errors import UserError
 from panda_ad.registry.connection import connect
-from panda_ad.system.lock import LOCK
+from panda_ad.system.lock import HOLDER, LOCK
 
 NAME = "panda-sample-nut"
 
@@ -125,18 +124,14 @@ def state(folder):
 
 def test_equal_figures_and_an_untouched_tree(project, capfd, tmp_path):
     before = state(project)
-    holder = "import time; from panda_ad.system.lock import repository_lock\nwith repository_lock('x'): print('held', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout.readline() == "held\n"
-            reproduce(NAME, 1)  # another run at work is none of its business
-        finally:
-            other.kill()
+    with lock_held(project, "panda-ad run"):
+        reproduce(NAME, 1)  # another run at work is none of its business
     out = capfd.readouterr().out
     assert re.search(r"image_auroc +0\.6666666666666666 +0\.6666666666666666 +yes", out)
     assert re.search(r"data_hash +one +one +yes", out) and re.search(r"test_good +3\.0 +3\.0 +yes", out)
     assert "all 3 figures are equal" in out and "seconds" not in out and "uncommitted changes" in out
-    (project / LOCK).unlink()
+    for note in (LOCK, HOLDER):
+        (project / note).unlink()
     assert state(project) == before and not list((tmp_path / "scratch").iterdir())
     assert call("git", "status", "--porcelain", cwd=project) == ""
 

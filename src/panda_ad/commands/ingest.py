@@ -15,7 +15,8 @@ from panda_ad.commands.run import dvc_meanwhile, fetch_images
 from panda_ad.data.add_images import Additions, Label, Request, Split, add_images
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
-from panda_ad.system.lock import locked_params
+from panda_ad.params import load_params
+from panda_ad.system.lock import repository_lock
 
 _SHOWN = 20
 _SUSPECTS = 5
@@ -39,7 +40,8 @@ def ingest(
     Busy
         Another run is at work.
     """
-    with locked_params("panda-ad ingest") as params:
+    params = load_params()
+    with repository_lock("panda-ad ingest"):
         root = Path(params.data.root)
         if root.is_dir():
             refuse_links(root)

@@ -19,7 +19,6 @@ from panda_ad.commands.run import dvc
 from panda_ad.errors import UserError
 from panda_ad.registry import connection, runs
 from panda_ad.registry.lineage import explain_version
-from panda_ad.system.lock import HELD
 from panda_ad.system.processes import child_environment
 
 
@@ -129,11 +128,10 @@ def _git(*arguments: str, error: str) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The clone's code before the installed one, nothing of the lock held here, DVC's notes about the clone inside it."""
+    """The clone's code before the installed one, and DVC's notes about the clone inside it."""
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "src"), os.environ.get("PYTHONPATH", "")])),
         "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc"),
-        HELD: "",
     }
 
 

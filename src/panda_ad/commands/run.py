@@ -13,14 +13,15 @@ from panda_ad.data.links import refuse_links
 from panda_ad.errors import GateRefused, UserError
 from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.params import Params, load_params
-from panda_ad.system.lock import locked_params
+from panda_ad.system.lock import repository_lock
 from panda_ad.system.paths import BUILD
 from panda_ad.system.processes import Group, child_environment
 
 
 def run() -> None:
     """Run all; GateRefused at the end where a category was not promoted, UserError where a stage failed."""
-    with locked_params("panda-ad run") as params:
+    params = load_params()
+    with repository_lock("panda-ad run"):
         root = Path(params.data.root)
         if Path("data.dvc").exists() and params.data.root == "data" and not root.exists():
             fetch_images("data.dvc")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
+from panda_ad.params import load_params
 from panda_ad.registry.change import model_name
 from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
 from panda_ad.registry.promote import HELD_BACK
-from panda_ad.system.lock import locked_params
+from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import child_environment
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def clean(keep: int, delete: bool) -> list[str]:
     """
     if keep < 1:
         raise UserError(f"--keep {keep}: at least one version of each category stays")
-    with locked_params("clean") as params, mlflow_errors():
+    params = load_params()
+    with repository_lock("panda-ad clean"), mlflow_errors():
         client = connect()
         gone: list[str] = []
         used: set[str] = set()

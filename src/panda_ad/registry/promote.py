@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.params import Params
+from panda_ad.params import Params, load_params
 from panda_ad.registry import audit
 from panda_ad.registry.change import model_name, plain
 from panda_ad.registry.connection import connect, find_version, mlflow_errors
@@ -29,7 +29,7 @@ from panda_ad.registry.evidence import gather
 from panda_ad.registry.gate import Rule, judge, refusal
 from panda_ad.registry.versions import registered
 from panda_ad.system.files import write_json
-from panda_ad.system.lock import locked_params
+from panda_ad.system.lock import repository_lock
 from panda_ad.system.paths import BUILD
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def promote(categories: str | Sequence[str] | None = None, to: str = "staging") 
     """
     if to not in SOURCE:
         raise UserError(f"--to {to}: staging or champion is expected")
-    with locked_params(f"promote to {to}") as params, mlflow_errors():
+    params = load_params()
+    with repository_lock(f"promote to {to}"), mlflow_errors():
         chosen = (
             [categories]
             if isinstance(categories, str)
@@ -239,7 +240,8 @@ def rollback(category: str, to_version: int | str | None = None, alias: str = "s
     """
     if alias not in SOURCE:
         raise UserError(f"rollback of @{alias}: staging or champion is expected")
-    with locked_params(f"rollback {category}") as params, mlflow_errors():
+    params = load_params()
+    with repository_lock(f"rollback {category}"), mlflow_errors():
         _check(params, [category])
         name = model_name(params.dataset, category)
         client = connect()

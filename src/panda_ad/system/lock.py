@@ -2,101 +2,67 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
 
 from panda_ad.errors import Busy
-from panda_ad.params import Params, load_params
-from panda_ad.system.changed_params import put_back
+from panda_ad.system.files import write_json
 
 LOCK = Path(".cache/panda.lock")
-HELD = "PANDA_LOCK_HELD"
-"""Set, for children, to the process id of the holder: what the holder starts does not wait for the holder."""
+HOLDER = LOCK.with_suffix(".json")
+"""Who holds the lock: pid, command, since."""
 
 
 @contextmanager
-def repository_lock(command: str, root: Path | str = ".") -> Iterator[bool]:
-    """Hold the repository's lock; `command` is what the next one is told is running.
+def repository_lock(command: str, root: Path | str = ".") -> Iterator[None]:
+    """Hold the repository's lock, and leave word that `command` does.
 
-    The kernel drops the lock with its holder, however that dies. Processes the holder starts, and the holder itself
-    again, pass through. Gives whether params.yaml had to be put back, since a run that had changed it was killed: what was read
-    before is not valid any more.
+    Whatever changes build/, the data or the registry takes it: `panda-ad run`, `ingest`, `promote`, `rollback` and `clean`, the
+    retrain flow, and every stage. A stage that a holder started passes, since the holder is among its parent processes; so does
+    the holder itself when it asks again. A stage of a bare `dvc repro` has no such parent and takes the lock itself, so a
+    second pipeline or an `ingest` cannot come between its reading and its writing. The kernel frees the lock when its holder
+    dies, in whatever way.
 
     Raises
     ------
     Busy
-        Another run holds it.
+        Another run holds it: which command, which process, since when.
     """
-    path = Path(root) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _read(file)
-            if holder and str(holder["pid"]) == os.environ.get(HELD):
-                yield False
-                return
-            raise Busy(_busy(path, holder)) from None
-        outer = os.environ.get(HELD)
-        _write(file, {"pid": os.getpid(), "command": command, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
-        os.environ[HELD] = str(os.getpid())
-        try:
-            restored = put_back(Path(root))
-            if restored:
-                print(
-                    "panda-ad: a run with changed parameters was killed; params.yaml is put back to what it was before",
-                    file=sys.stderr,
-                )
-            yield restored
-        finally:
-            if outer is None:
-                del os.environ[HELD]
-            else:
-                os.environ[HELD] = outer
-            _write(file, None)
-
-
-@contextmanager
-def locked_params(command: str) -> Iterator[Params]:
-    """`repository_lock`, and the parameters as they are under it: taking it puts back what a killed run had changed.
-
-    Raises
-    ------
-    UserError
-        There are none here, or they are wrong; no lock is left then in a folder that is no repository.
-    Busy
-        Another run holds the lock.
-    """
-    load_params()
-    with repository_lock(command):
-        yield load_params()
-
-
-def _read(file: TextIO) -> dict[str, str] | None:
-    file.seek(0)
+    lock = FileLock(Path(root) / LOCK)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    note = Path(root) / HOLDER
     try:
-        return json.loads(file.read())
-    except json.JSONDecodeError:  # the holder is just writing, or letting go
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = _read(note)
+        if holder and holder["pid"] in {os.getpid(), *(p.pid for p in psutil.Process().parents())}:
+            yield
+            return
+        raise Busy(_busy(Path(lock.lock_file), holder)) from None
+    try:
+        write_json(note, {"pid": os.getpid(), "command": command, "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read(note: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the holder has just come, or is just leaving
         return None
 
 
-def _write(file: TextIO, holder: dict[str, object] | None) -> None:
-    """In place: a renamed file would be another lock."""
-    file.seek(0)
-    file.truncate()
-    file.write("" if holder is None else json.dumps(holder))
-    file.flush()
-
-
-def _busy(path: Path, holder: dict[str, str] | None) -> str:
+def _busy(path: Path, holder: dict[str, Any] | None) -> str:
     if holder is None:
         return f"another run holds {path}; wait for it to end"
     day, clock = holder["since"].split(" ")

@@ -35,9 +35,7 @@ def _run(name: str, main: Callable[..., None]) -> int:
     label = f"{name}{f' {category}' if category else ''}"
     start = time.perf_counter()
     try:
-        with repository_lock(f"stage {label.replace(' ', '@', 1)}") as restored:
-            if restored:  # what DVC has passed over as unchanged was made with the other parameters
-                raise UserError("DVC began with the parameters of a run that was killed; run `dvc repro` again")
+        with repository_lock(f"stage {label.replace(' ', '@', 1)}"):
             main(*([category] if category else []))
         peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
         timing = {
