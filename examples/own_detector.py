@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from panda_ad.data.images import image_files, read_image
+from panda_ad.data.images import read_image
+from panda_ad.data.listing import image_files
 from panda_ad.features.backbones import load_backbone
+from panda_ad.features.images import DecodedImages
 from panda_ad.features.network import Network
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.fit import fit_detector
-from panda_ad.scoring.images import DecodedImages
 
 
 def fit(good: Sequence[np.ndarray], params: Params) -> Detector:
