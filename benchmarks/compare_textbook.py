@@ -32,10 +32,11 @@ def ours(
     start, cpu = time.perf_counter(), time.process_time()
     values = load_params().model_dump()
     values["backbone"] |= {"name": "embedded", "weights": "DEFAULT", "input_size": size}
-    changes = [f"ses.epochs={epochs}", f"ses.learning_rate={LEARNING_RATE}", f"ses.snapshots={snapshots}"]
+    changes = [f"ses.precision={'bf16' if bf16 else 'fp32'}"]
+    changes += [f"ses.epochs={epochs}", f"ses.learning_rate={LEARNING_RATE}", f"ses.snapshots={snapshots}"]
     params = parse_params(values)
     data = data_folder()
-    settings = make_settings(params, ["ses"], train, test, changes, data, bf16)
+    settings = make_settings(params, ["ses"], train, test, changes, data)
     jobs = plan([dataset], data, ["ses"], "one-vs-rest", [normal], [0])
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(settings, data, Path(folder) / "out", Path(folder) / "cache")

@@ -41,9 +41,9 @@ def bench_of(settings: Settings, data: Path, out: Path, cache: Path) -> Bench:
 
 @task(cache_policy=NO_CACHE, task_run_name="{job.label}")
 def prepare(job: Job, settings: Settings, data: Path, out: Path, cache: Path) -> None:
-    """FrozenLayers activations and raw test features of a data set or category, which all its classes share, computed once."""
+    """Compute frozen activations and pretrained features of a set's or category's test images once: all its classes share them."""
     bench = bench_of(settings, data, out, cache)
-    bench.raw(bench.test_items(job)[0])
+    bench.pretrained(bench.test_items(job)[0])
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{job.label}", retries=1)

@@ -230,9 +230,6 @@ def benchmark(
         list[str] | None,
         typer.Option("--set", help="METHOD.KEY=VALUE of the adapt section, e.g. ewc.epochs=20 (repeatable)."),
     ] = None,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="Train heads with bfloat16 convolutions (faster where the CPU has them).")
-    ] = False,
     dask: Annotated[
         str | None,
         typer.Option(help="Run on the Dask scheduler at this address; 'local' starts a cluster on this machine."),
@@ -270,7 +267,6 @@ def benchmark(
         train=train,
         test=test,
         changes=changes or [],
-        bf16=bf16,
         out=out,
         runner=runner,
         mlflow=mlflow,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -57,8 +57,37 @@ class BackboneParams(_Section):
         return (s, s) if isinstance(s, int) else (s[0], s[1])
 
 
+class Method(NamedTuple):
+    """A method of adaptation: what trains, for how long and how fast where the parameters say null.
+
+    Attributes
+    ----------
+    loss : name of a function of adapt/losses.py; '' trains nothing.
+    epochs, learning_rate : the paper's.
+    snapshots : whether `adapt.snapshots` of the way are kept and an image is scored by the best of them (SES).
+    penalty : whether elastic weight consolidation holds the weights near the pretrained ones.
+    outliers : whether a linear classifier learns to tell the images of `adapt.outliers` from normal ones, and scores.
+    """
+
+    loss: str
+    epochs: int
+    learning_rate: float
+    snapshots: bool = False
+    penalty: bool = False
+    outliers: bool = False
+
+
+METHODS = {
+    "none": Method("", 0, 0.0),  # DN2: features as pretrained
+    "compactness": Method("compactness", 15, 1e-2),
+    "ses": Method("compactness", 15, 1e-2, snapshots=True),
+    "ewc": Method("compactness", 50, 1e-2, penalty=True),
+    "oe": Method("outlier_exposure", 50, 1e-1, outliers=True),
+}
+
+
 class AdaptParams(_Section):
-    method: Literal["none", "compactness", "ses", "ewc", "oe"]
+    method: Literal[*METHODS]  # type: ignore[valid-type]
     epochs: PositiveInt | None
     batch_size: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)] | None
@@ -71,11 +100,12 @@ class AdaptParams(_Section):
     fisher_samples: PositiveInt
     outliers: str | None
     on_collapse: Literal["warn", "fallback"]
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
-    def _oe_has_outliers(self) -> AdaptParams:
-        if self.method == "oe" and self.outliers is None:
-            raise ValueError("method oe (outlier exposure) needs adapt.outliers, a folder of outlier images")
+    def _outliers_are_given(self) -> AdaptParams:
+        if METHODS[self.method].outliers and self.outliers is None:
+            raise ValueError(f"method {self.method} needs adapt.outliers, a folder of outlier images")
         return self
 
 

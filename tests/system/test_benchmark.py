@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from panda_ad.benchmark.cells import Bench, read_cell
-from panda_ad.benchmark.protocols import choose_test, train_refs
+from panda_ad.benchmark.protocols import choose_test, train_files
 from panda_ad.benchmark.runner import METHODS, benchmark, make_settings, plan
-from panda_ad.benchmark.sources import Images, as_item, read_set
+from panda_ad.benchmark.sources import Images, read_set
 from panda_ad.benchmark.tables import build_table
-from panda_ad.data.outliers import is_gray
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
+from panda_ad.features import cache
 from panda_ad.params import Params, load_params, parse_params
 from panda_ad.registry.connection import connect
 from panda_ad.system.processes import Group
@@ -115,10 +115,10 @@ def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):
 def test_dn2_is_the_paper_s_score(run, data, params, tmp_path, monkeypatch):
     run(["shapes"], ["none"], classes=["stripes"])
     cell = cells_of(tmp_path / "out")["stripes none"]
-    settings = make_settings(params, ["none"], None, None, [], data, False)
+    settings = make_settings(params, ["none"], None, None, [], data)
     (job,) = plan(["shapes"], data, ["none"], "one-vs-rest", ["stripes"], [0])[0]
     bench = Bench(settings, data, tmp_path / "again", tmp_path / "cache")
-    train, test = bench.raw(bench.train_items(job)), bench.raw(bench.test_items(job)[0])
+    train, test = bench.pretrained(bench.train_items(job)), bench.pretrained(bench.test_items(job)[0])
     naive = [sorted(((train.astype(float) - q) ** 2).sum(1))[:2] for q in test]
     np.testing.assert_allclose(cell["scores"], np.sum(naive, axis=1), rtol=1e-6)
 
@@ -155,7 +155,7 @@ def test_other_settings_are_other_cells(run, tmp_path):
 
 def test_a_folder_or_file_of_other_content_under_the_same_name_is_another_setting(params, tmp_path):
     def key(family, **more):
-        return make_settings(params, [family], 8, 8, [f"{k}={v}" for k, v in more.items()], tmp_path, False).key(family)
+        return make_settings(params, [family], 8, 8, [f"{k}={v}" for k, v in more.items()], tmp_path).key(family)
 
     for parent, size in (("one", 10), ("other", 11), ("copy", 10)):
         (tmp_path / parent / "out").mkdir(parents=True)
@@ -176,22 +176,34 @@ def test_leave_one_out_and_categories(run, tmp_path):
     assert cell["protocol"] == "category" and cell["labels"].count(1) == 3
 
 
-def test_raw_features_are_shared_among_classes(run, tmp_path, monkeypatch):
-    run(["shapes"], ["none"])
-    files = list((tmp_path / "out" / "raw").rglob("*.npy"))
-    assert len(files) == 1 + len(CLASSES)  # one of all test images, one of each class's training images
+def test_each_image_is_extracted_once(run, monkeypatch):
+    """Classes share the test images, and methods all of them."""
+    computed: list[int] = []
+    real = cache.frozen_activations
+    monkeypatch.setattr(cache, "frozen_activations", lambda net, x, p: computed.append(len(x)) or real(net, x, p))
+    run(["shapes"], ["none", "ses"])
+    assert sum(computed) == len(CLASSES) * (8 + 4)
 
 
-def test_subsets_are_stratified_and_stable(data):
-    images = Images(
-        {"a": [np.full((2, 2, 3), i, np.uint8) for i in range(50)]}, list(range(100)), ["a"] * 80 + ["b"] * 20
-    )
+def test_subsets_are_stratified_and_stable():
+    images = Images({"a": [Path(f"{i}.png") for i in range(50)]}, [Path("t.png")] * 100, ["a"] * 80 + ["b"] * 20)
     chosen = choose_test(images, 10)
     assert [images.test_class[i] for i in chosen].count("a") == 8 and len(set(chosen)) == 10
     assert (chosen == choose_test(images, 10)).all()
-    assert [r[0, 0, 0] for r in train_refs(images, ["a"], 5)] == [r[0, 0, 0] for r in train_refs(images, ["a"], 5)]
-    gray = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    assert as_item(gray).read().shape == (4, 4, 3) and as_item(gray).key != as_item(gray.T).key
+    assert train_files(images, ["a"], 5) == train_files(images, ["a"], 5) and len(train_files(images, ["a"], 5)) == 5
+
+
+def test_cifar100_is_read_by_its_superclasses(tmp_path):
+    """As torchvision's set is unpacked: a folder per fine class; apple is a fruit (4), aquarium fish a fish (1), trout too."""
+    names = [f"{i:03}" for i in range(100)]
+    for split in ("train", "test"):
+        for name in names:
+            (tmp_path / "cifar100" / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / "cifar100" / split / name / f"{split}.png")
+    images = read_set("cifar100", tmp_path)[""]
+    assert list(images.train) == [f"superclass-{i:02}" for i in range(20)]
+    assert all(len(files) == 5 for files in images.train.values()) and len(images.test) == 100
+    assert [images.test_class[i] for i in (0, 1, 91)] == ["superclass-04", "superclass-01", "superclass-01"]
 
 
 def cell(target: str, method: str, seed: int, labels: list[int], scores: list[float]) -> dict:
@@ -311,20 +323,6 @@ def test_dask_cluster_gives_the_same_cells(data, tmp_path, monkeypatch):
         np.testing.assert_allclose(dask[name]["scores"], one["scores"], rtol=1e-4, err_msg=name)
 
 
-def test_outliers_for_gray_images_are_gray_whoever_came_before(data, params, tmp_path):
-    bench = Bench(
-        make_settings(params, ["oe"], None, None, [f"oe.outliers={data / 'outliers'}"], data, False),
-        data,
-        tmp_path / "out",
-        tmp_path / "c",
-    )
-    files = sorted((data / "outliers" / "stripes").iterdir())
-    color = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    gray = np.repeat(color[..., :1], 3, axis=2)
-    assert not is_gray(bench.outliers(("outliers", "x"), files, color)[0].read())
-    assert is_gray(bench.outliers(("outliers", "x"), files, gray)[0].read())
-
-
 def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params, tmp_path):
     """So its classifier was trained, whatever the galleries compare."""
     normalizing = parse_params(params.model_dump() | {"gallery": params.gallery.model_dump() | {"normalize": True}})
@@ -332,7 +330,7 @@ def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params,
     (job,), scores = plan(["shapes"], data, ["oe"], "one-vs-rest", ["disc"], [0])[0], []
     for n, given in enumerate((params, normalizing)):
         bench = Bench(
-            make_settings(given, ["oe"], None, None, change, data, False),
+            make_settings(given, ["oe"], None, None, change, data),
             data,
             tmp_path / f"out{n}",
             tmp_path / "cache",
@@ -343,6 +341,6 @@ def test_the_logit_of_outlier_exposure_is_of_features_as_they_come(data, params,
 
 def test_what_collapse_leads_to_is_part_of_a_cell(params, data):
     one, other = (
-        make_settings(params, ["ses"], None, None, change, data, False) for change in ([], ["ses.on_collapse=fallback"])
+        make_settings(params, ["ses"], None, None, change, data) for change in ([], ["ses.on_collapse=fallback"])
     )
     assert one.key("trajectory") != other.key("trajectory")

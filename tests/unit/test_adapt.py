@@ -1,7 +1,9 @@
 """Adaptation of the embedded backbone on a few images."""
 
 import copy
+import io
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -9,17 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from panda_ad.adapt import losses
+from panda_ad.adapt.batches import pooled
 from panda_ad.adapt.collapse import feature_statistics
-from panda_ad.adapt.compactness import features_of
+from panda_ad.adapt.fisher import estimate_fisher
 from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
 from panda_ad.adapt.train import adapt
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import Backbone, in_micro_batches, load_backbone
+from panda_ad.features.architectures import architecture
+from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
+from panda_ad.params import METHODS as ALL
 from panda_ad.params import AdaptParams
 from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.ses import ses_scores
 
-METHODS = ("compactness", "ses", "ewc", "oe")
+METHODS = tuple(name for name, method in ALL.items() if method.loss)
 
 
 def params(method: str = "compactness", **changes) -> AdaptParams:
@@ -64,7 +70,8 @@ def outliers() -> np.ndarray:
 def adapted(backbone, layer2, outliers) -> dict:
     """Each method's result, and the backbone's state before and after."""
     before = copy.deepcopy(backbone.state_dict())
-    results = {m: adapt(backbone, layer2, params(m), seed=0, outliers=outliers) for m in METHODS}
+    given = {"outliers": outliers, "fisher": estimate_fisher(backbone, layer2, samples=2, seed=0)}
+    results = {m: adapt(backbone.adapted, layer2, params(m), seed=0, **given) for m in METHODS}
     return {**results, "before": before, "after": backbone.state_dict()}
 
 
@@ -91,9 +98,8 @@ def test_every_parameter_trains_and_batch_norm_statistics_do_not(adapted, backbo
 
 
 def test_steps_and_history(adapted):
-    assert adapted["compactness"].steps == [4] and adapted["ewc"].steps == [4] and adapted["oe"].steps == [4]
-    assert adapted["ses"].steps == [0, 2, 4]
     for method in METHODS:
+        assert adapted[method].steps == ([0, 2, 4] if ALL[method].snapshots else [4]), method
         history = adapted[method].history
         assert [row["step"] for row in history] == [0, 2, 4]  # once an epoch
         assert history[-1]["epoch"] == 2 and np.isfinite(history[-1]["loss"])
@@ -113,10 +119,10 @@ def test_ses_follows_compactness(adapted):
 
 
 def test_ses_with_one_snapshot_equals_compactness_up_to_scale(backbone, layer2):
-    one, plain = (adapt(backbone, layer2, params(m, snapshots=1), seed=0) for m in ("ses", "compactness"))
+    one, plain = (adapt(backbone.adapted, layer2, params(m, snapshots=1), seed=0) for m in ("ses", "compactness"))
     assert one.steps == plain.steps == [4]
-    gallery = Gallery(features_of(with_state(backbone, plain.snapshots[0]), layer2).numpy())
-    queries = features_of(with_state(backbone, one.snapshots[0]), layer2[::-1].copy()).numpy() + 0.1
+    gallery = Gallery(pooled(with_state(backbone, plain.snapshots[0]), layer2).numpy())
+    queries = pooled(with_state(backbone, one.snapshots[0]), layer2[::-1].copy()).numpy() + 0.1
     scores = gallery.score(queries, 2)
     mean = gallery.leave_one_out(2).mean()
     np.testing.assert_allclose(ses_scores(scores[None], np.array([mean]))[0] * mean, scores, rtol=1e-14)
@@ -124,7 +130,7 @@ def test_ses_with_one_snapshot_equals_compactness_up_to_scale(backbone, layer2):
 
 def test_one_step_by_hand(backbone, layer2):
     """The first step against autograd written out: eval mode, clip, weight decay, learning rate."""
-    result = adapt(backbone, layer2, params(batch_size=10, epochs=1), seed=0)
+    result = adapt(backbone.adapted, layer2, params(batch_size=10, epochs=1), seed=0)
     head = copy.deepcopy(backbone.adapted).requires_grad_(True)
     features = head(torch.from_numpy(layer2).float())
     center = features.detach().mean(dim=0)
@@ -142,7 +148,7 @@ def test_one_step_by_hand(backbone, layer2):
 
 
 def test_training_lowers_the_loss(backbone, layer2):
-    result = adapt(backbone, layer2, params(epochs=10, learning_rate=0.3), seed=0)
+    result = adapt(backbone.adapted, layer2, params(epochs=10, learning_rate=0.3), seed=0)
     assert result.history[-1]["center_distance"] < 0.99 * result.history[0]["center_distance"]
 
 
@@ -151,14 +157,18 @@ def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
 
     def distance(strength: float) -> float:
         result = adapt(
-            backbone, layer2, params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0), seed=0, fisher=fisher
+            backbone.adapted,
+            layer2,
+            params("ewc", ewc_lambda=strength, epochs=8, weight_decay=0.0),
+            seed=0,
+            fisher=fisher,
         )
         base = backbone.adapted.state_dict()
         return float(sum((v - base[k]).square().sum() for k, v in result.snapshots[0].items()))
 
     free, held = distance(0.0), distance(1e4)
     assert held < 0.5 * free
-    plain = adapt(backbone, layer2, params(epochs=8, weight_decay=0.0), seed=0)
+    plain = adapt(backbone.adapted, layer2, params(epochs=8, weight_decay=0.0), seed=0)
     base = backbone.adapted.state_dict()
     assert free == pytest.approx(
         float(sum((v - base[k]).square().sum() for k, v in plain.snapshots[0].items())), rel=1e-6
@@ -166,20 +176,20 @@ def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
 
 
 def test_outlier_exposure_learns_to_tell_them_apart(backbone, layer2, outliers):
-    result = adapt(backbone, layer2, params("oe", epochs=15, learning_rate=1.0), seed=0, outliers=outliers)
+    result = adapt(backbone.adapted, layer2, params("oe", epochs=15, learning_rate=1.0), seed=0, outliers=outliers)
     head, classifier = with_state(backbone, result.snapshots[0]), result.classifier
     assert classifier is not None and classifier["weight"].shape == (1, 512) and classifier["bias"].shape == (1,)
 
     def logits(x: np.ndarray) -> np.ndarray:
-        return (features_of(head, x) @ classifier["weight"][0] + classifier["bias"]).numpy()
+        return (pooled(head, x) @ classifier["weight"][0] + classifier["bias"]).numpy()
 
     assert (logits(outliers)[:, None] > logits(layer2)[None]).mean() > 0.95  # AUROC; the outlier is the higher
     assert result.collapsed_at is None
 
 
 def test_equal_seeds_give_equal_weights(backbone, layer2, adapted):
-    again = adapt(backbone, layer2, params("ses"), seed=0)
-    other = adapt(backbone, layer2, params("ses"), seed=1)
+    again = adapt(backbone.adapted, layer2, params("ses"), seed=0)
+    other = adapt(backbone.adapted, layer2, params("ses"), seed=1)
     assert all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in again.snapshots[-1].items())
     assert not all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in other.snapshots[-1].items())
     assert again.history == adapted["ses"].history
@@ -187,14 +197,13 @@ def test_equal_seeds_give_equal_weights(backbone, layer2, adapted):
 
 def test_rows_come_by_integer_arrays_from_a_memory_map(backbone, layer2, adapted, tmp_path):
     np.save(tmp_path / "layer2.npy", layer2)
-    mapped = adapt(backbone, np.load(tmp_path / "layer2.npy", mmap_mode="r"), params("ses"), seed=0)
+    mapped = adapt(backbone.adapted, np.load(tmp_path / "layer2.npy", mmap_mode="r"), params("ses"), seed=0)
     assert all(torch.equal(v, adapted["ses"].snapshots[-1][k]) for k, v in mapped.snapshots[-1].items())
 
 
 def test_bfloat16_training_goes_the_same_way(backbone, layer2):
     states = [
-        adapt(backbone, layer2, params(epochs=4), seed=0, precision=p).snapshots[0]
-        for p in (torch.float32, torch.bfloat16)
+        adapt(backbone.adapted, layer2, params(epochs=4, precision=p), seed=0).snapshots[0] for p in ("fp32", "bf16")
     ]
     base = backbone.adapted.state_dict()
     a, b = (torch.cat([(s[k] - base[k]).flatten() for k in s]) for s in states)
@@ -202,28 +211,90 @@ def test_bfloat16_training_goes_the_same_way(backbone, layer2):
 
 
 def test_method_none(backbone, layer2):
-    result = adapt(backbone, layer2, params("none"), seed=0)
+    result = adapt(backbone.adapted, layer2, params("none"), seed=0)
     assert result.snapshots == [] and result.steps == [] and result.classifier is None
 
 
 def test_users_mistakes(backbone, layer2):
     with pytest.raises(UserError, match="no normal training images"):
-        adapt(backbone, layer2[:0], params(), seed=0)
+        adapt(backbone.adapted, layer2[:0], params(), seed=0)
     with pytest.raises(UserError, match=r"adapt\.outliers"):
-        adapt(backbone, layer2, params("oe"), seed=0, outliers=layer2[:0])
+        adapt(backbone.adapted, layer2, params("oe"), seed=0, outliers=layer2[:0])
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_training_that_leaves_the_numbers_is_one_clear_line(backbone, layer2, epochs):
     """Found at the next step's gradient, or where there is none, at the features."""
     with pytest.raises(UserError, match=r"not finite .*lower adapt\.learning_rate"):
-        adapt(backbone, layer2, params(epochs=epochs, batch_size=10, learning_rate=1e20), seed=0)
+        adapt(backbone.adapted, layer2, params(epochs=epochs, batch_size=10, learning_rate=1e20), seed=0)
 
 
-def test_progress_counts_the_steps(backbone, layer2):
-    ticks: list[tuple[int, int]] = []
-    adapt(backbone, layer2, params(), seed=0, progress=lambda *tick: ticks.append(tick))
-    assert ticks == [(i, 4) for i in range(1, 5)]
+def test_features_are_normalized_where_scoring_normalizes(backbone, layer2):
+    """The loss falls on the unit sphere: its start is the compactness loss of normalized features, and its center theirs."""
+    result = adapt(backbone.adapted, layer2, params(epochs=10, learning_rate=1.0), seed=0, normalize=True)
+    unit = torch.nn.functional.normalize(pooled(backbone.adapted, layer2))
+    assert result.history[0]["center_distance"] == pytest.approx(
+        float((unit - unit.mean(dim=0)).norm(dim=1).mean()), rel=1e-5
+    )
+    assert result.history[-1]["center_distance"] < 0.99 * result.history[0]["center_distance"]
+    assert result.provenance["normalize"] and set(result.snapshots[0]) == {
+        k for k in backbone.adapted.state_dict() if not k.endswith("num_batches_tracked")
+    }
+
+
+def test_outlier_exposure_sees_features_as_they_come(backbone, layer2, outliers, adapted):
+    again = adapt(backbone.adapted, layer2, params("oe"), seed=0, normalize=True, outliers=outliers)
+    assert all(torch.equal(v, adapted["oe"].snapshots[0][k]) for k, v in again.snapshots[0].items())
+
+
+class Narrow(torch.nn.Module):
+    """Adapted layers of no known network: float32 (B, 6, h, w) -> (B, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv2d(6, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_module_from_activations_to_features_trains(method):
+    layers = Narrow()
+    x, other = (np.random.default_rng(i).normal(size=(9, 6, 3, 3)).astype(np.float16) for i in (0, 1))
+    fisher = {name: torch.ones_like(p) for name, p in layers.named_parameters()}
+    result = adapt(layers, x, params(method), seed=0, outliers=other, fisher=fisher)
+    assert not torch.equal(result.snapshots[-1]["mix.weight"], layers.mix.weight.detach())
+
+
+def test_networks_other_than_resnets_adapt():
+    """EfficientNet-Lite with random weights: its classifier begins with a convolution, its adapted layers have names of their own."""
+    torch.manual_seed(0)
+    backbone = Backbone("efficientnet_lite0", architecture("efficientnet_lite0").build(3).state_dict())
+    x = torch.rand(6, 3, 64, 64)
+    frozen = frozen_activations(backbone, x, torch.float32)[-1].numpy()
+    fisher = estimate_fisher(backbone, frozen, samples=2, seed=0)
+    assert set(fisher) == {name for name, _ in backbone.adapted.named_parameters()}
+    assert sum(float(value.sum()) for value in fisher.values()) > 0
+    result = adapt(backbone.adapted, frozen, params("ewc"), seed=0, fisher=fisher)
+    assert unpack_snapshots(
+        backbone.adapted.state_dict(), pack_snapshots(backbone.adapted.state_dict(), result.snapshots)
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_names_a_loss_with_a_source(name):
+    loss = getattr(losses, ALL[name].loss)
+    assert "PANDA" in loss.__doc__ or "et al." in loss.__doc__
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(backbone, layer2, monkeypatch, terminal):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", written)
+    adapt(backbone.adapted, layer2, params(), seed=0)
+    assert ("compactness: 100%" in written.getvalue() and "step/s" in written.getvalue()) == terminal
 
 
 @pytest.mark.parametrize(
@@ -233,7 +304,7 @@ def test_progress_counts_the_steps(backbone, layer2):
 def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collapse, kept):
     """Weight decay alone, far too strong, shrinks every feature; the head before that is kept."""
     settings_ = params(method, epochs=10, weight_decay=0.2, learning_rate=0.3, on_collapse=on_collapse)
-    result = adapt(backbone, layer2, settings_, seed=0)
+    result = adapt(backbone.adapted, layer2, settings_, seed=0)
     assert result.collapsed_at is not None and 0 < result.collapsed_at <= 20
     if kept == "all":
         assert result.steps == [0, 10, 20]
@@ -241,8 +312,8 @@ def test_collapse_is_reported_and_falls_back(backbone, layer2, method, on_collap
     good = result.provenance["fell_back_to"]
     assert result.steps[-1] == good < result.collapsed_at
     before = [row for row in result.history if row["step"] == good][0]
-    features = features_of(with_state(backbone, result.snapshots[-1]), layer2)
-    center = features_of(backbone.adapted, layer2).double().mean(dim=0).float()
+    features = pooled(with_state(backbone, result.snapshots[-1]), layer2)
+    center = pooled(backbone.adapted, layer2).double().mean(dim=0).float()
     assert feature_statistics(features, center)["feature_variance"] == pytest.approx(
         before["feature_variance"], rel=1e-5
     )

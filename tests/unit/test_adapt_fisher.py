@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,31 +19,32 @@ from panda_ad.adapt.fisher import (
     source_labels,
 )
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import AdaptedLayers, Backbone, load_backbone
+from panda_ad.features.backbones import Backbone, load_backbone
 from panda_ad.features.resnet import ResNet
 
 
 class TwoParameters(nn.Module):
-    """theta * x for a pair x = (x1, x2), as a head on 'activations' (B, 2, 1, 1)."""
+    """theta * x for a pair x = (x1, x2), as adapted layers on 'activations' (B, 2, 1, 1)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.tensor([0.4, -0.7]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, :, 0, 0] * self.theta
+    def maps(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (x * self.theta[:, None, None],)
 
 
 class Logistic:
-    """p(y = 1 | x) = sigmoid(theta . x), as a backbone: head (theta * x), classifier (logits 0 and the sum)."""
+    """p(y = 1 | x) = sigmoid(theta . x), as a backbone: adapted layers (theta * x), classifier (logits 0 and the sum)."""
 
     fingerprint = "logistic"
 
     def __init__(self) -> None:
-        self.adapted, self.fc = TwoParameters(), nn.Linear(2, 2)
+        self.adapted, linear = TwoParameters(), nn.Linear(2, 2)
+        self.classifier = nn.Sequential(nn.Flatten(), linear)
         with torch.no_grad():
-            self.fc.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
-            self.fc.bias.zero_()
+            linear.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+            linear.bias.zero_()
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +168,14 @@ def test_files(backbone, whole, tmp_path, form):
 
 
 def test_resnet152_parameter_names():
-    """The authors' file is for ResNet-152: its names are those of our head."""
+    """The authors' file is for ResNet-152: its names are those of our adapted layers."""
     import torchvision.models.resnet as resnets
 
     with torch.device("meta"):
         net = resnets.resnet152()
-        ours = AdaptedLayers(ResNet("resnet152", 1000))
+        ours = ResNet("resnet152", 1000)
     shapes = {k: v.shape for k, v in net.named_parameters() if k.startswith(("layer3", "layer4"))}
-    assert {k: v.shape for k, v in ours.named_parameters()} == shapes
+    assert {k: v.shape for k, v in ours.named_parameters() if k.startswith(("layer3", "layer4"))} == shapes
 
 
 def test_unusable_files(backbone, whole, tmp_path):
@@ -204,11 +206,16 @@ def test_unusable_files(backbone, whole, tmp_path):
 
 
 def test_source_labels():
+    def outputs(n):
+        return SimpleNamespace(fc=nn.Linear(1, n))
+
     known = SOURCE_CLASSES.read_text().split()
     assert len(known) == 200
     np.testing.assert_array_equal(
-        source_labels([known[5], known[0], known[5]], 200, "folder"), [5, 0, 5]
+        source_labels([known[5], known[0], known[5]], outputs(200), "folder"), [5, 0, 5]
     )  # some suffice
-    np.testing.assert_array_equal(source_labels(["b", "a", "c"], 3, "folder"), [1, 0, 2])
+    np.testing.assert_array_equal(source_labels(["b", "a", "c"], outputs(3), "folder"), [1, 0, 2])
     with pytest.raises(UserError, match="folder has 2 class folders, .* 1000 classes"):
-        source_labels(["a", "b"], 1000, "folder")
+        source_labels(["a", "b"], outputs(1000), "folder")
+    with pytest.raises(UserError, match="no classifier to compare labels with"):
+        source_labels(["a"], SimpleNamespace(fc=None), "folder")

@@ -1,5 +1,6 @@
 """Each formula of the paper against a naive reference, on tiny modules."""
 
+import itertools
 import math
 
 import numpy as np
@@ -9,20 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from panda_ad.adapt.batches import minibatches, shuffled
 from panda_ad.adapt.collapse import collapsed, feature_statistics
-from panda_ad.adapt.compactness import compactness_loss, descend, minibatches
 from panda_ad.adapt.ewc import ElasticPenalty
-from panda_ad.adapt.oe import linear_head, outlier_loss
+from panda_ad.adapt.losses import compactness, linear_classifier, outlier_exposure
+from panda_ad.adapt.plan import Plan, plan_training
 from panda_ad.adapt.snapshots import snapshot_steps
+from panda_ad.adapt.train import descend
 from panda_ad.errors import UserError
+from panda_ad.params import AdaptParams
 from panda_ad.scoring.ses import ses_scores
 
 
-def test_compactness_loss():
+def test_compactness():
     rng = np.random.default_rng(0)
     f, c = rng.normal(size=(5, 7)), rng.normal(size=7)
     naive = sum(sum((f[i, j] - c[j]) ** 2 for j in range(7)) / 7 for i in range(5)) / 5
-    assert float(compactness_loss(torch.tensor(f), torch.tensor(c))) == pytest.approx(naive, rel=1e-12)
+    assert float(compactness(torch.tensor(f), torch.tensor(c))) == pytest.approx(naive, rel=1e-12)
 
 
 def test_ewc_penalty_and_its_gradient():
@@ -57,7 +61,7 @@ def test_ewc_refuses_another_backbones_fisher():
 
 
 def test_ses_by_hand():
-    """AdaptedLayers 0 scores the three images 2, 6, 4 (normal mean 2), head 1 scores them 1, 1, 3 (mean 0.5)."""
+    """Snapshot 0 scores the three images 2, 6, 4 (normal mean 2), snapshot 1 scores them 1, 1, 3 (mean 0.5)."""
     scores, decided = ses_scores(np.array([[2.0, 6.0, 4.0], [1.0, 1.0, 3.0]]), np.array([2.0, 0.5]))
     np.testing.assert_array_equal(scores, [2.0, 3.0, 6.0])
     np.testing.assert_array_equal(decided, [1, 0, 1])
@@ -99,35 +103,40 @@ def test_outlier_loss_is_binary_cross_entropy():
     naive = [-math.log(1 - probability(x)) for x in logits[:2].tolist()] + [
         -math.log(probability(x)) for x in logits[2:].tolist()
     ]
-    assert float(outlier_loss(logits, 2)) == pytest.approx(sum(naive) / 5, rel=1e-6)
+    assert float(outlier_exposure(logits, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))) == pytest.approx(
+        sum(naive) / 5, rel=1e-6
+    )
 
 
-def test_linear_head_is_seeded():
-    a, b = (linear_head(16, torch.Generator().manual_seed(3)) for _ in range(2))
+def test_linear_classifier_is_seeded():
+    a, b = (linear_classifier(16, torch.Generator().manual_seed(3)) for _ in range(2))
     torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=0)
     assert a.weight.shape == (1, 16) and 0 < float(a.weight.abs().max()) <= 0.25
 
 
-def quadratic(start: list[float], scale: float = 1.0, **options):
-    """Run `descend` on scale/2 |p|^2 with a watch after each step; returns the parameter's path and what the watch saw."""
-    p = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-    path, seen = [p.detach().clone()], []
+class Point(nn.Module):
+    """A network that is one point, whatever it sees: compactness is then its squared distance to the center over its dimension."""
 
-    def watch(step, since):
-        path.append(p.detach().clone())
-        seen.append(since)
-        return False
+    def __init__(self, start: list[float]):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(start))
 
-    defaults = {
-        "steps": 3,
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "weight_decay": 0.01,
-        "clip_norm": 0.5,
-        "watch_at": [1, 2, 3],
-    }
-    descend([p], lambda: scale / 2 * p.square().sum(), watch=watch, **{**defaults, **options})
-    return torch.stack(path), seen
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.p.expand(len(x), -1)
+
+
+def descent(start: list[float], steps: int = 3, **changes) -> tuple[list[np.ndarray], list[dict[str, float]]]:
+    """Train a point toward 0; return its path, and the history rows, one a step."""
+    values = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5} | changes
+    params = AdaptParams.model_construct(method="compactness", precision="fp32", **values)
+    plan = Plan(1, values["learning_rate"], steps, [steps], list(range(1, steps + 1)))
+    network = Point(start)
+    batches = itertools.repeat((torch.zeros(2, 1, 1, 1), torch.zeros(2)))
+    path, rows = [network.p.detach().numpy().copy()], []
+    for row in descend(network, None, batches, torch.zeros(len(start)), None, params, plan):
+        path.append(network.p.detach().numpy().copy())
+        rows.append(row)
+    return path, rows
 
 
 def test_descent_by_hand():
@@ -135,82 +144,73 @@ def test_descent_by_hand():
     p, velocity = np.array([3.0, 4.0]), np.zeros(2)
     expected = [p]
     for _ in range(3):
-        gradient = p.copy()
+        gradient = p.copy()  # of |p|^2 / 2
         gradient *= min(1.0, 0.5 / np.linalg.norm(gradient))
         velocity = 0.9 * velocity + gradient + 0.01 * p
         p = p - 0.1 * velocity
         expected.append(p)
-    path, seen = quadratic([3.0, 4.0])
-    np.testing.assert_allclose(path.numpy(), expected, rtol=1e-5)
-    assert seen[0].gradient_norm == pytest.approx(5) and seen[0].loss == pytest.approx(12.5) and seen[0].clipped == 1
+    path, rows = descent([3.0, 4.0])
+    np.testing.assert_allclose(path, expected, rtol=1e-5)
+    first = {"step": 1, "epoch": 1 / 3, "loss": 12.5, "gradient_norm": 5, "clipped": 1}
+    assert rows[0] == pytest.approx(first, rel=1e-5)
 
 
 def test_a_small_gradient_is_not_clipped():
-    path, seen = quadratic([0.03, 0.04], momentum=0.0, weight_decay=0.0)
-    np.testing.assert_allclose(path[1].numpy(), [0.027, 0.036], rtol=1e-12)
-    assert seen[0].clipped == 0
+    path, rows = descent([0.03, 0.04], momentum=0.0, weight_decay=0.0)
+    np.testing.assert_allclose(path[1], [0.027, 0.036], rtol=1e-5)
+    assert rows[0]["clipped"] == 0
 
 
-def test_descent_does_not_depend_on_the_order_in_memory():
-    """Gradients may lie otherwise than their parameter, which a loss may lay out anew before the first step."""
-    start = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sgd = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01, "clip_norm": 0.5}
-    ends = []
-    for order in (None, (2, 3, 1, 0), (0, 2, 3, 1)):
-        p = nn.Parameter(start.clone())
-
-        def loss(p=p, order=order):
-            if order is not None:
-                back = tuple(order.index(i) for i in range(4))
-                p.data = p.data.permute(order).contiguous().permute(back)
-            return (torch.arange(3).double() * p.square()).sum() / 2
-
-        def add(p=p):
-            p.grad = p.grad.contiguous() + 0.1
-
-        descend([p], loss, steps=3, watch_at=[], watch=lambda step, since: False, add_gradient=add, **sgd)
-        ends.append(p.detach().clone(memory_format=torch.contiguous_format))
-    plain = nn.Parameter(start.clone())
-    optimizer = torch.optim.SGD([plain], lr=0.1, momentum=0.9, weight_decay=0.01)
-    for _ in range(3):
-        plain.grad = torch.arange(3).double() * plain.detach() + 0.1
-        nn.utils.clip_grad_norm_([plain], 0.5)
-        optimizer.step()
-    for end in ends:
-        torch.testing.assert_close(end, plain.detach(), rtol=1e-9, atol=1e-12)
-
-
-def test_descent_stops_when_told_and_reports_means():
-    steps: list[int] = []
-    p = nn.Parameter(torch.ones(1))
-    sgd = {"learning_rate": 0.05, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1e9}
-    ticks: list[tuple[int, int]] = []
-
-    def watch(step, since):
-        steps.append(step)
-        if step == 2:
-            assert since.loss == pytest.approx((1 + 0.9**2) / 2)
-        return step == 4
-
-    descend(
-        [p],
-        lambda: p.square().sum(),
-        steps=9,
-        watch_at=[2, 4, 9],
-        watch=watch,
-        progress=lambda *t: ticks.append(t),
-        **sgd,
+def test_rows_are_means_since_the_last_and_training_ends_where_the_reader_stops():
+    params = AdaptParams.model_construct(
+        method="compactness", precision="fp32", momentum=0.0, weight_decay=0.0, clip_norm=1e9
     )
-    assert steps == [2, 4] and ticks == [(i, 9) for i in range(1, 5)]
+    network, seen = Point([1.0]), 0
+
+    def batches():
+        nonlocal seen
+        while True:
+            seen += 1
+            yield torch.zeros(2, 1, 1, 1), torch.zeros(2)
+
+    rows = []
+    for row in descend(network, None, batches(), torch.zeros(1), None, params, Plan(9, 0.05, 9, [9], [2, 4, 9])):
+        rows.append(row)
+        if row["step"] == 4:
+            break
+    assert [row["step"] for row in rows] == [2, 4] and seen == 4
+    assert rows[0]["loss"] == pytest.approx((1 + 0.9**2) / 2)
 
 
 def test_divergence_is_a_users_mistake():
     with pytest.raises(UserError, match="not finite at step .*lower adapt.learning_rate"):
-        quadratic([1.0], scale=1e200, learning_rate=1e100, clip_norm=1e308)
+        descent([1e30], learning_rate=1e30, clip_norm=1e38)
+
+
+def test_plan_reads_null_as_the_papers():
+    def plan(method: str, **changes) -> Plan:
+        values = {"epochs": None, "learning_rate": None, "batch_size": 32, "snapshots": 4} | changes
+        return plan_training(AdaptParams.model_construct(method=method, **values), 100)
+
+    assert plan("ses") == Plan(15, 1e-2, 60, [0, 20, 40, 60], [6, 12, 18, 20, 24, 30, 36, 40, 42, 48, 54, 60])
+    assert (plan("ewc").epochs, plan("oe").learning_rate, plan("oe").keep) == (50, 1e-1, [200])
+    assert plan("compactness", epochs=2, learning_rate=0.5) == Plan(2, 0.5, 8, [8], [4, 8])
+
+
+def test_batches_of_both_kinds_are_labelled():
+    normal, outliers = (np.full((n, 2, 1, 1), value, np.float16) for n, value in ((5, 1.0), (3, 2.0)))
+    batches = minibatches(normal, outliers, 4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    sizes = []
+    for x, labels in itertools.islice(batches, 4):
+        assert torch.equal(x[:, 0, 0, 0], labels + 1) and x.dtype == torch.float32
+        sizes.append((int((labels == 0).sum()), int(labels.sum())))
+    assert sizes == [(4, 3), (1, 3), (4, 3), (1, 3)]
+    x, labels = next(minibatches(normal, None, 4, torch.Generator(), torch.device("cpu")))
+    assert x.shape == (4, 2, 1, 1) and not labels.any()
 
 
 def test_each_epoch_shows_each_row_once():
-    batches = minibatches(10, 4, torch.Generator().manual_seed(0))
+    batches = shuffled(10, 4, torch.Generator().manual_seed(0))
     epochs = [[next(batches) for _ in range(3)] for _ in range(2)]
     assert [len(b) for b in epochs[0]] == [4, 4, 2]
     for epoch in epochs:

@@ -7,13 +7,16 @@ anomaly is needed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from panda_ad.errors import UserError
+
 MIN_RANK = 0.5
 MIN_VARIANCE = 0.25
-"""Collapsed: effective rank below this share of the unadapted features', or variance below this share.
+"""Collapsed: effective rank below this share of the pretrained features', or variance below this share.
 
 On three CIFAR-10 classes (embedded backbone, 512 images) AUROC was highest at 0.8 of the variance, back where it began at about
 0.5, and 1 to 2 points below its best at 0.11 to 0.16; the rank had then fallen to between 0.75 and 0.92 only.
@@ -22,9 +25,12 @@ On three CIFAR-10 classes (embedded backbone, 512 images) AUROC was highest at 0
 SAMPLE = 256
 """Training images looked at; a fixed, seeded choice where there are more."""
 
+LOOKS = 10
+"""Most looks at the features in training, at equal intervals and at most one an epoch, so that looking stays cheaper than training."""
+
 
 def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
-    """What the watch logs.
+    """Return what the watch compares and the history keeps.
 
     Parameters
     ----------
@@ -53,8 +59,62 @@ def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
 
 
 def collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
-    """Whether features have collapsed since `start`, both as `feature_statistics` gives them."""
+    """Return whether features have collapsed since `start`, both as `feature_statistics` gives them; NaN counts as collapsed."""
     return not (
         now["effective_rank"] >= MIN_RANK * start["effective_rank"]
         and now["feature_variance"] >= MIN_VARIANCE * start["feature_variance"]
     )
+
+
+class Watch:
+    """The history of training, the weights kept of it, and whether the features have collapsed.
+
+    Parameters
+    ----------
+    pretrained : (N, D), features of some training images before training.  center : (D,).
+    state : of the adapted layers before training.
+    keep : steps whose states are kept; 0 is `state`.
+    judge : whether features can be found collapsed; outliers keep them apart.
+
+    Attributes
+    ----------
+    snapshots : step -> state.
+    history, collapsed_at : see `train.Adapted`.
+    """
+
+    def __init__(
+        self, pretrained: Tensor, center: Tensor, state: dict[str, Tensor], keep: Sequence[int], *, judge: bool
+    ):
+        self.center, self.keep, self.judge = center, keep, judge
+        self.start = feature_statistics(pretrained, center)
+        self.history = [{"step": 0.0, "epoch": 0.0, **self.start}]
+        self.collapsed_at: int | None = None
+        self.last_good = (0, state)
+        self.snapshots = {0: state} if 0 in keep else {}
+
+    def look(self, figures: dict[str, float], features: Tensor, state: dict[str, Tensor]) -> bool:
+        """Add `figures` (step, epoch, loss, ...) and what `features` (N, D) show to the history; return whether they have collapsed.
+
+        Raises
+        ------
+        UserError
+            A feature is not finite.
+        """
+        step = int(figures["step"])
+        if not torch.isfinite(features).all():
+            raise UserError(f"adapt: the features are not finite after step {step}; lower adapt.learning_rate")
+        now = feature_statistics(features, self.center)
+        self.history.append({**figures, **now})
+        if self.collapsed_at is None and self.judge and collapsed(now, self.start):
+            self.collapsed_at = step
+        if self.collapsed_at is None:
+            self.last_good = (step, state)
+        if step in self.keep:
+            self.snapshots[step] = state
+        return self.collapsed_at is not None
+
+    def fall_back(self) -> int:
+        """Keep the last state before the collapse in place of those after it; return its step."""
+        step, state = self.last_good
+        self.snapshots = {s: kept for s, kept in self.snapshots.items() if s < step} | {step: state}
+        return step

@@ -11,26 +11,26 @@ from panda_ad.errors import UserError
 
 
 class ElasticPenalty:
-    """lambda / 2 * sum_i F_i (theta_i - theta*_i)^2 over a head's parameters, theta* their values at construction.
+    """lambda / 2 * sum_i F_i (theta_i - theta*_i)^2 over the adapted layers' parameters, theta* their values at construction.
 
     The gradient, lambda F (theta - theta*), is added in place instead of going through autograd, which would pass over the
     parameters three more times per step.
 
     Parameters
     ----------
-    head : the module that will adapt.
+    layers : the module that will adapt.
     fisher : parameter name -> F_i, non-negative, of the parameter's shape.
     strength : lambda, unitless; 1e4 in the paper.
 
     Raises
     ------
     UserError
-        `fisher` does not fit the head's parameters.
+        `fisher` does not fit the layers' parameters.
     """
 
-    def __init__(self, head: nn.Module, fisher: Mapping[str, Tensor], strength: float):
-        named = dict(head.named_parameters())
-        check_fisher(fisher, head, "Fisher diagonal")
+    def __init__(self, layers: nn.Module, fisher: Mapping[str, Tensor], strength: float):
+        named = dict(layers.named_parameters())
+        check_fisher(fisher, layers, "Fisher diagonal")
         self.strength = strength
         self.parameters = list(named.values())
         self.anchors = [p.detach().clone() for p in self.parameters]
@@ -57,9 +57,9 @@ class ElasticPenalty:
             p.grad.addcmul_(p - anchor, weight)
 
 
-def check_fisher(fisher: Mapping[str, Tensor], head: nn.Module, source: str) -> None:
-    """UserError, naming `source`, unless there is a finite, non-negative value for each parameter of the head."""
-    for name, parameter in head.named_parameters():
+def check_fisher(fisher: Mapping[str, Tensor], layers: nn.Module, source: str) -> None:
+    """UserError, naming `source`, unless there is a finite, non-negative value for each parameter of the layers."""
+    for name, parameter in layers.named_parameters():
         if name not in fisher or fisher[name].shape != parameter.shape:
             found = (
                 "missing"

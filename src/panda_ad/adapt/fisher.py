@@ -1,6 +1,6 @@
 """Diagonal of the Fisher information of the pretrained classifier, what EWC weighs parameters by (paper, section 3.2).
 
-F_i = E_x E_y [(d log p(y | x) / d theta_i)^2] over the head's parameters theta. With labelled source images y is their label (the
+F_i = E_x E_y [(d log p(y | x) / d theta_i)^2] over the adapted layers' parameters theta. With labelled source images y is their label (the
 'empirical' Fisher, as the authors'); without, y is drawn from the classifier's own p(y | x), the definition.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from panda_ad.adapt.compactness import rows_of
+from panda_ad.adapt.batches import load_batch
 from panda_ad.adapt.ewc import check_fisher
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import EMBEDDED, Backbone
@@ -39,12 +39,11 @@ def chosen_rows(n: int, samples: int, seed: int) -> np.ndarray:
 
 def estimate_fisher(
     backbone: Backbone,
-    layer2: Any,
+    activations: Any,
     labels: np.ndarray | None = None,
     *,
     samples: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Mean over images of the squared gradient of one image's log-likelihood.
 
@@ -53,7 +52,7 @@ def estimate_fisher(
 
     Parameters
     ----------
-    layer2 : array-like of float16 (N, C2, h, w), frozen activations.
+    activations : array-like of float16 (N, C, h, w), frozen activations.
     labels : (N,) class numbers of the classifier, or None to draw them from its predictions.
     samples : most images used.
 
@@ -66,43 +65,47 @@ def estimate_fisher(
     UserError
         The backbone has no classifier.
     """
-    if backbone.fc is None:
+    if backbone.classifier is None:
         raise UserError(
-            "adapt.method ewc: the weights hold no classifier (fc) to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses"
+            "adapt.method ewc: the weights hold no classifier to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses"
         )
-    head = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
-    device = next(head.parameters()).device
-    fc = copy.deepcopy(backbone.fc).to(device)
-    names, parameters = zip(*head.named_parameters(), strict=True)
+    layers = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
+    device = next(layers.parameters()).device
+    classifier = copy.deepcopy(backbone.classifier).to(device)
+    names, parameters = zip(*layers.named_parameters(), strict=True)
     sums = [torch.zeros_like(p) for p in parameters]
     generator = torch.Generator().manual_seed(seed)
-    rows = chosen_rows(len(layer2), samples, seed)
-    with tqdm(rows, desc="Fisher", unit="img", disable=None if progress is None else True) as bar:
-        for done, row in enumerate(bar, 1):
-            log_p = F.log_softmax(fc(head(rows_of(layer2, np.array([row]), device))), dim=1)[0]
-            if labels is None:
-                label = int(torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator))
-            else:
-                label = int(labels[row])
-            gradients = torch.autograd.grad(log_p[label], parameters)
-            torch._foreach_addcmul_(sums, gradients, gradients)
-            if progress is not None:
-                progress(done, len(rows))
+    rows = chosen_rows(len(activations), samples, seed)
+    for row in tqdm(rows, desc="Fisher", unit="img", disable=None):
+        maps = layers.maps(load_batch(activations, np.array([row]), device))  # the last: (1, C, h, w)
+        log_p = F.log_softmax(classifier(maps[-1]), dim=1)[0]  # (classes,)
+        if labels is None:
+            label = int(torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator))
+        else:
+            label = int(labels[row])
+        gradients = torch.autograd.grad(log_p[label], parameters)
+        torch._foreach_addcmul_(sums, gradients, gradients)
     return {name: (s / len(rows)).cpu().contiguous() for name, s in zip(names, sums, strict=True)}
 
 
 def cached_fisher(
-    folder: Path | None, backbone: Backbone, layer2: Any, labels: np.ndarray | None = None, *, samples: int, seed: int
+    folder: Path | None,
+    backbone: Backbone,
+    activations: Any,
+    labels: np.ndarray | None = None,
+    *,
+    samples: int,
+    seed: int,
 ) -> dict[str, Tensor]:
     """`estimate_fisher`, kept in `folder`, if any, under a name made from everything it depends on: weights, activations, labels, seed."""
-    if backbone.fc is None or folder is None:
-        return estimate_fisher(backbone, layer2, labels, samples=samples, seed=seed)
-    rows = chosen_rows(len(layer2), samples, seed)
+    if backbone.classifier is None or folder is None:
+        return estimate_fisher(backbone, activations, labels, samples=samples, seed=seed)
+    rows = chosen_rows(len(activations), samples, seed)
     digest = hashlib.sha256(f"1 {backbone.fingerprint} {seed} {labels is None} {len(rows)}".encode())
-    for tensor in (backbone.fc.weight, backbone.fc.bias):
+    for tensor in backbone.classifier.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for i in range(0, len(rows), 64):
-        digest.update(np.ascontiguousarray(layer2[rows[i : i + 64]]).tobytes())
+        digest.update(np.ascontiguousarray(activations[rows[i : i + 64]]).tobytes())
     if labels is not None:
         digest.update(np.asarray(labels)[rows].astype(np.int64).tobytes())
     path = folder / f"fisher-{digest.hexdigest()[:32]}.safetensors"
@@ -111,7 +114,7 @@ def cached_fisher(
             return load_fisher(path, backbone)
         except UserError:  # damaged: estimated again below
             path.unlink()
-    fisher = estimate_fisher(backbone, layer2, labels, samples=samples, seed=seed)
+    fisher = estimate_fisher(backbone, activations, labels, samples=samples, seed=seed)
     save_fisher(path, fisher)
     return fisher
 
@@ -123,12 +126,12 @@ def save_fisher(path: Path, fisher: Mapping[str, Tensor]) -> None:
 
 
 def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
-    """Read a Fisher diagonal for this backbone's head.
+    """Read a Fisher diagonal for this backbone's adapted layers.
 
     Parameters
     ----------
     path : `.safetensors` as `save_fisher` writes, or the authors' `fisher_diagonal.pth` (ResNet-152): a torch-saved mapping from
-        the whole network's parameter names, or a list in the order of its parameters. Entries of stem, layer1, layer2 and fc are dropped.
+        the whole network's parameter names, or a list in the order of its parameters. Entries of other layers are dropped.
 
     Raises
     ------
@@ -158,7 +161,7 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
             len(names): 0,
             frozen + len(names): frozen,
             frozen + len(names) + 2: frozen,
-        }  # head; without fc; with fc
+        }  # adapted layers; without fc; with fc
         if len(raw) not in whole:
             raise UserError(
                 f"{source}: holds {len(raw)} tensors, a {backbone.name} has {frozen + len(names)} without its classifier"
@@ -171,13 +174,13 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
     return {name: fisher[name] for name in names}
 
 
-def source_labels(folders: Sequence[str], outputs: int, where: str) -> np.ndarray:
-    """Class numbers of labelled source images from the names of their folders.
+def source_labels(folders: Sequence[str], backbone: Backbone, where: str) -> np.ndarray:
+    """Return class numbers of labelled source images from the names of their folders.
 
     Parameters
     ----------
     folders : (N,) name of the folder each image lies in.
-    outputs : number of the classifier's classes.
+    backbone : whose classifier's classes are meant.
     where : the folder of these folders, for messages.
 
     Returns
@@ -188,8 +191,13 @@ def source_labels(folders: Sequence[str], outputs: int, where: str) -> np.ndarra
     Raises
     ------
     UserError
-        The folders do not correspond to the outputs.
+        The backbone has no classifier, or the folders do not correspond to its classes.
     """
+    if backbone.fc is None:
+        raise UserError(
+            "adapt.fisher: these weights hold no classifier to compare labels with; give a saved Fisher file instead"
+        )
+    outputs = backbone.fc.out_features
     known = SOURCE_CLASSES.read_text().split()
     found = sorted(set(folders))
     if outputs == len(known) and found and set(found) <= set(known):

@@ -1,7 +1,7 @@
-"""Heads as what a bundle keeps of them: float16 differences from the pretrained head.
+"""Snapshots of the adapted layers as what a bundle keeps of them: float16 differences from the pretrained weights.
 
-An adapted head lies within about 1e-3 of the pretrained one, so its float16 *weights* would lose the adaptation, while its
-float16 *differences* keep 11 bits of it at half the size of the weights.
+Adapted weights lie within about 1e-3 of the pretrained ones, so in float16 they would lose the adaptation, while float16
+*differences* keep 11 bits of it at half the size.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ _SCALE = "scale"
 
 
 def snapshot_steps(total: int, snapshots: int) -> list[int]:
-    """Steps after which SES keeps a head: equally spaced from 0 (unadapted) to `total`; the last one only for `snapshots` 1."""
+    """Return the steps after which SES keeps a snapshot: equally spaced from 0 (pretrained) to `total`; the last one for `snapshots` 1."""
     if snapshots == 1:
         return [total]
     return sorted({round(total * s / (snapshots - 1)) for s in range(snapshots)})
 
 
-def head_state(head: nn.Module) -> dict[str, Tensor]:
-    """A copy of a head's weights and batch-norm statistics, float32 on the CPU, without `num_batches_tracked`."""
+def layer_state(layers: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the weights and batch-norm statistics, float32 on the CPU, without `num_batches_tracked`."""
     return {
         k: v.detach().cpu().float().clone(memory_format=torch.contiguous_format)
-        for k, v in head.state_dict().items()
+        for k, v in layers.state_dict().items()
         if not k.endswith("num_batches_tracked")
     }
 
@@ -37,15 +37,15 @@ def _adapts(name: str) -> bool:
 
 
 def pack_snapshots(base: Mapping[str, Tensor], snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Snapshots as float16 differences from `base`.
+    """Return snapshots as float16 differences from `base`.
 
     Each snapshot has one power of two, its `scale`, that brings its largest difference near the top of float16's range, so that
     small differences are not flushed to zero. Packing what `unpack_snapshots` gave loses nothing more.
 
     Parameters
     ----------
-    base : state dict of the pretrained head, float32.
-    snapshots : state dicts of adapted heads, same keys and shapes (`num_batches_tracked` may be absent).
+    base : state dict of the pretrained layers, float32.
+    snapshots : state dicts of adapted layers, same keys and shapes (`num_batches_tracked` may be absent).
 
     Returns
     -------
@@ -67,7 +67,7 @@ def pack_snapshots(base: Mapping[str, Tensor], snapshots: Sequence[Mapping[str, 
 
 
 def unpack_snapshots(base: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Inverse of `pack_snapshots`: full float32 state dicts, in order.
+    """Return full float32 state dicts, in order: the inverse of `pack_snapshots`.
 
     Raises
     ------

@@ -1,33 +1,30 @@
-"""Adaptation of the head to a category's normal images (paper, sections 3.2 to 3.4)."""
+"""Fine-tuning of the adapted layers on a category's normal images (paper, sections 3.2 to 3.4), by any of `params.METHODS`.
+
+A network's adapted layers are any module from frozen activations to pooled features; that is all that training knows of it.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import trange
 
-from panda_ad.adapt.collapse import SAMPLE
-from panda_ad.adapt.compactness import compactness_loss, descend, features_of, minibatches, rows_of
-from panda_ad.adapt.convolution import products
+from panda_ad.adapt import losses
+from panda_ad.adapt.batches import minibatches, pooled
+from panda_ad.adapt.collapse import SAMPLE, Watch
 from panda_ad.adapt.ewc import ElasticPenalty
-from panda_ad.adapt.fisher import cached_fisher, chosen_rows
-from panda_ad.adapt.oe import linear_head, outlier_loss
-from panda_ad.adapt.snapshots import snapshot_steps
-from panda_ad.adapt.watch import Watch
+from panda_ad.adapt.fisher import chosen_rows
+from panda_ad.adapt.plan import Plan, check_images, plan_training, provenance
+from panda_ad.adapt.snapshots import layer_state
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import Backbone, fingerprint
-from panda_ad.params import AdaptParams
-
-EPOCHS = {"compactness": 15, "ses": 15, "ewc": 50, "oe": 50}
-LEARNING_RATE = {"compactness": 1e-2, "ses": 1e-2, "ewc": 1e-2, "oe": 1e-1}
-"""The paper's, where the parameters say null."""
+from panda_ad.params import METHODS, AdaptParams
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,12 @@ class Adapted:
 
     Attributes
     ----------
-    snapshots : head state dicts, float32, without `num_batches_tracked`; [] for method none.
-    steps : training steps behind each snapshot; 0 is the pretrained head.
-    history : per watched step: step, epoch, loss, penalty (ewc), gradient_norm, clipped, center_distance, feature_variance,
-        effective_rank. Step 0 has features' figures only.
-    collapsed_at : first watched step at which the features had collapsed, or None. Not judged for oe, which has no center to fall into.
-    classifier : oe's linear head {weight (1, D), bias (1,)}, on features as the head gives them, not L2-normalized; else None.
+    snapshots : state dicts of the adapted layers, float32, without `num_batches_tracked`; [] for method none.
+    steps : training steps behind each snapshot; 0 is as pretrained.
+    history : per look: step, epoch, loss, penalty (ewc), gradient_norm, clipped (share of steps), center_distance, feature_variance,
+        effective_rank. Step 0 has the features' figures only; loss, norm and share are means over the steps since the look before.
+    collapsed_at : first look at which the features had collapsed, or None. Not judged with outliers, which keep features apart.
+    classifier : oe's linear classifier {weight (1, D), bias (1,)}, on features that are not L2-normalized; else None.
     provenance : what was done, JSON.
     """
 
@@ -53,136 +50,102 @@ class Adapted:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+class _UnitNorm(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(features.float())  # (B, D)
+
+
 def adapt(
-    backbone: Backbone,
-    layer2: Any,
+    layers: nn.Module,
+    activations: Any,
     params: AdaptParams,
     *,
     seed: int,
+    normalize: bool = False,
     outliers: Any = None,
     fisher: Mapping[str, Tensor] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    precision: torch.dtype = torch.float32,
-    fisher_cache: Path | None = None,
 ) -> Adapted:
-    """Fine-tune layer3 and layer4; stem, layer1, layer2 and all batch-norm statistics stay as pretrained.
+    """Fine-tune a copy of `layers` on the device where they lie; batch-norm statistics stay as pretrained.
 
     Parameters
     ----------
-    backbone : left untouched; a copy of its head trains, on the device it lies on.
-    layer2, outliers : array-likes of float16 (N, C2, h, w), indexed by integer arrays. `outliers` for method oe only.
-    params : `epochs` and `learning_rate` null mean the paper's for the method.
-    seed : of shuffling, of oe's linear head and of the Fisher estimate. Equal seeds give equal weights on one machine.
-    fisher : for ewc: parameter name -> F_i; None estimates it from `layer2` (kept in `fisher_cache` where given).
-    progress : called after each step with (step, steps) in place of the progress bar.
-    precision : of the convolutions in training, float32 or bfloat16 (autocast; weights, their updates and snapshots stay float32).
+    layers : (B, C, h, w) float32 -> pooled features (B, D).
+    activations, outliers : array-likes of float16 (N, C, h, w), indexed by integer arrays; `outliers` for method oe only.
+    seed : of shuffling and of oe's classifier. Equal seeds give equal weights on one machine.
+    normalize : train on L2-normalized features, where scoring compares such. Not for oe, whose classifier sees them as they come.
+    fisher : for ewc: parameter name -> F_i.
 
     Raises
     ------
     UserError
-        No images, no outliers for oe, a Fisher diagonal of another backbone, training that diverges.
+        No images, no outliers for oe, a Fisher diagonal of another network, training that diverges.
     """
-    method = params.method
-    if method == "none":
-        return Adapted(provenance={"method": "none"})
-    n = len(layer2)
-    if n == 0:
-        raise UserError("adapt: there are no normal training images")
-    if method == "oe" and (outliers is None or len(outliers) == 0):
-        raise UserError("adapt.outliers: holds no images; method oe needs some to tell normal images from")
-    head = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
-    device = next(head.parameters()).device
+    if not METHODS[params.method].loss:
+        return Adapted(provenance={"method": params.method})
+    check_images(params, activations, outliers)
+    method, plan = METHODS[params.method], plan_training(params, len(activations))
+    exposed = outliers if method.outliers else None
+    layers = copy.deepcopy(layers).eval().requires_grad_(True)
+    network = nn.Sequential(layers, _UnitNorm()) if normalize and exposed is None else layers
     generator = torch.Generator().manual_seed(seed)
-    epochs = params.epochs or EPOCHS[method]
-    learning_rate = params.learning_rate or LEARNING_RATE[method]
-    steps = epochs * math.ceil(n / params.batch_size)
-    provenance: dict[str, Any] = {
-        "method": method,
-        "steps": steps,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "images": n,
-        "seed": seed,
-    }
-    provenance |= {"precision": str(precision).removeprefix("torch.")}
+    pretrained = pooled(network, activations)  # (N, D)
+    center = pretrained.double().mean(dim=0).float()  # (D,)
+    classifier = losses.linear_classifier(len(center), generator) if exposed is not None else None
+    penalty = ElasticPenalty(layers, fisher or {}, params.ewc_lambda) if method.penalty else None
+    rows = chosen_rows(len(activations), SAMPLE, seed)
+    watch = Watch(pretrained[rows], center, layer_state(layers), plan.keep, judge=exposed is None)
+    batches = minibatches(activations, exposed, params.batch_size, generator, next(layers.parameters()).device)
+    facts = provenance(params, plan, fisher) | {"normalize": network is not layers, "seed": seed}
+    facts |= {"images": len(activations), "outliers": 0 if exposed is None else len(exposed)}
+    for figures in descend(network, classifier, batches, center, penalty, params, plan):
+        fallen = watch.look(figures, pooled(network, activations, rows), layer_state(layers))
+        if fallen and params.on_collapse == "fallback":
+            facts["fell_back_to"] = watch.fall_back()
+            break
+    steps, states = zip(*sorted(watch.snapshots.items()), strict=True)
+    trained = None if classifier is None else layer_state(classifier)
+    return Adapted(list(states), list(steps), watch.history, watch.collapsed_at, trained, facts)
 
-    # The unadapted features: their mean is the center, a choice of them the collapse watch's reference.
-    with products(torch.float32, device):
-        everything = features_of(head, layer2)
-    center = everything.double().mean(dim=0).float()
-    rows = chosen_rows(n, SAMPLE, seed)
-    reference, dimension = everything[rows], everything.shape[1]
-    del everything
 
-    on_device = center.to(device)
-    normal = minibatches(n, params.batch_size, generator)
-    parameters = list(head.parameters())
-    linear = penalty = None
-    if method == "oe":
-        linear = linear_head(dimension, generator).to(device)
-        parameters += list(linear.parameters())
-        exposed = minibatches(len(outliers), params.batch_size, generator)
-        provenance["outliers"] = len(outliers)
-    if method == "ewc":
-        provenance |= {
-            "ewc_lambda": params.ewc_lambda,
-            "fisher": "given" if fisher is not None else "estimated from the training images",
-        }
-        if fisher is None:
-            fisher = cached_fisher(fisher_cache, backbone, layer2, samples=params.fisher_samples, seed=seed)
-        penalty = ElasticPenalty(head, fisher, params.ewc_lambda)
-        provenance["fisher_sha256"] = fingerprint(dict(fisher))
-
-    def loss() -> Tensor:
-        rows = next(normal)
-        x = rows_of(layer2, rows, device)
-        if linear is not None:
-            x = torch.cat([x, rows_of(outliers, next(exposed), device)]).contiguous(memory_format=torch.channels_last)
-        with (
-            torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16),
-            products(precision, device),
-        ):
-            features = head(x)
-        features = features.float()
-        return (
-            compactness_loss(features, on_device) if linear is None else outlier_loss(linear(features)[:, 0], len(rows))
-        )
-
-    watch = Watch(
-        head,
-        layer2,
-        rows,
-        reference,
-        center,
-        keep_at=snapshot_steps(steps, params.snapshots) if method == "ses" else [steps],
-        steps=steps,
-        epochs=epochs,
-        judge=linear is None,
-        fall_back=params.on_collapse == "fallback",
-        penalty=penalty,
+def descend(
+    network: nn.Module,
+    classifier: nn.Module | None,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    center: Tensor,
+    penalty: ElasticPenalty | None,
+    params: AdaptParams,
+    plan: Plan,
+) -> Iterator[dict[str, float]]:
+    """Train by SGD with momentum, the gradient's norm clipped (paper, section 4); yield a history row at each of `plan.looks`."""
+    loss_of = getattr(losses, METHODS[params.method].loss)
+    parameters = [*network.parameters(), *(classifier.parameters() if classifier is not None else ())]
+    device, bf16 = parameters[0].device, params.precision == "bf16"
+    center, recent = center.to(device), []
+    optimizer = torch.optim.SGD(
+        parameters, plan.learning_rate, momentum=params.momentum, weight_decay=params.weight_decay
     )
-    with tqdm(total=steps, desc=method, unit="step", disable=None if progress is None else True) as bar:
-
-        def tick(step: int, total: int) -> None:
-            bar.update()
-            if progress is not None:
-                progress(step, total)
-
-        descend(
-            parameters,
-            loss,
-            steps=steps,
-            learning_rate=learning_rate,
-            momentum=params.momentum,
-            weight_decay=params.weight_decay,
-            clip_norm=params.clip_norm,
-            watch_at=watch.at,
-            watch=watch,
-            add_gradient=penalty.add_gradient if penalty is not None else None,
-            progress=tick,
-        )
-    if (step := watch.fallen_back_to) is not None:
-        provenance["fell_back_to"] = step
-    kept = sorted(watch.snapshots)
-    classifier = None if linear is None else {k: v.detach().cpu().clone() for k, v in linear.state_dict().items()}
-    return Adapted([watch.snapshots[s] for s in kept], kept, watch.history, watch.collapsed_at, classifier, provenance)
+    for step in trange(1, plan.steps + 1, desc=params.method, unit="step", disable=None):
+        x, labels = next(batches)  # (B, C, h, w), (B,)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            features = network(x)  # (B, D)
+        if classifier is None:
+            loss = loss_of(features.float(), center)
+        else:
+            loss = loss_of(classifier(features.float())[:, 0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        if penalty is not None:
+            penalty.add_gradient()
+        # as in the authors' code, the optimizer adds weight decay after the clip
+        norm = nn.utils.clip_grad_norm_(parameters, params.clip_norm)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"adapt: the gradient is not finite at step {step} of {plan.steps}; lower adapt.learning_rate"
+            )
+        optimizer.step()
+        recent.append((loss.item(), norm.item(), float(norm > params.clip_norm)))
+        if step in plan.looks:
+            row = {"step": float(step), "epoch": step * plan.epochs / plan.steps}
+            row |= zip(("loss", "gradient_norm", "clipped"), np.mean(recent, axis=0).tolist(), strict=True)
+            yield row if penalty is None else row | {"penalty": penalty.value()}
+            recent.clear()

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from panda_ad.benchmark.sources import FIRST_20, Images, Ref
+from panda_ad.benchmark.sources import FIRST_20, Images
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import resolve_precision
-from panda_ad.params import AdaptParams, BackboneParams, GalleryParams
+from panda_ad.params import AdaptParams, Params
 from panda_ad.system.files import digest_file
 
 Protocol = Literal["one-vs-rest", "leave-one-out"]
@@ -40,52 +40,51 @@ class Settings:
 
     Attributes
     ----------
-    backbone, gallery : sections of params.yaml.
+    params : backbone and gallery are used.
     adapt : family ('trajectory', 'ewc', 'oe') -> its `adapt` section.
     train, test : at most so many training images per class and test images per data set or category; None: all.
-    outliers : folder of outlier images, None where OE is not run.
-    fisher : folder of labelled source images for EWC's Fisher diagonal; None: from the training images.
-    bf16 : heads train with bfloat16 convolutions; weights, updates and all scoring stay float32.
     """
 
-    backbone: BackboneParams
-    gallery: GalleryParams
+    params: Params
     adapt: Mapping[str, AdaptParams]
     train: int | None
     test: int | None
-    outliers: Path | None = None
-    fisher: Path | None = None
-    bf16: bool = False
+
+    def of(self, family: str, seed: int) -> Params:
+        """Return the parameters that a family trains by."""
+        return self.params.model_copy(update={"adapt": self.adapt[family], "seed": seed})
 
     @functools.cached_property
     def contents(self) -> dict[str, str | None]:
         """Name and hash of what weights, Fisher images and outliers hold, read once; of published weights their name."""
-        weights = self.backbone.weights
-        given = {"fisher": self.fisher, "outliers": self.outliers}
-        found = {name: None if path is None else _content(path) for name, path in given.items()}
+        weights = self.params.backbone.weights
+        given = {
+            "fisher": self.adapt["ewc"].fisher,
+            "outliers": self.adapt["oe"].outliers if "oe" in self.adapt else None,
+        }
+        found = {name: None if path is None else _content(Path(path)) for name, path in given.items()}
         return {"weights": _content(Path(weights)) if Path(weights).is_file() else weights, **found}
 
     def facts(self, family: str) -> dict[str, Any]:
         """The part that the cells of a family depend on, as JSON."""
-        precision = str(resolve_precision(self.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
-        backbone = self.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
+        precision = str(resolve_precision(self.params.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
+        backbone = self.params.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
         backbone["weights"] = self.contents["weights"]
         facts: dict[str, Any] = {
             "backbone": backbone,
             "train": self.train,
             "test": self.test,
-            "normalize": self.gallery.normalize,
+            "normalize": self.params.gallery.normalize,
         }
         if family in ("raw", "trajectory", "ewc"):
-            facts["k"] = self.gallery.k
+            facts["k"] = self.params.gallery.k
         if family in self.adapt:
             unused = {"outliers", "fisher"} | (set() if family == "ewc" else {"ewc_lambda", "fisher_samples"})
             facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})
-            facts["bf16"] = self.bf16
         if family == "ewc":
             facts["fisher"] = self.contents["fisher"]
         if family == "oe":
-            facts["outliers"] = self.outliers and f"{self.contents['outliers']}, at the normal images' resolution"
+            facts["outliers"] = f"{self.contents['outliers']}, at the normal images' resolution"
         return facts
 
     def key(self, family: str) -> str:
@@ -224,7 +223,7 @@ def choose_test(images: Images, limit: int | None) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-def train_refs(images: Images, normal: Sequence[str], limit: int | None) -> list[Ref]:
-    """Training images of the normal classes: at most `limit` in all, drawn evenly from them."""
+def train_files(images: Images, normal: Sequence[str], limit: int | None) -> list[Path]:
+    """Return training images of the normal classes: at most `limit` in all, drawn evenly from them."""
     share = None if limit is None else max(1, limit // len(normal))
     return [images.train[name][i] for name in normal for i in choose(len(images.train[name]), share, f"train {name}")]

@@ -39,7 +39,6 @@ def benchmark(
     train: int | None = None,
     test: int | None = None,
     changes: Sequence[str] = (),
-    bf16: bool = False,
     out: Path = OUT,
     cache: Path = CACHE,
     runner: Runner | None = None,
@@ -55,7 +54,6 @@ def benchmark(
     classes : only these normal classes; None: all.
     train, test : at most so many training images per class, and test images per data set; None: all.
     changes : `METHOD.KEY=VALUE`, a key of the adapt section for one method, e.g. `ewc.epochs=20`, `oe.outliers=folder`.
-    bf16 : heads train with bfloat16 convolutions.
     out : cells, raw features and tables are kept here; a later call computes only what is missing.
     runner : how jobs are run, by default one after another in this process.
     mlflow : log a run per data set.
@@ -70,7 +68,7 @@ def benchmark(
         A data set is not there, or a name or value is not valid.
     """
     data = data_folder()
-    settings = make_settings(params, methods, train, test, changes, data, bf16)
+    settings = make_settings(params, methods, train, test, changes, data)
     jobs = plan(datasets, data, methods, protocol, classes, seeds)
     (runner or run_jobs)(jobs, settings, data, out, cache)
     return make_tables(jobs, settings, params, out, protocol, mlflow)
@@ -83,7 +81,6 @@ def make_settings(
     test: int | None,
     changes: Sequence[str],
     data: Path,
-    bf16: bool,
 ) -> Settings:
     """Settings from the parameters and the changes per method; UserError where a change is not valid."""
     of_method: dict[str, dict[str, Any]] = {m: {} for m in ("ses", "ewc", "oe")}
@@ -107,11 +104,7 @@ def make_settings(
             continue
         section = {**params.adapt.model_dump(), **of_method[method], "method": method}
         adapt[family] = parse_params({**params.model_dump(), "adapt": section}, f"benchmark, {method}").adapt
-    outliers = Path(adapt["oe"].outliers or "") if "oe" in adapt else None
-    fisher = adapt["ewc"].fisher
-    return Settings(
-        params.backbone, params.gallery, adapt, train, test, outliers, Path(fisher) if fisher else None, bf16
-    )
+    return Settings(params, adapt, train, test)
 
 
 def plan(

@@ -6,19 +6,14 @@ Every set lives under the folder that the environment variable PANDA_BENCH_DATA 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from panda_ad.data.images import read_image
+from panda_ad.data import torchvision_sets
+from panda_ad.data.listing import image_files
 from panda_ad.errors import UserError
-from panda_ad.features.cache import Item
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 
 # Superclass of each of CIFAR-100's fine classes, in the order of its labels (the paper uses the 20 coarse classes).
 _COARSE = (
@@ -27,23 +22,19 @@ _COARSE = (
 )
 
 
-Ref = Path | np.ndarray
-"""An image as a data set lists it: a file, or pixels uint8 (H, W) or (H, W, 3)."""
-
-
 @dataclass(frozen=True)
 class Images:
-    """Images of a data set in a fixed order.
+    """Image files of a data set in a fixed order.
 
     Attributes
     ----------
-    train : class -> its training images, each a file or its pixels (see `as_item`).
+    train : class -> its training images.
     test : all test images.
     test_class : the class of each test image.
     """
 
-    train: dict[str, list[Ref]]
-    test: list[Ref]
+    train: dict[str, list[Path]]
+    test: list[Path]
     test_class: list[str]
 
 
@@ -63,29 +54,17 @@ class Source:
     per_category: bool = False
 
 
-def as_item(ref: Ref) -> Item:
-    """An image of the activation cache, keyed by its file's content or by its pixels."""
-    if isinstance(ref, Path):
-        return Item(hashlib.sha256(ref.read_bytes()).hexdigest(), functools.partial(read_image, ref))
-    rgb = ref if ref.ndim == 3 else np.repeat(ref[:, :, None], 3, axis=2)
-    return Item(hashlib.sha256(str(rgb.shape).encode() + rgb.tobytes()).hexdigest(), lambda: rgb)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def _folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
 
 
 def read_class_folders(root: Path) -> Images:
-    """train/<class>/ and test/<class>/ with image files."""
-    train: dict[str, list[Ref]] = {name: list(_files(root / "train" / name)) for name in _folders(root / "train")}
+    """Return the images of train/<class>/ and test/<class>/."""
+    train = {name: image_files([root / "train" / name]) for name in _folders(root / "train")}
     if not train:
         raise FileNotFoundError(root / "train")
-    tests: list[tuple[Ref, str]] = [(p, name) for name in _folders(root / "test") for p in _files(root / "test" / name)]
-    return Images(train, [p for p, _ in tests], [name for _, name in tests])
+    tests = [(file, name) for name in _folders(root / "test") for file in image_files([root / "test" / name])]
+    return Images(train, [file for file, _ in tests], [name for _, name in tests])
 
 
 def read_mvtec(root: Path) -> dict[str, Images]:
@@ -96,45 +75,26 @@ def read_mvtec(root: Path) -> dict[str, Images]:
     return {name: read_class_folders(folder) for name, folder in folders.items()}
 
 
-def _torchvision(name: str, root: Path) -> Images:
-    """A set that torchvision reads, and downloads where it is absent and there is a network."""
-    from torchvision import datasets
+def _unpacked(layout: str) -> Callable[[Path], Images]:
+    """Return a reader of a set that the pipeline unpacks from torchvision's files, which torchvision downloads where it can."""
 
-    parts = {}
-    for split in ("train", "test"):
-        made = getattr(datasets, name)(str(root), train=split == "train", download=True)
-        labels = np.asarray(made.targets)
-        names = made.classes
-        if name == "CIFAR100":
-            labels, names = (
-                np.array([int(c) for c in _COARSE.split()])[labels],
-                [f"superclass-{i:02}" for i in range(20)],
-            )
-        parts[split] = [(np.asarray(pixels), names[label]) for pixels, label in zip(made.data, labels, strict=True)]
-        order = [names[i] for i in range(len(names))]
-    train: dict[str, list[Ref]] = {name.replace("/", "-"): [] for name in order}
-    for item, label in parts["train"]:
-        train[label.replace("/", "-")].append(item)
-    return Images(train, [item for item, _ in parts["test"]], [label.replace("/", "-") for _, label in parts["test"]])
-
-
-def _folders_or_torchvision(name: str) -> Callable[[Path], Images]:
     def read(root: Path) -> Images:
-        return read_class_folders(root) if (root / "train").is_dir() else _torchvision(name, root)
+        return read_class_folders(root if (root / "train").is_dir() else torchvision_sets.unpack(layout, root))
 
     return read
 
 
-def _flowers(root: Path) -> Images:
-    """Oxford Flowers-102: the official train split trains, the official test split tests."""
-    from torchvision import datasets
-
-    parts = {split: datasets.Flowers102(str(root), split=split, download=True) for split in ("train", "test")}
-    train: dict[str, list[Ref]] = {f"flower-{i:03}": [] for i in range(1, 103)}
-    for path, label in zip(parts["train"]._image_files, parts["train"]._labels, strict=True):
-        train[f"flower-{label + 1:03}"].append(Path(path))
-    test = parts["test"]
-    return Images(train, [Path(p) for p in test._image_files], [f"flower-{label + 1:03}" for label in test._labels])
+def _cifar100(root: Path) -> Images:
+    """CIFAR-100 by its 20 superclasses, as in the paper."""
+    fine = _unpacked("cifar100")(root)
+    coarse = _COARSE.split()
+    if len(fine.train) != len(coarse):
+        return fine  # a folder per superclass already
+    of_fine = {name: f"superclass-{int(number):02}" for name, number in zip(sorted(fine.train), coarse, strict=True)}
+    train: dict[str, list[Path]] = {name: [] for name in sorted(set(of_fine.values()))}
+    for name, files in fine.train.items():
+        train[of_fine[name]] += files
+    return Images(train, fine.test, [of_fine[name] for name in fine.test_class])
 
 
 def _cub(root: Path) -> Images:
@@ -144,8 +104,8 @@ def _cub(root: Path) -> Images:
     def table(file: str) -> list[str]:
         return [line.split(maxsplit=1)[1].strip() for line in (root / file).read_text().splitlines()]
 
-    train: dict[str, list[Ref]] = {}
-    test: list[tuple[Ref, str]] = []
+    train: dict[str, list[Path]] = {}
+    test: list[tuple[Path, str]] = []
     for path, training in zip(table("images.txt"), table("train_test_split.txt"), strict=True):
         name = path.split("/")[0]
         if training == "1":
@@ -158,19 +118,21 @@ def _cub(root: Path) -> Images:
 _FOLDERS = "train/<class>/ and test/<class>/ with image files"
 
 SETS: dict[str, Source] = {
-    "cifar10": Source(_folders_or_torchvision("CIFAR10"), f"torchvision downloads it; or {_FOLDERS}"),
+    "cifar10": Source(_unpacked("cifar10"), f"torchvision downloads it; or {_FOLDERS}"),
     "cifar100": Source(
-        _folders_or_torchvision("CIFAR100"),
+        _cifar100,
         f"torchvision downloads it; or {_FOLDERS}, the classes being the 20 superclasses",
     ),
     "fashion_mnist": Source(
-        _folders_or_torchvision("FashionMNIST"), f"torchvision downloads it (FashionMNIST/raw/*-ubyte); or {_FOLDERS}"
+        _unpacked("fashion_mnist"), f"torchvision downloads it (FashionMNIST/raw/*-ubyte); or {_FOLDERS}"
     ),
     "cats_vs_dogs": Source(
         read_class_folders,
         f"Kaggle's 'Dogs vs. Cats' train.zip, sorted into {_FOLDERS}: the first 10,000 of cat and of dog train, the last 2,500 test",
     ),
-    "flowers102": Source(_flowers, "torchvision downloads it (flowers-102/jpg, imagelabels.mat, setid.mat)"),
+    "flowers102": Source(
+        _unpacked("flowers102"), "torchvision downloads it (flowers-102/jpg, imagelabels.mat, setid.mat)"
+    ),
     "cub": Source(
         _cub, "CUB_200_2011.tgz of Caltech-UCSD Birds 200-2011, unpacked (images.txt, train_test_split.txt, images/)"
     ),
@@ -230,24 +192,8 @@ def read_set(name: str, folder: Path) -> dict[str, Images]:
     source = source_of(name, root)
     try:
         images = source.read(root)
-    except (OSError, RuntimeError) as e:  # torchvision raises RuntimeError, urllib errors are OSError
+    except (OSError, UserError) as e:
         raise UserError(
             f"benchmark: {name} is not in {root} ({' '.join(str(e).split())[:100]}): get it from {source.where}"
         ) from None
     return images if isinstance(images, dict) else {"": images}
-
-
-def read_labelled(folder: Path) -> tuple[list[Ref], list[str]]:
-    """All images below a folder, and the name of the folder each lies in.
-
-    Raises
-    ------
-    UserError
-        The folder is not there or holds no images.
-    """
-    files = _files(folder) if folder.is_dir() else []
-    if not files:
-        raise UserError(
-            f"benchmark: no images in {folder}; name a folder of images, e.g. tiny_imagenet_10k under PANDA_BENCH_DATA"
-        )
-    return list(files), [p.parent.name for p in files]

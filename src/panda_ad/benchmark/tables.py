@@ -172,7 +172,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 def to_markdown(dataset: str, rows: Sequence[Row], cells: Sequence[Cell], settings: Settings, confidence: float) -> str:
     """The table with its conditions above and the classes below, one column per method."""
-    b, level = settings.backbone, f"{100 * confidence:g} %"
+    b, level = settings.params.backbone, f"{100 * confidence:g} %"
     n_train, n_test = [sorted({c[k] for c in cells}) for k in ("n_train", "n_test")]
     seeds = sorted({c["seed"] for c in cells})
     counts = [f"{v[0]:,}" if len(v) == 1 else f"{v[0]:,} to {v[-1]:,}" for v in (n_train, n_test)]
@@ -239,7 +239,7 @@ def log_to_mlflow(dataset: str, protocol: str, rows: Sequence[Row], settings: Se
 
     name = dataset if protocol != "leave-one-out" else f"{dataset}-leave-one-out"
     facts = {"dataset": dataset, "protocol": protocol, "train": settings.train, "test": settings.test}
-    facts |= {f"backbone.{k}": v for k, v in settings.backbone.model_dump().items()}
+    facts |= {f"backbone.{k}": v for k, v in settings.params.backbone.model_dump().items()}
     facts |= {f"{family}.{k}": v for family, section in settings.adapt.items() for k, v in section.model_dump().items()}
     with mlflow_errors():
         client = connect()

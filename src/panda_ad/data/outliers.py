@@ -1,4 +1,4 @@
-"""Outlier images brought to the resolution of the normal images.
+"""Images beside the data set: outliers, brought to the resolution of the normal images, and labelled source images.
 
 Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned: on CIFAR-10's
 airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at 32 px (docs/results.md).
@@ -15,7 +15,21 @@ import numpy as np
 from PIL import Image
 
 from panda_ad.data.images import FORMATS, read_bytes, read_image
+from panda_ad.data.listing import image_files
+from panda_ad.errors import UserError
 from panda_ad.features.cache import Item
+
+
+def folder_files(folder: Path, key: str) -> list[Path]:
+    """Return the image files below a folder, sorted. UserError names the parameter `key` where there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: no folder {folder}")
+    return image_files([folder])
+
+
+def plain_item(path: Path) -> Item:
+    """Return an image file for the activation cache, as it is."""
+    return Item(hashlib.sha256(path.read_bytes()).hexdigest(), functools.partial(read_image, path))
 
 
 def is_gray(rgb: np.ndarray) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from tqdm import trange
 
 from panda_ad.errors import UserError
 from panda_ad.features.image_statistics import Reference, as_float16, image_statistics, statistics_matrix
@@ -152,7 +153,7 @@ def whitened(whitenings: Sequence[Whitening], features: Sequence[np.ndarray]) ->
 def training_features(detector: Detector, train: Images) -> list[np.ndarray]:
     """Return features per snapshot, S times (M, D) float32, not whitened. UserError where they are not finite."""
     parts: list[list[np.ndarray]] = [[] for _ in detector.network.steps]
-    for start in range(0, len(train), _BATCH):
+    for start in trange(0, len(train), _BATCH, desc="features", unit="batch", disable=None):
         at = slice(start, min(start + _BATCH, len(train)))
         activations = train.activations(at, detector.levels)
         found = detector.transformed(detector.network.features(activations, train.pretrained(at)))
