@@ -111,9 +111,12 @@ class _Suite:
         for unused in ("scipy.stats", "altair"):
             _load_when_used(unused)
         import great_expectations as gx
+        from great_expectations.data_context.types.base import DataContextConfig, InMemoryStoreBackendDefaults
 
         self._name = name
-        context = gx.get_context(mode="ephemeral")
+        # its own pages would go to a temporary folder that nobody removes
+        stores = InMemoryStoreBackendDefaults(init_temp_docs_sites=False)
+        context = gx.get_context(mode="ephemeral", project_config=DataContextConfig(store_backend_defaults=stores))
         context.variables.progress_bars = {"globally": False}
         asset = context.data_sources.add_pandas("images").add_dataframe_asset("manifest")
         self._whole = asset.add_batch_definition_whole_dataframe("all")

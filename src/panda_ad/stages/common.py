@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from typing import TYPE_CHECKING
@@ -60,20 +59,14 @@ def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -
 
 
 def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
-    """Return manifest rows as images of the activation cache; what decides how they are decoded is part of their keys."""
-    from panda_ad.data.images import DEFAULT, Decoding, read_image
+    """Return manifest rows as images of the activation cache."""
+    from panda_ad.data.images import Decoding, read_image
     from panda_ad.data.layouts import image_root
     from panda_ad.features.cache import Item
 
     root, decoding = image_root(params), Decoding.of(params.data)
-
-    def key(sha256: str) -> str:
-        if decoding.gray_range == DEFAULT.gray_range:
-            return sha256
-        return hashlib.sha256(f"{sha256} {decoding.gray_range}".encode()).hexdigest()
-
     return [
-        Item(key(sha256), functools.partial(read_image, f"{root}/{path}", sha256, decoding))
+        Item(sha256, functools.partial(read_image, f"{root}/{path}", sha256, decoding))
         for sha256, path in zip(rows["sha256"], rows["path"], strict=True)
     ]
 
