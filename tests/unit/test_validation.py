@@ -360,3 +360,28 @@ def test_data_docs_are_one_page_that_loads_and_runs_nothing():
         assert forbidden not in html, forbidden
     assert "not an image" in html and "No picture occurs twice" in html and "expect_column_values_to_be_null" in html
     assert "&lt;script&gt;alert(1)" in html
+
+
+def test_copies_in_a_published_set_are_left_out(make_params):
+    """FashionMNIST has copies within and across its splits; whoever uses it cannot mend that."""
+    from test_layouts import make_fashion
+
+    images = make_fashion(Path("raw"))
+    raw = Path("raw/FashionMNIST/raw")
+    train = raw / "train-images-idx3-ubyte"
+    data = bytearray(train.read_bytes())
+    size = 28 * 28
+    data[16 + 2 * size : 16 + 3 * size] = images[4].tobytes()  # within train, of one class
+    train.write_bytes(data)
+    test = raw / "t10k-images-idx3-ubyte"
+    data = bytearray(test.read_bytes())
+    data[16 : 16 + size] = images[6].tobytes()  # across, of one class
+    data[16 + size : 16 + 2 * size] = images[8].tobytes()  # across, of two classes
+    test.write_bytes(data)
+    params = make_params(["T-shirt-top"], data={"root": "raw", "layout": "fashion_mnist"})
+    found = found_in(params)
+    assert len(found.problems) == 4 and not found.fatal(params)
+    assert any("4 files of fashion_mnist are copies of others in it and are left out" in w for w in found.warnings)
+    assert (found.usable["split"] != "test").sum() == 18
+    own = make_params(["T-shirt-top"], data={"root": ".cache/datasets/fashion_mnist", "layout": "folders"})
+    assert len(found_in(own).fatal(own)) == 4, "in a set of one's own they are a mistake"

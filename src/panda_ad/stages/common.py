@@ -45,9 +45,9 @@ def activations_for(params: Params, backbone: Backbone, category: str | None = N
         made = json.loads((FEATURES / category / BACKBONE).read_text())
         check_weights(made["fingerprint"], backbone, f"{FEATURES / category}", "extract")
         precision = made["precision"]
-    return Activations(
-        backbone, params.backbone.size, resolve_precision(precision), CACHE / "activations", params.backbone.cache_gb
-    )
+    gray = params.data.gray_range  # another range makes other pictures of the same files
+    root = CACHE / ("activations" if gray is None else f"activations-gray-{gray[0]}-{gray[1]}")
+    return Activations(backbone, params.backbone.size, resolve_precision(precision), root, params.backbone.cache_gb)
 
 
 def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -> None:
