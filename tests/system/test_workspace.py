@@ -99,6 +99,21 @@ def test_data_missing_from_the_cache_are_copied(project):
         assert Path("data/images").read_text() == "one\n" and not Path("build/manifest").exists()
 
 
+@pytest.mark.parametrize("ignored", [True, False])
+def test_images_that_dvc_does_not_track_are_linked(project, ignored):
+    Path("data").rename("images")
+    Path("data.dvc").unlink()
+    subprocess.run(["sed", "-i", "s/root: data /root: images /", "params.yaml"], check=True)
+    subprocess.run(["sed", "-i", "s/deps: .data./deps: [images]/; s:cat data:cat images:", "dvc.yaml"], check=True)
+    if ignored:
+        with open(".gitignore", "a") as file:
+            file.write("/images\n")
+    with changed_copy(["adapt.epochs=7"]):
+        assert os.stat("images/images").st_nlink > 1 and not Path("images").is_symlink()
+        call("dvc", "repro", "-q", cwd=Path.cwd())
+    assert Path("images/images").read_text() == "one\n"
+
+
 def test_without_git_and_in_a_folder_below(tmp_path, monkeypatch, finished):
     plain = tmp_path / "plain"
     shutil.copytree(finished, plain, ignore=shutil.ignore_patterns(".git"))

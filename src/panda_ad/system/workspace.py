@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 import yaml
 
 from panda_ad.errors import UserError
-from panda_ad.params import parse_params
+from panda_ad.params import load_params, parse_params
 from panda_ad.system.paths import BUILD
 
 PARAMS = "params.yaml"
@@ -26,8 +26,9 @@ def changed_copy(changes: Sequence[str]) -> Iterator[None]:
     """Work in a temporary copy of the repository in the working directory, whose params.yaml has `changes`.
 
     The copy begins as the checkout is now: the files that git knows and new ones, edited or not, and the results that dvc.lock
-    names. Data are links into DVC's cache. What git ignores and no stage makes is one and the same in both, by symbolic links:
-    `.cache` with the activations and the lock, weights, folders of outliers. Results go into the checkout's DVC cache.
+    names. Images are links: into DVC's cache, or to the checkout's files where DVC does not track them. What else git ignores and
+    no stage makes is one and the same in both: `.cache` with the activations and the lock, weights, folders of outliers. Results
+    go into the checkout's DVC cache.
 
     The repository's lock has to be held: copies that killed runs left are removed here.
 
@@ -76,12 +77,12 @@ def _copy_files(root: Path, clone: Path) -> Path:
     if has_commit(root):
         top, variables = Path(_git("rev-parse", "--show-toplevel", cwd=root).rstrip("\n")), {}
         _git("clone", "--quiet", "--shared", "--no-checkout", str(top), str(clone), cwd=root)
-        _git(
-            "reset", "--quiet", cwd=clone
-        )  # so that git knows the commit's files; those of the checkout take their place
+        _git("reset", "--quiet", cwd=clone)  # git knows the commit's files; those of the checkout take their place
     else:
         top, variables = root, {"GIT_DIR": str(clone / ".git"), "GIT_WORK_TREE": str(root)}
         _git("init", "--quiet", str(clone), cwd=root)
+
+    images = root / load_params(root / PARAMS).data.root
 
     def place(how: Callable[[Path, Path], object], name: PurePath) -> None:
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,17 +90,32 @@ def _copy_files(root: Path, clone: Path) -> Path:
 
     for name in _listed(top, variables, "--cached"):
         if (top / name).is_file() and ".dvc" not in name.parts[:-2]:  # .dvc/config, but nothing of .dvc/tmp
-            place(shutil.copy2, name)
+            image = (top / name).is_relative_to(images) and not name.name.endswith((".dvc", ".gitignore"))
+            place(_link if image else shutil.copy2, name)
     made = [root / ".dvc", root / BUILD, *_outputs(root)]
     for name in _listed(top, variables, "--ignored", "--directory"):
         if not any(path.is_relative_to(top / name) or (top / name).is_relative_to(path) for path in made):
-            place(os.symlink, name)
+            # `data.links` refuses a link to the folder of images
+            place(_link_files if images.is_relative_to(top / name) else os.symlink, name)
     own = root.relative_to(top)
     if (root / ".dvc/config.local").exists():
         place(shutil.copy2, own / ".dvc/config.local")
     if (root / BUILD / "timings").is_dir():  # of stages that will not run again: publish logs them
         place(shutil.copytree, own / BUILD / "timings")
     return clone / own
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    """Make `target` a hard link to a file that nothing writes to, a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Make a folder whose files are hard links."""
+    shutil.copytree(source, target, symlinks=True, copy_function=_link)
 
 
 def _listed(top: Path, variables: Mapping[str, str], *which: str) -> list[PurePath]:
@@ -140,9 +156,8 @@ def _fetch_results(root: Path, copy: Path) -> None:
         edited = {out.fs_path for out in checkout.index.outs if out.stage.is_data_source and out.status()}
     with Repo(copy) as repo, repo.config.edit("local") as config:
         config.setdefault("cache", {})["dir"] = cache
-        config.setdefault("core", {})["site_cache_dir"] = str(
-            copy / ".dvc/tmp/site"
-        )  # DVC's notes on the copy go with it
+        notes = copy / ".dvc/tmp/site"  # DVC keeps them under /var/tmp else, and for ever
+        config.setdefault("core", {})["site_cache_dir"] = str(notes)
     links = ["reflink", "hardlink", "symlink", "copy"]
     with Repo(copy, config={"cache": {"type": links}}) as repo:
         data = [out for out in repo.index.outs if out.stage.is_data_source]
