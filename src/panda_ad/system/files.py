@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
@@ -69,18 +71,8 @@ def _remove_left_behind(path: Path) -> None:
     """Remove the temporary files and folders of writers of `path` that were killed."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = temporary.name.split(".")[-2]
-        if pid.isdecimal() and not _alive(int(pid)):
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def write_text(path: Path | str, text: str) -> None:
