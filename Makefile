@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(VENV)/bin
+HERE := PATH="$$(pwd -P)/$(BIN):$$PATH"
 UV = $$(command -v uv || echo $(BIN)/uv)
 
 export DO_NOT_TRACK = true
@@ -10,21 +11,34 @@ export DVC_NO_ANALYTICS = 1
 # a works network that looks into TLS has its certificate in the system's store; uv looks only into its own by default
 export UV_SYSTEM_CERTS ?= true
 
+ifneq ($(findstring :,$(CURDIR)),)
+$(error the path of this checkout has a colon, which ends a folder in PATH: rename $(CURDIR))
+endif
+
+# The environment's scripts name their Python by its full path. A link to another checkout's environment is left alone.
+ifeq ($(shell test ! -e $(BIN)/panda-ad || test -L $(VENV) || grep -qsF "$$(pwd -P)/$(BIN)/" $(BIN)/panda-ad || echo moved),moved)
+$(VENV)/.ready: build-anew
+endif
+.PHONY: build-anew
+build-anew:
+	@echo "this checkout has been moved: its environment is built anew"
+	@rm -rf $(VENV)
+
 .PHONY: help run test test-fast coverage ui lint format lock
 run: $(VENV)/.ready       ## everything: environment, data, pipeline, registration, promotion; then says where to look
-	@PATH="$(BIN):$$PATH" panda-ad run
+	@$(HERE) panda-ad run
 
 test: $(VENV)/.ready-dev lint   ## everything the tests need, and all tests
-	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile
+	@$(HERE) pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.ready-dev   ## the tests that start no server and run no whole pipeline
-	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile tests/unit
+	@$(HERE) pytest -n 2 --dist loadfile tests/unit
 
 coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
-	@PATH="$(BIN):$$PATH" pytest -n 2 --dist loadfile --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
+	@$(HERE) pytest -n 2 --dist loadfile --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
 
 ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
-	@PATH="$(BIN):$$PATH" panda-ad ui
+	@$(HERE) panda-ad ui
 
 lint: $(VENV)/.ready-dev  ## ruff (rules and format), mypy, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
@@ -41,8 +55,8 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/pip install --quiet --disable-pip-version-check uv
 	@echo "installing the locked environment into $(VENV) (several GB, once)"
-	@$(UV) pip install $$(test -t 2 || echo --quiet) --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps -e .
+	@$(UV) pip install $$(test -t 2 || echo --quiet) --python "$$(pwd -P)/$(BIN)/python" --compile-bytecode --require-hashes -r requirements.lock
+	@$(UV) pip install --quiet --python "$$(pwd -P)/$(BIN)/python" --no-deps -e .
 	@touch $@
 
 # browser tests drive Debian's Chromium; without it they say why they are skipped

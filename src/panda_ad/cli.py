@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from panda_ad.errors import UserError
+from panda_ad.system.surroundings import prepare
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
@@ -283,6 +284,7 @@ def main() -> None:
             line_buffering=True
         )  # into a file or a service's journal too, `ui` says at once where it listens
     try:
+        prepare()
         app()
     except UserError as e:
         print(f"panda-ad: {e}", file=sys.stderr)

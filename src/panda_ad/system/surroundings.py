@@ -1,0 +1,54 @@
+"""What DVC wants of the machine it runs on, where a container or an unpacked archive lacks it: a user's name, and git's history."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import pwd
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from panda_ad.system.files import renamed_file
+
+_LOCAL = Path(".dvc/config.local")
+
+
+def prepare() -> None:
+    """Set up this process and the repository in the working directory, before anything else."""
+    name_user(os.environ)
+    if Path(".dvc").is_dir():
+        work_without_git()
+
+
+def name_user(environment: MutableMapping[str, str]) -> None:
+    """Name a user whom the system does not know (OpenShift, `docker run --user`): DVC asks for the name and for a home.
+
+    The name is e.g. `user12345`. The home, where none is set or it may not be written to, is `.cache/home`.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        environment.setdefault("LOGNAME", f"user{os.getuid()}")
+        if environment.get("HOME", "/") == "/" or not os.access(environment["HOME"], os.W_OK):
+            home = Path(".cache/home").absolute()
+            home.mkdir(parents=True, exist_ok=True)
+            environment["HOME"] = str(home)
+
+
+def work_without_git() -> None:
+    """Let DVC work where there is no `.git` (an unpacked archive, a container's COPY), and stop that once there is one."""
+    config = configparser.ConfigParser(strict=False, interpolation=None)
+    config.read(_LOCAL, encoding="utf-8")
+    off, git = config.getboolean("core", "no_scm", fallback=False), Path(".git").exists()
+    if git == (not off):
+        return
+    if git:
+        config.remove_option("core", "no_scm")
+        said = "git is used again"
+    else:
+        config.read_dict({"core": {"no_scm": "true"}})
+        said = "no .git here: DVC works without it, and models do not say from which commit they were made"
+    with renamed_file(_LOCAL) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        config.write(file)
+    print(f"panda-ad: {said} ({_LOCAL}: core.no_scm)", file=sys.stderr)
