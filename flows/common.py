@@ -8,8 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
+from prefect.exceptions import FailedRun
+
 from panda_ad.errors import Busy, UserError
 from panda_ad.system.processes import Group, child_environment
+
+
+def says_more_than_the_state(record: logging.LogRecord) -> bool:
+    """Return whether a record is more than a failed run's message once again, below a stack trace of Prefect's own code."""
+    return not (record.exc_info and record.exc_info[0] is FailedRun)
+
+
+for _logger in ("prefect.engine", "prefect.flow_runs"):
+    logging.getLogger(_logger).addFilter(says_more_than_the_state)
 
 HINTS = {
     "",
@@ -46,12 +57,12 @@ class Stage:
 
     @property
     def category(self) -> str | None:
-        """The matrix item, None for a stage that runs once."""
+        """Return the matrix item, None for a stage that runs once."""
         return self.name.partition("@")[2] or None
 
 
 def read_pipeline() -> tuple[list[Stage], set[str]]:
-    """DVC's graph of the repository in the working directory, parents before children, and which stages `dvc status` calls changed.
+    """Return DVC's graph of the repository here, parents before children, and the stages that `dvc status` calls changed.
 
     Tracked data (`*.dvc`) is a stage, too: it has nothing to run, but `dvc repro` records what has been added by hand, and what a model
     is trained on has to be recorded. Another DVC process here, such as one of a killed run that takes a moment to die, is waited
@@ -98,7 +109,7 @@ def _read_pipeline() -> tuple[list[Stage], set[str]]:
 
 
 def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
-    """The stages of these categories and all they depend on, order kept."""
+    """Return the stages of these categories and all they depend on, in the same order."""
     by_name = {stage.name: stage for stage in stages}
     wanted: set[str] = set()
     queue = [stage.name for stage in stages if stage.category in categories]
@@ -113,7 +124,7 @@ def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
 def run_logged(
     command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Run a command, its output going to `logger` line by line; return exit status and the line that says most about a failure.
+    """Run a command, log its output line by line, and return its exit status and the line that says most about a failure.
 
     That is panda-ad's own last line ('panda-ad: ...'), which DVC follows with one that names only the stage; else the last line.
     Whatever ends the caller (an exception, a signal, SIGKILL) ends the command and its descendants.

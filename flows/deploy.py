@@ -1,6 +1,7 @@
 """Bring a Prefect server up to date with this checkout: work pool, deployments of prefect.yaml, automations.
 
-python -m flows.deploy        # the server of PREFECT_API_URL; may be run again at any time
+python -m flows.deploy                 # the server of PREFECT_API_URL; may be run again at any time
+python -m flows.deploy --new-server    # one that has just been started, with its worker still to come
 """
 
 from __future__ import annotations
@@ -18,11 +19,20 @@ from prefect.automations import Automation
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events import EventTrigger, Posture
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
+from prefect.states import Crashed, State
 from prefect.workers.process import ProcessWorker
 from pydantic import SecretStr
 
@@ -39,10 +49,17 @@ MESSAGE = '(flow.name ~ " run " ~ flow_run.name ~ ": " ~ flow_run.state.name ~ "
 ENDED = {f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Refused", "Cancelled", "Crashed")}
 
 
-def deploy() -> None:
-    """Create or update everything. Raises UserError where prefect.yaml is refused."""
+def deploy(new_server: bool = False) -> None:
+    """Create or update everything, and print a line per schedule. Raises UserError where prefect.yaml is refused.
+
+    Parameters
+    ----------
+    new_server : no worker is alive: runs that a worker of before had begun are marked crashed, which frees their place.
+    """
     with get_client(sync_client=True) as client:
         _create_pool(client)
+        if new_server:
+            _crash_abandoned_runs(client)
         switched_on = _active_schedules(client)
         result = subprocess.run(
             [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
@@ -51,6 +68,10 @@ def deploy() -> None:
         if result.returncode:
             raise UserError(f"prefect.yaml: {' '.join((result.stderr or result.stdout).split())[-400:]}")
         _restore(client, switched_on)
+        for deployment in client.read_deployments():
+            for schedule in deployment.schedules:
+                state = "ON " if schedule.active else "off"
+                print(f"schedule: {deployment.name:8} {state}  {_text(schedule.schedule)}")
     asyncio.run(_automate())
 
 
@@ -65,7 +86,7 @@ async def _automate() -> None:
 
 
 def crash_silent_runs() -> Automation:
-    """Marks a run crashed when its process, worker or machine died without saying so."""
+    """Return what marks a run crashed whose process, worker or machine died without saying so."""
     return Automation(
         name="panda: crash silent runs",
         description="A run that stops sending heartbeats is dead: its process, worker or machine was killed.",
@@ -90,7 +111,7 @@ def crash_silent_runs() -> Automation:
 
 
 def retrain_on_drift(deployment_id: UUID) -> Automation:
-    """Runs `retrain` for a category that has drifted; its result goes through the gate as any other."""
+    """Return what runs `retrain` for a category that has drifted; its result goes through the gate as any other."""
     category: dict[str, Any] = {"__prefect_kind": "jinja", "template": "{{ event.payload.category }}"}
     return Automation(
         name="panda: retrain on drift",
@@ -113,7 +134,7 @@ def retrain_on_drift(deployment_id: UUID) -> Automation:
 
 
 def notify(block_id: UUID) -> Automation:
-    """Posts to the webhook when a run fails or crashes, or a gate refuses."""
+    """Return what posts to the webhook when a run fails or crashes, or a gate refuses."""
     return Automation(
         name="panda: notify",
         description=f"Posts failed runs and refused gates to the webhook of {WEBHOOK}.",
@@ -138,6 +159,26 @@ async def _save(automation: Automation) -> None:
     await automation.aupdate()
 
 
+def _crash_abandoned_runs(client: SyncPrefectClient) -> None:
+    """Mark crashed what a worker had begun that is dead: a run that is Pending for ever keeps its deployment's only place."""
+    begun = FlowRunFilter(
+        state=FlowRunFilterState(
+            type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+        )
+    )
+    pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    for run in client.read_flow_runs(flow_run_filter=begun, work_pool_filter=pool):
+        state: State[None] = Crashed(message="`make ui` ended, and with it the worker that had this run.")
+        client.set_flow_run_state(run.id, state)
+
+
+def _text(schedule: object) -> str:
+    """Return a schedule as prefect.yaml has it, e.g. '0 2 * * * UTC'."""
+    if isinstance(schedule, CronSchedule):
+        return f"{schedule.cron} {schedule.timezone or 'UTC'}"
+    return f"every {schedule.interval}" if isinstance(schedule, IntervalSchedule) else str(schedule)
+
+
 def _create_pool(client: SyncPrefectClient) -> None:
     pool = WorkPoolCreate(
         name=POOL,
@@ -154,7 +195,7 @@ def _active_schedules(client: SyncPrefectClient) -> dict[tuple[str, str], bool]:
 
 
 def _restore(client: SyncPrefectClient, active: dict[tuple[str, str], bool]) -> None:
-    """Deploying writes `active` as prefect.yaml has it; what the user switched in the UI wins."""
+    """Switch schedules back to what the user chose in the UI: deploying writes `active` as prefect.yaml has it."""
     for deployment in client.read_deployments():
         for schedule in deployment.schedules:
             wanted = active.get((deployment.name, schedule.slug or ""), schedule.active)
@@ -170,6 +211,6 @@ def _restore(client: SyncPrefectClient, active: dict[tuple[str, str], bool]) -> 
 
 if __name__ == "__main__":
     try:
-        deploy()
+        deploy(new_server="--new-server" in sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -44,7 +44,7 @@ def drift_event(check: Check) -> None:
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=BACKOFF)
 def check(category: str, alias: str) -> State:
-    """Drift of one category; Waiting where too few images have been scored."""
+    """Test one category for drift; the state is Waiting where too few images have been scored."""
     try:
         found = check_category(category, alias)
     except (TooFew, NothingLogged) as e:
@@ -57,7 +57,7 @@ def check(category: str, alias: str) -> State:
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=BACKOFF)
 def log_check(found: Check) -> None:
-    """Report and figures to MLflow."""
+    """Log report and figures of a check to MLflow."""
     record(found, load_params().dataset)
 
 
@@ -104,7 +104,7 @@ def monitor(
 
 
 def summary(found: Check) -> str:
-    """Markdown: the findings, and every test as a table."""
+    """Return the findings and every test of a check, as Markdown."""
     lines = [f"**{found.category}: {cell(found.drift.headline)}**", ""]
     lines += [
         f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; {found.report}",

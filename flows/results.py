@@ -21,7 +21,15 @@ from panda_ad.registry.connection import without_credentials
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate said of a category: promoted, unchanged, held back, refused, failed, or not asked (not to, or no new version)."""
+    """What the gate decided about a category.
+
+    Attributes
+    ----------
+    decision : str
+        promoted, unchanged, held back, refused, failed, or not asked (switched off, or no new version).
+    reason : str
+        One line.
+    """
 
     category: str
     decision: str
@@ -29,6 +37,7 @@ class GateResult:
 
     @classmethod
     def of(cls, category: str, state: State | None) -> GateResult:
+        """Return the result of a promotion's task; None: there was none."""
         if state is None:
             return cls(category, "not asked", "promotion was switched off for this run")
         return cls(
@@ -41,30 +50,26 @@ class GateResult:
 def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
     """Create the artifacts of a run.
 
-    `retrain-results` (table: figures per category), `retrain-summary` (markdown), and per category `gate-<category>` (table: every
+    `retrain-results` (table: figures per category), `retrain-summary` (Markdown), and per category `gate-<category>` (table: every
     rule with its figure) and `mlflow-<category>` (link). A category with a failed stage has no figures: those on disk are of an
     earlier run.
+
+    Parameters
+    ----------
+    states : the final state per stage, e.g. of `adapt@fabric`.
     """
-    finished = {
-        g.category
-        for g in gates
-        if all(s.is_completed() for name, s in states.items() if name.endswith(f"@{g.category}"))
-    }
+    failed = {name.partition("@")[2] for name, state in states.items() if not state.is_completed()}
+    finished = [gate.category for gate in gates if gate.category not in failed]
     rows = [_row(gate, gate.category in finished) for gate in gates]
-    create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
-    lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {cell(r['why'])} |" for r in rows]
-    lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {state.name} | {cell(str(state.message or ''))} |" for name, state in states.items()]
     links = {category: link for category in sorted(finished) if (link := _mlflow_link(category))}
-    lines += [""] + [
-        f"- [MLflow: {category}'s registered version and its run]({link})" for category, link in links.items()
-    ]
-    create_markdown_artifact("\n".join(lines), key="retrain-summary", description="The run in short.")
+    create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
+    create_markdown_artifact(_summary(rows, states, links), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
-        text = f"MLflow: registered version of {category}"
         create_link_artifact(
-            link, link_text=text, key=f"mlflow-{artifact_key(category)}", description="Card, figures and report."
+            link,
+            link_text=f"MLflow: registered version of {category}",
+            key=f"mlflow-{artifact_key(category)}",
+            description="Card, figures and report.",
         )
     for gate in gates:
         if gate.decision in ("promoted", "refused"):
@@ -76,6 +81,16 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
             create_table_artifact(
                 table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}"
             )
+
+
+def _summary(rows: Sequence[Mapping[str, Any]], states: Mapping[str, State], links: Mapping[str, str]) -> str:
+    """Return categories, stages and links of a run, as Markdown."""
+    lines = ["| category | image AUROC | gate | why |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r['category']} | {r['image AUROC']} | **{r['gate']}** | {cell(r['why'])} |" for r in rows]
+    lines += ["", "| stage | state | message |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {state.name} | {cell(str(state.message or ''))} |" for name, state in states.items()]
+    lines += ["", *(f"- [MLflow: {c}'s registered version and its run]({link})" for c, link in links.items())]
+    return "\n".join(lines)
 
 
 def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
@@ -95,17 +110,17 @@ def _row(gate: GateResult, finished: bool) -> dict[str, Any]:
 
 
 def _rounded(rule: Mapping[str, Any]) -> dict[str, Any]:
-    """Value and limit of a rule to four digits; build/decisions and MLflow have them all."""
+    """Return value and limit of a rule to four digits; build/decisions and MLflow have them all."""
     return {k: float(f"{rule[k]:.4g}") if isinstance(rule[k], float) else rule[k] for k in ("value", "limit")}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """{} where the stage has not run yet."""
+    """Return a JSON file's content, {} where its stage has not run yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _figure(metrics: Mapping[str, Any], intervals: Intervals, name: str) -> str:
-    """'0.912 [0.880, 0.940]'; empty where there is no such figure (no masks, no stage)."""
+    """Return e.g. '0.912 [0.880, 0.940]', '' where there is no such figure (no masks, no stage)."""
     value, ends = metrics.get(name), intervals.get(name)
     if not isinstance(value, int | float):
         return ""
@@ -113,7 +128,7 @@ def _figure(metrics: Mapping[str, Any], intervals: Intervals, name: str) -> str:
 
 
 def _mlflow_link(category: str) -> str | None:
-    """Address of the category's registered version; None before it is published. Credentials in the server's address are left out."""
+    """Return the address of the category's registered version without credentials, None before it is published."""
     published = _read(Path("build/publish") / f"{category}.json")
     if "version" not in published:
         return None
@@ -124,11 +139,11 @@ def _mlflow_link(category: str) -> str | None:
 
 
 def artifact_key(category: str) -> str:
-    """Artifact keys are lower-case letters, digits and dashes."""
+    """Return a category as part of an artifact's key: lower-case letters, digits and dashes."""
     plain = unicodedata.normalize("NFKD", category).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or category.encode("utf-8").hex()
 
 
 def cell(text: str) -> str:
-    """Text as a cell of a markdown table."""
+    """Return text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

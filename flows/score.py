@@ -31,7 +31,7 @@ Alias = Literal["staging", "champion", "challenger"]
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=BACKOFF)
 def score_category(category: str, folder: Path, alias: str) -> dict[str, Any]:
-    """The row of the flow's table. What is scored: see `due`."""
+    """Score a category's new images and return its row of the flow's table. What is scored: see `due`."""
     params = load_params()
     model = model_at(category, alias, params)
     row: dict[str, Any] = {"category": category, "model": f"{model.name} version {model.version}"}

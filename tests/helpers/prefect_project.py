@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
+
+from panda_ad.commands.servers import running_servers
 
 ROOT = Path(__file__).parents[2]
 BIN = str(Path(sys.executable).parent)
@@ -118,26 +121,68 @@ def new_data(project: Path, text: str) -> None:
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 
 
+def server_errors(project: Path) -> str:
+    """What the Prefect server of `project` has logged of errors, with their traces; '' is as it should be."""
+    found = []
+    for log in sorted((project / ".prefect").glob("prefect*.log")):
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        first = next((n for n, line in enumerate(lines) if re.search(r"\b(ERROR|CRITICAL)\b|^Traceback", line)), None)
+        if first is not None:
+            found += [f"{log.name}:", *lines[first : first + 80]]
+    return "\n".join(found)
+
+
+@contextlib.contextmanager
+def servers(project: Path, say=lambda line: None, **environment: str):
+    """`make ui` in `project` without its last line, as a Prefect; fails where Prefect's server has logged an error.
+
+    Parameters
+    ----------
+    environment : variables beside `clean_environment()`; MLFLOW_TRACKING_URI="http://127.0.0.1:9" leaves MLflow out.
+    """
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(project):
+        for name in set(os.environ) - set(clean_environment()):
+            patch.delenv(name)
+        for name, value in (clean_environment() | environment).items():
+            patch.setenv(name, value)
+        with running_servers(say=say) as (addresses, groups):
+            yield Prefect(addresses, project, groups)
+    assert server_errors(project) == ""
+
+
 class Prefect:
     """The few calls of Prefect's API that its UI makes."""
 
-    def __init__(self, address, project, groups):
-        self.http = httpx.Client(base_url=f"{address}/api", timeout=30, trust_env=False)
-        self.address, self.project, self.groups = address, project, groups
+    def __init__(self, addresses, project, groups):
+        self.address, self.mlflow, self.project, self.groups = addresses.prefect, addresses.mlflow, project, groups
+        self.http = httpx.Client(base_url=f"{self.address}/api", timeout=60, trust_env=False)
 
     def post(self, path, **body):
-        for _ in range(5):
-            response = self.http.post(path, json=body)
-            if response.status_code != 503:  # SQLite was busy: Prefect's own client tries again, too
-                break
-            time.sleep(0.5)
-        return response.raise_for_status().json()
+        return self.http.post(path, json=body).raise_for_status().json()
 
     def get(self, path):
         return self.http.get(path).raise_for_status().json()
 
+    def deployment(self, name="retrain"):
+        return self.get(f"/deployments/name/{name}/{name}")
+
+    def change_schedule(self, name, **change):
+        """What the switch beside a schedule does, with `active`; the deployment has one."""
+        deployment = self.deployment(name)
+        path = f"/deployments/{deployment['id']}/schedules/{deployment['schedules'][0]['id']}"
+        self.http.patch(path, json=change).raise_for_status()
+
+    def upcoming(self, name):
+        """Runs of a deployment that are scheduled, the next one first."""
+        return self.post(
+            "/flow_runs/filter",
+            deployments={"name": {"any_": [name]}},
+            flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}},
+            sort="EXPECTED_START_TIME_ASC",
+        )
+
     def press_run(self, **parameters):
-        deployment = self.get("/deployments/name/retrain/retrain")["id"]
+        deployment = self.deployment()["id"]
         return self.post(
             f"/deployments/{deployment}/create_flow_run",
             parameters={"promote": False, **parameters},

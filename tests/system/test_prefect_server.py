@@ -17,9 +17,9 @@ import httpx
 import psutil
 import pytest
 from monitor_project import drop, make_monitored
-from prefect_project import ROOT, Prefect, call, clean_environment, lock_held, make_project, new_data
+from prefect_project import ROOT, call, clean_environment, lock_held, make_project, new_data, servers
 
-from panda_ad.commands.servers import running_servers
+from panda_ad.commands.servers import server_settings
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import Group
 
@@ -54,17 +54,8 @@ def prefect(tmp_path_factory, webhook):
     call("dvc", "repro", "-q", cwd=project)
     call("git", "add", "dvc.lock", cwd=project)
     call("git", "commit", "-q", "-m", "Run", cwd=project)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(project):
-        for name in set(os.environ) - set(clean_environment()):
-            patch.delenv(name)
-        for name, value in clean_environment().items():
-            patch.setenv(name, value)
-        patch.setenv(
-            "MLFLOW_TRACKING_URI", "http://127.0.0.1:9"
-        )  # elsewhere, so none is started: these stages do not talk to it
-        patch.setenv("PANDA_WEBHOOK_URL", webhook[0])
-        with running_servers(prefect_port=0, say=lambda line: None) as (addresses, groups):
-            yield Prefect(addresses.prefect, project, groups)
+    with servers(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9", PANDA_WEBHOOK_URL=webhook[0]) as started:
+        yield started
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +153,7 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
     )
     assert result.returncode == 0 and result.stdout.endswith("Drift\n"), result.stdout + result.stderr
 
-    deployment = prefect.get("/deployments/name/retrain/retrain")["id"]
+    deployment = prefect.deployment()["id"]
     limit = time.monotonic() + 30
     while not (runs := triggered(prefect, deployment)):
         assert time.monotonic() < limit, prefect.post("/events/filter", filter={"event": {"name": ["panda.drift"]}})
@@ -205,8 +196,9 @@ def test_a_server_killed_for_20_seconds_during_a_run_loses_nothing(prefect):
     time.sleep(15)
     port = prefect.address.rpartition(":")[2]
     environment = clean_environment() | {"PREFECT_HOME": str(prefect.project / ".prefect")}
+    environment |= server_settings(prefect.address)
     with open(prefect.project / ".prefect/prefect-again.log", "wb") as log:
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+        command = [sys.executable, "-m", "flows.server", "127.0.0.1", port]
         prefect.groups["prefect"] = Group(command, env=environment, output=log)
     limit = time.monotonic() + 90
     while True:
@@ -294,7 +286,7 @@ def test_a_wrong_parameter_is_one_line(prefect, dead_machine):
     assert ended["state_type"] == "FAILED"
     assert "metod" in ended["state"]["message"] and "\n" not in ended["state"]["message"]
     response = prefect.http.post(
-        f"/deployments/{prefect.get('/deployments/name/retrain/retrain')['id']}/create_flow_run",
+        f"/deployments/{prefect.deployment()['id']}/create_flow_run",
         json={"parameters": {"method": "magic"}},
     )
     assert response.status_code == 409, "the form's choices are checked before anything runs"

@@ -158,7 +158,7 @@ def summary(params: Params | None = None) -> str:
             stages.append((name, f"{t['seconds']:.1f}", f"{t['peak_mb']:.0f}"))
     where = [
         *(f"  report     build/evaluation/{category}/report.html" for category in params.categories),
-        "  UIs        make ui   (MLflow http://127.0.0.1:5000, Prefect http://127.0.0.1:4200)",
+        "  UIs        make ui   (MLflow http://127.0.0.1:5000, Prefect http://127.0.0.1:4200/deployments)",
         f"  registry   {without_credentials(tracking_uri())}",
         f"  score      .venv/bin/panda-ad score FOLDER --model models:/{models[params.categories[0]].name}@staging --heatmaps overlays",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,21 +12,27 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from panda_ad.errors import UserError
+from filelock import FileLock, Timeout
+
+from panda_ad.errors import Busy, UserError
 from panda_ad.registry.connection import server_command, server_environment, without_credentials
+from panda_ad.system.files import write_json
 from panda_ad.system.processes import Group, child_environment
 
 HOST = "127.0.0.1"
 HOME = Path(".prefect")
 POOL = "panda"
 READY_SECONDS = 180.0
+SCHEDULE = "schedule: "
+"""How `flows.deploy` begins its line on a deployment's schedule."""
 
 QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GX_ANALYTICS_ENABLED": "false",
 }
@@ -52,14 +59,14 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
 
     Raises
     ------
+    Busy
+        The servers of this checkout run already.
     UserError
         A port is taken, or a server does not start or ends; names its log.
     """
     with _sigterm_as_interrupt(), running_servers(mlflow_port, prefect_port, say) as (addresses, groups):
         say(f"MLflow   {without_credentials(addresses.mlflow)}")
-        say(
-            f"Prefect  {without_credentials(addresses.prefect)}/deployments   (press Run on 'retrain'; switch its schedule on there)"
-        )
+        say(f"Prefect  {without_credentials(addresses.prefect)}/deployments   (there: Run, and each schedule's switch)")
         say("Ctrl-C stops both.")
         try:
             while True:
@@ -75,56 +82,118 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
 def running_servers(
     mlflow_port: int = 0, prefect_port: int = 0, say: Callable[[str], None] = print
 ) -> Iterator[tuple[Addresses, dict[str, Group]]]:
-    """MLflow, Prefect with its deployments, and a worker; all ended on leaving.
+    """Give the addresses and processes of MLflow, Prefect with its deployments, and a worker; end all on leaving.
 
     A server elsewhere, named by MLFLOW_TRACKING_URI or PREFECT_API_URL (http...), is used and not started.
     """
     mlflow, prefect = _remote("MLFLOW_TRACKING_URI"), _remote("PREFECT_API_URL")
-    home = HOME.absolute()
-    home.mkdir(exist_ok=True)
-    env = child_environment({**QUIET, "PREFECT_HOME": str(home)})
     groups: dict[str, Group] = {}
-    with ExitStack() as stack:
+    began = time.monotonic()
 
-        def start(name: str, command: list[str], extra: dict[str, str]) -> None:
+    def ready(what: str) -> None:
+        say(f"  {time.monotonic() - began:3.0f} s  {what}")
+
+    with _only_one() as publish, ExitStack() as stack:
+
+        def start(name: str, command: list[str], **extra: str) -> Group:
             log = stack.enter_context(open(_log(name), "wb"))
-            groups[name] = Group([sys.executable, "-m", *command], env={**env, **extra}, output=log)
+            group = Group([sys.executable, "-m", *command], env={**_environment(), **extra}, output=log)
+            groups[name] = group
+            return group
 
         # One callback for all: a stop takes seconds, and the worker must go before the servers it reports to.
         stack.callback(lambda: [group.stop(grace=10) for group in reversed(groups.values())])
+        say(f"starting (logs: {HOME}/*.log); ready in half a minute, longer on a busy machine")
         if mlflow is None:
             port = _free_port(mlflow_port, "--mlflow-port")
             mlflow = f"http://{HOST}:{port}"
-            start("mlflow", server_command(HOST, port), server_environment())
+            start("mlflow", server_command(HOST, port), **server_environment())
+        own = prefect is None
         if prefect is None:
             port = _free_port(prefect_port, "--prefect-port")
             prefect = f"http://{HOST}:{port}"
-            start(
-                "prefect",
-                ["prefect", "server", "start", "--host", HOST, "--port", str(port)],
-                {
-                    "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",
-                    FORGETTING: os.environ.get(FORGETTING, "events,flow_runs"),
-                },
-            )
+            start("prefect", ["flows.server", HOST, str(port)], **server_settings(prefect))
         addresses = Addresses(mlflow=mlflow, prefect=prefect.removesuffix("/api"))
-        env |= {
-            "PREFECT_API_URL": f"{addresses.prefect}/api",
-            "MLFLOW_TRACKING_URI": mlflow,
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-            "PREFECT_WORKER_QUERY_SECONDS": "3",  # of the UI's Run button until something happens
-        }
+        clients = _client_settings(addresses)
         if "prefect" in groups:
             _await(groups["prefect"], "prefect", f"{addresses.prefect}/api/health")
-        start("deploy", ["flows.deploy"], {})
-        deploy = groups.pop("deploy")
-        with deploy:
+            ready("Prefect answers")
+        with start("deploy", ["flows.deploy", *(["--new-server"] if own else [])], **clients) as deploy:
             if deploy.wait():
                 raise UserError(f"deployments could not be registered: {_last_line('deploy')}")
-        start("worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process"], {})
+        del groups["deploy"]
+        ready("deployments registered")
+        for line in _log("deploy").read_text(encoding="utf-8", errors="replace").split("\n"):
+            if line.startswith(SCHEDULE):
+                say(f"         {line.removeprefix(SCHEDULE)}")
+        start("worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process"], **clients)
         if "mlflow" in groups:
             _await(groups["mlflow"], "mlflow", f"{mlflow}/health")
+            ready("MLflow answers")
+        publish(addresses)
         yield addresses, groups
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment that all of them share."""
+    return child_environment({**QUIET, "PREFECT_HOME": str(HOME.absolute())})
+
+
+def server_settings(address: str) -> dict[str, str]:
+    """Return the settings, as environment variables, of a Prefect server at `address`."""
+    return {
+        "PREFECT_SERVER_UI_API_URL": f"{address}/api",
+        FORGETTING: os.environ.get(FORGETTING, "events,flow_runs"),
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",  # of a schedule's switch until its runs are there
+        # On disk: kept in memory, a restart of the server would lose them, and Prefect cancels a run that cannot renew its own.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+
+
+def _client_settings(addresses: Addresses) -> dict[str, str]:
+    """Return the settings of the worker and of what it runs."""
+    return {
+        "PREFECT_API_URL": f"{addresses.prefect}/api",
+        "MLFLOW_TRACKING_URI": addresses.mlflow,
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "3",  # of the UI's Run button until something happens
+    }
+
+
+@contextmanager
+def _only_one() -> Iterator[Callable[[Addresses], None]]:
+    """Hold this checkout's servers' lock; give what tells a second `ui` where they are.
+
+    Raises
+    ------
+    Busy
+        Another process holds it.
+    """
+    HOME.mkdir(exist_ok=True)
+    known = HOME / "ui.json"
+    lock = FileLock(HOME / "ui.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise Busy(_running_elsewhere(known)) from None
+    holder: dict[str, object] = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M")}
+    try:
+        write_json(known, holder)
+        yield lambda addresses: write_json(
+            known, holder | {name: without_credentials(value) for name, value in asdict(addresses).items()}
+        )
+    finally:
+        known.unlink(missing_ok=True)
+        lock.release()
+
+
+def _running_elsewhere(known: Path) -> str:
+    try:
+        holder = json.loads(known.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is just writing, or ending
+        return f"another `ui` of this checkout holds {HOME}/ui.lock; wait until it has ended"
+    where = f": MLflow {holder['mlflow']}, Prefect {holder['prefect']}/deployments" if "mlflow" in holder else ""
+    return f"`ui` of this checkout runs already (pid {holder['pid']}, since {holder['since']}){where}; use that, or stop it first"
 
 
 def _remote(variable: str) -> str | None:
@@ -139,7 +208,7 @@ def _free_port(port: int, option: str) -> int:
             s.bind((HOST, port))
         except OSError as e:
             raise UserError(
-                f"port {port} on {HOST} cannot be used ({e.strerror}); choose another with {option}, or 0 for any free one"
+                f"port {port} on {HOST} cannot be used ({e.strerror}); run `.venv/bin/panda-ad ui {option} 0` for any free one"
             ) from None
         return int(s.getsockname()[1])
 
