@@ -66,8 +66,6 @@ class AdaptedLayers(_Layers):
     feature_levels : levels whose means are the pooled features; a name that is none of `levels` is the input, the last frozen level.
     """
 
-    layer3: nn.Sequential
-
     def __init__(self, modules: Mapping[str, nn.Module], levels: tuple[str, ...], feature_levels: tuple[str, ...]):
         super().__init__(modules, levels)
         self.feature_levels = feature_levels

@@ -83,8 +83,9 @@ class Network:
         last = self.adapted[-1]
 
         def pooled_and_maps(x: Tensor) -> tuple[Tensor, ...]:
-            *maps, final = last.maps(x.float())
-            return (final.mean(dim=(2, 3)), *maps)
+            x = x.float()
+            maps = last.maps(x)
+            return (last.pool(x, maps), *maps)
 
         others = replace(self, adapted=self.adapted[:-1], steps=self.steps[:-1])
         pooled, *maps = in_micro_batches(pooled_and_maps, torch.from_numpy(activations[self.frozen_levels[-1]]))
