@@ -6,8 +6,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from panda_ad.evaluation.image_metrics import auroc
-from panda_ad.report.build import project_2d
-from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage
+from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage, Spot
 from panda_ad.scoring.calibration import p_values, threshold
 
 KINDS = ("crack", "hole", "stain", "scratch", "missing thread")
@@ -52,9 +51,8 @@ def demo(
 ) -> Report:
     """A report of `good + 5 per_kind` images; scores overlap, so that it has mistakes."""
     rng = np.random.default_rng(seed)
-    gallery = [Neighbor(_bytes(weave(rng, 64, 84)), 0.0, f"train/good/{i:03d}.png") for i in range(80)]
+    gallery = [Neighbor(_bytes(weave(rng, 64, 84)), f"train/good/{i:03d}.png") for i in range(80)]
     paths, defects, labels, scores, images = [], [], [], [], []
-    features = [rng.normal(0, 1, (80, 12))]
     for kind in ("good", *KINDS):
         for i in range(good if kind == "good" else per_kind):
             label, strength = int(kind != "good"), float(rng.uniform(0.15, 1.3))
@@ -65,23 +63,15 @@ def demo(
                 heat += 7 * strength * gaussian_filter(mask.astype(float), 4) ** 0.7
             score = float(np.exp(rng.normal(1.0, 0.25) + label * strength * (0.6 if kind == "stain" else 1.6)))
             path = f"test/{kind}/{i:03d}.png"
-            near = [
-                Neighbor(gallery[j].thumb, float(score * (0.3 + 0.05 * k)), gallery[j].path)
-                for k, j in enumerate(rng.choice(80, 5, replace=False))
-            ]
+            near = [gallery[j] for j in rng.choice(80, 5, replace=False)]
             paths.append(path)
             defects.append(kind)
             labels.append(label)
             scores.append(score)
             images.append((path, label, kind, score, _bytes(picture), heat.astype(np.float32), mask, near))
-            features.append(
-                rng.normal(0, 1, (1, 12)) + label * strength * 3 * (np.arange(12) == KINDS.index(kind) if label else 0)
-            )
     labels_, scores_ = np.array(labels), np.array(scores)
     normals = np.exp(rng.normal(1.0, 0.25, calibration))
     p = p_values(normals, scores_)
-    flat = np.concatenate(features)
-    gallery_2d, test_2d = project_2d(flat[:80], flat[80:])
     kinds = np.array(defects)
     rows = []
     for kind in KINDS:
@@ -92,8 +82,7 @@ def demo(
                 kind,
                 per_kind,
                 value,
-                max(0, value - 0.05),
-                min(1, value + 0.03),
+                (max(0, value - 0.05), min(1, value + 0.03)),
                 0.957,
                 0.81 if kind != "stain" else None,
             )
@@ -118,13 +107,22 @@ def demo(
         p_values=p,
         calibration_scores=normals,
         images=[
-            ReportImage(n, y, d, s, float(q), i % 4, rgb, heat, m, near, (s - 4.0, 4.0))
-            for i, ((n, y, d, s, rgb, heat, m, near), q) in enumerate(zip(images, p, strict=True))
+            ReportImage(
+                path=n,
+                label=y,
+                defect=d,
+                score=s,
+                p_value=float(q),
+                rgb=rgb,
+                heatmap=heat,
+                mask=m,
+                neighbors=near,
+                components=(s - 4.0, 4.0),
+                spot=Spot(rgb[:40, :50], (0.2, 0.1, 0.5, 0.45)) if y else None,
+            )
+            for (n, y, d, s, rgb, heat, m, near), q in zip(images, p, strict=True)
         ],
         per_defect=rows,
-        gallery_features_2d=gallery_2d,
-        test_features_2d=test_2d,
-        gallery_paths=[g.path for g in gallery],
         provenance={
             "data": {
                 "data set": "demo",

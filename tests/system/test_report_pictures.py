@@ -1,4 +1,4 @@
-"""What a report shows, before it is a page: projections, outlines, colors."""
+"""What a report shows, before it is a page: outlines, colors, the worst spot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from report_demo import demo
 
-from panda_ad.report.build import project_2d
 from panda_ad.report.content import Report
 from panda_ad.report.encode import heat_scale, outline
 
@@ -17,20 +16,6 @@ from panda_ad.report.encode import heat_scale, outline
 @pytest.fixture(scope="module")
 def report() -> Report:
     return demo(good=24, per_kind=8, size=(60, 80))
-
-
-def test_projection_is_the_galleries_pca_with_fixed_signs():
-    from sklearn.decomposition import PCA
-
-    rng = np.random.default_rng(1)
-    gallery, test = rng.normal(size=(30, 7)) * np.arange(1, 8), rng.normal(size=(5, 7))
-    pca = PCA(2).fit(gallery)
-    ours, ours_test = project_2d(gallery, test)
-    np.testing.assert_allclose(np.abs(ours), np.abs(pca.transform(gallery)), atol=1e-4)
-    np.testing.assert_allclose(np.abs(ours_test), np.abs(pca.transform(test)), atol=1e-4)
-    np.testing.assert_allclose(project_2d(gallery[::-1], test)[1], ours_test, atol=1e-4)
-    one, rest = project_2d(np.ones((1, 1)), np.array([[3.0]]))
-    assert one.shape == rest.shape == (1, 2) and rest[0, 1] == 0
 
 
 def area(path: str) -> float:
@@ -61,10 +46,29 @@ def test_outline_encloses_the_mask():
     assert x / width == pytest.approx(0.5, abs=0.02) and y / height == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_outline_of_a_speckled_mask_is_coarse_and_small():
-    specks = np.random.default_rng(0).random((512, 384)) > 0.5
-    assert 0 < len(outline(specks)[0]) < 5000
-    assert len(outline(np.random.default_rng(0).random((128, 128)) > 0.7)[0]) < 5000
+@pytest.mark.parametrize("shape", [(512, 384), (96, 96), (3, 4)])
+def test_an_outline_of_specks_encloses_what_is_marked(shape):
+    specks = np.random.default_rng(0).random(shape) > 0.7
+    path, width, height = outline(specks)
+    assert max(width, height) <= 192 and path.count("M") == path.count("Z") > 0
+
+
+def test_the_worst_spot_is_cut_out_at_the_images_own_resolution():
+    from panda_ad.stages.evaluate_report import worst_spot
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (600, 1000, 3), np.uint8)
+    for y, x in ((0, 0), (29, 49), (15, 20)):
+        heat = np.zeros((30, 50), np.float32)
+        heat[y, x] = 1
+        spot = worst_spot(image, heat)
+        x0, y0, x1, y1 = (round(v * side) for v, side in zip(spot.box, (1000, 600, 1000, 600), strict=True))
+        assert spot.rgb.shape == (256, 256, 3) and (x1 - x0, y1 - y0) == (256, 256)
+        np.testing.assert_array_equal(spot.rgb, image[y0:y1, x0:x1])
+        assert x0 <= 20 * x + 10 <= x1 and y0 <= 20 * y + 10 <= y1
+    narrow = worst_spot(image[:100], np.ones((5, 50), np.float32))
+    assert narrow.rgb.shape == (100, 256, 3)
+    assert worst_spot(image[:256, :200], np.ones((4, 4), np.float32)) is None
 
 
 def test_heat_scale_is_shared_and_survives_flat_and_broken_maps(report):

@@ -5,6 +5,7 @@ How pages are put together is in `page.py`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from panda_ad.report.encode import encode_images
 from panda_ad.report.page import render
 from panda_ad.system.files import write_text
 
-SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "feature_map.js", "gallery.js", "report.js")
+SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "gallery.js", "report.js")
 
 
 def write_report(report: Report, path: Path | str) -> None:
@@ -25,7 +26,7 @@ def write_report(report: Report, path: Path | str) -> None:
 
 
 def build_report(report: Report) -> str:
-    """One self-contained HTML page, under 10 MB for 500 images whatever is in them.
+    """Build one self-contained HTML page.
 
     Raises
     ------
@@ -50,28 +51,8 @@ def build_report(report: Report) -> str:
     )
 
 
-def project_2d(gallery: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Project features on the gallery's first two principal components.
-
-    Parameters
-    ----------
-    gallery : float (G, D), G >= 1; the components are fitted on these alone.  test : float (N, D).
-
-    Returns
-    -------
-    gallery (G, 2), test (N, 2), float32. Each component's largest weight is positive, so that the signs do not depend on the
-    LAPACK at hand; a component that does not exist (G or D too small) is zero.
-    """
-    gallery, test = np.asarray(gallery, np.float64), np.asarray(test, np.float64)
-    mean = gallery.mean(0)
-    axes = np.linalg.svd(gallery - mean, full_matrices=False)[2][:2]
-    axes = axes * np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(1)] < 0, -1.0, 1.0)[:, None]
-    axes = np.concatenate([axes, np.zeros((2 - len(axes), gallery.shape[1]))])
-    return ((gallery - mean) @ axes.T).astype(np.float32), ((test - mean) @ axes.T).astype(np.float32)
-
-
 def _data(report: Report) -> dict[str, Any]:
-    """What the page's scripts read."""
+    """Return what the page's scripts read."""
     n = len(report.scores)
     lengths: dict[str, Sequence[Any] | np.ndarray] = {
         "paths": report.paths,
@@ -91,16 +72,10 @@ def _data(report: Report) -> dict[str, Any]:
         item["row"] = rows[image.path]
     kinds = sorted(set(report.defects), key=lambda kind: (kind != "good", kind))
     limit = float(report.threshold.value)
-    features = None
-    if report.gallery_features_2d is not None and report.test_features_2d is not None:
-        features = {
-            "gallery": np.round(report.gallery_features_2d, 4).tolist(),
-            "test": np.round(report.test_features_2d, 4).tolist(),
-            "names": list(report.gallery_paths),
-        }
     return {
         "threshold": limit if np.isfinite(limit) else None,
         "confidence": report.confidence,
+        "bundle": shlex.quote(report.bundle),
         "kinds": kinds,
         "kind": [kinds.index(d) for d in report.defects],
         "labels": np.asarray(report.labels, int).tolist(),
@@ -109,13 +84,12 @@ def _data(report: Report) -> dict[str, Any]:
         "paths": list(report.paths),
         "calibration": np.sort(np.asarray(report.calibration_scores, np.float64)).tolist(),
         "rates": _rate_intervals(len(report.calibration_scores), report.confidence),
-        "features": features,
         **pictures,
     }
 
 
 def _rate_intervals(m: int, confidence: float) -> list[list[float]]:
-    """Interval of the true false-alarm rate with l - 1 of m calibration scores above the threshold, for l = 1 .. m + 1.
+    """Return the interval of the true false-alarm rate with l - 1 of m calibration scores above the threshold, for l = 1 .. m + 1.
 
     With the threshold at the l-th largest of m exchangeable scores, the rate follows Beta(l, m + 1 - l) (order statistics;
     Vovk, Conditional validity of inductive conformal predictors, 2012). Above them all (l = m + 1) it is 1.

@@ -12,7 +12,10 @@ const make = (tag, attributes = {}, ...children) => {
   element.append(...children);
   return element;
 };
-const number = value => new Intl.NumberFormat("en", { maximumSignificantDigits: 4, useGrouping: false }).format(value);
+const SVG = "http://www.w3.org/2000/svg";
+const number = value => new Intl.NumberFormat("en", { maximumSignificantDigits: 4 }).format(value);
+const whole = value => new Intl.NumberFormat("en").format(value);
+const counted = (n, one, many) => `${whole(n)} ${n === 1 ? one : many}`;
 const percent = value => `${new Intl.NumberFormat("en", { maximumSignificantDigits: 3 }).format(100 * value)}\u00a0%`;
 
 // First index of ascending `sorted` whose value is above v: so many values are <= v.
@@ -36,6 +39,17 @@ function plot(element, options, data) {
   return u;
 }
 const redrawPlots = () => plots.forEach(u => u.redraw());
+
+// Paper is as wide whatever the window: half a page for each chart, in light colors.
+const PRINTED = { width: 340, height: 260 };
+addEventListener("beforeprint", () => {
+  document.documentElement.classList.add("printing");
+  plots.forEach(u => { u.onScreen = { width: u.width, height: u.height }; u.setSize(PRINTED); });
+});
+addEventListener("afterprint", () => {
+  document.documentElement.classList.remove("printing");
+  plots.forEach(u => u.setSize(u.onScreen));
+});
 
 const axis = extra => ({
   stroke: () => css("--muted"), font: "11px " + css("--font"), labelFont: "11px " + css("--font"), labelSize: 16, labelGap: 0,
@@ -74,63 +88,55 @@ function scoreAxis(values, bins, normal = []) {
   return { label: log ? "score (logarithmic)" : both ? "score (logarithmic away from 0)" : "score", toBin, toScore, ticks: ticks.filter(t => f(t) >= a && f(t) <= b) };
 }
 
+// Rows of bars as SVG, stretched to any width, so that a page prints as wide as its paper; the threshold is a custom property.
 function histogram(element, model) {
   const bins = 56;
   const scale = scoreAxis([...model.sorted, ...model.calibration], bins, model.calibration);
   const groups = [...model.groups];
   if (model.calibration.length) groups.unshift({ name: "calibration", color: "--calibration", scores: model.calibration, label: 0 });
-  const shade = u => {
-    const { left, top, width, height } = u.bbox;
-    const x = Math.round(u.valToPos(scale.toBin(model.threshold), "x", true));
-    u.ctx.save();
-    u.ctx.fillStyle = css("--alarm-side");
-    u.ctx.fillRect(x, top, left + width - x, height);
-    u.ctx.restore();
-  };
-  const line = u => {
-    const { top, height } = u.bbox;
-    const x = Math.round(u.valToPos(scale.toBin(model.threshold), "x", true));
-    u.ctx.save();
-    u.ctx.fillStyle = css("--ink");
-    u.ctx.fillRect(x - 1, top, 2, height);
-    u.ctx.restore();
-  };
-  const rows = groups.map((group, i) => {
-    const last = i === groups.length - 1;
+  const at = score => `${(100 * scale.toBin(score)) / bins}%`;
+  const rows = groups.map(group => {
     const name = make("span", { class: "kind" }, make("i", { class: "swatch" }), make("span", { text: group.name, title: group.name }));
     name.firstChild.style.setProperty("--swatch", `var(${group.color})`);
-    const chart = make("div", { class: "row-chart", role: "img" });
+    const chart = make("div", { class: "row-chart", role: "img" }, bars(group, scale, bins));
     const count = make("span", { class: "row-count" });
     element.append(name, chart, count);
-    const counts = new Array(bins).fill(0);
-    for (const s of group.scores) counts[Math.min(bins - 1, Math.floor(scale.toBin(s)))]++;
-    const u = plot(chart, {
-      height: last ? 72 : 34,
-      padding: [4, 8, 0, 8],
-      cursor: { y: false, points: { show: false }, drag: { x: false, y: false, setScale: false } },
-      scales: { x: { time: false, range: [0, bins] }, y: { range: (_, low, high) => [0, Math.max(1, high)] } },
-      axes: [
-        axis({ show: last, size: 22, label: scale.label, splits: () => scale.ticks.map(scale.toBin),
-          values: () => scale.ticks.map(number), grid: { show: false } }),
-        { show: false },
-      ],
-      series: [{}, { paths: uPlot.paths.bars({ size: [0.86, 100] }), fill: () => css(group.color), width: 0, points: { show: false } }],
-      hooks: { drawClear: [shade], draw: [line] },
-    }, [counts.map((_, x) => x + 0.5), counts]);
-    const pick = event => model.set(scale.toScore(u.posToVal(event.clientX - u.over.getBoundingClientRect().left, "x")));
-    u.over.addEventListener("pointerdown", event => { u.over.setPointerCapture(event.pointerId); pick(event); });
-    u.over.addEventListener("pointermove", event => { if (event.buttons & 1) pick(event); });
-    return { group, chart, count, u };
+    const pick = event => {
+      const box = chart.getBoundingClientRect();
+      model.set(scale.toScore((bins * (event.clientX - box.left)) / box.width));
+    };
+    chart.addEventListener("pointerdown", event => { chart.setPointerCapture(event.pointerId); pick(event); });
+    chart.addEventListener("pointermove", event => { if (event.buttons & 1) pick(event); });
+    return { group, chart, count };
   });
+  const ruler = make("div", { class: "ruler", "aria-hidden": "true" }, make("span", { class: "ruler-label", text: scale.label }));
+  for (const tick of scale.ticks) {
+    const mark = make("span", { class: "tick", text: number(tick) });
+    mark.style.left = at(tick);
+    ruler.append(mark);
+  }
+  element.append(ruler);
   return () => {
-    for (const { group, chart, count, u } of rows) {
+    element.style.setProperty("--at", at(model.threshold));
+    for (const { group, chart, count } of rows) {
       const above = countAbove(group.scores, model.threshold), n = group.scores.length;
-      const text = `${above} of ${n} ${group.label ? "caught" : "false alarms"}`;
-      count.replaceChildren(make("b", { text: `${above}` }), ` of ${n} `, make("span", { text: group.label ? "caught" : "false alarms" }));
-      chart.setAttribute("aria-label", `${group.name}: scores ${number(group.scores[0])} to ${number(group.scores[n - 1])}; ${text}`);
-      u.redraw();
+      const what = group.label ? "caught" : above === 1 ? "false alarm" : "false alarms";
+      count.replaceChildren(make("b", { text: whole(above) }), ` of ${whole(n)} `, make("span", { text: what }));
+      chart.setAttribute("aria-label", `${group.name}: scores ${number(group.scores[0])} to ${number(group.scores[n - 1])}; ${whole(above)} of ${whole(n)} ${what}`);
     }
   };
+}
+
+function bars(group, scale, bins) {
+  const counts = new Array(bins).fill(0);
+  for (const s of group.scores) counts[Math.min(bins - 1, Math.floor(scale.toBin(s)))]++;
+  const most = Math.max(1, ...counts), svg = document.createElementNS(SVG, "svg"), path = document.createElementNS(SVG, "path");
+  svg.setAttribute("viewBox", `0 0 ${bins} 100`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  path.setAttribute("d", counts.map((n, x) => (n ? `M${x + 0.07} 100v${(-94 * n) / most}h.86V100z` : "")).join(""));
+  path.style.fill = `var(${group.color})`;
+  svg.append(path);
+  return svg;
 }
 
 // Operating points from 'nothing raises an alarm' down: one for each distinct test score.

@@ -22,11 +22,17 @@ class Metric:
 
 
 class Neighbor(NamedTuple):
-    """A nearest normal image: uint8 (h, w, 3), squared feature distance, path."""
+    """A nearest normal image: uint8 (h, w, 3) and path."""
 
     thumb: np.ndarray
-    distance: float
     path: str
+
+
+class Spot(NamedTuple):
+    """The worst spot at the image's own resolution: uint8 (h, w, 3), and its box (x0, y0, x1, y1) in shares of the image, in [0, 1]."""
+
+    rgb: np.ndarray
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,12 @@ class ReportImage:
     Attributes
     ----------
     path : its name in `Report.paths`.  label : 0 good, 1 defective.  defect : 'good' or the kind.
-    snapshot : the head that decided.
     rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
+    spot : None where `rgb` shows all there is, or without localization.
     heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localization.
     mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
     neighbors : of the nearest normal images, nearest first; five are shown.
-    parts : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
+    components : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
     """
 
     path: str
@@ -49,23 +55,22 @@ class ReportImage:
     defect: str
     score: float
     p_value: float
-    snapshot: int
     rgb: np.ndarray
     heatmap: np.ndarray | None = None
     mask: np.ndarray | None = None
     neighbors: Sequence[Neighbor] = ()
-    parts: tuple[float, float] | None = None
+    components: tuple[float, float] | None = None
+    spot: Spot | None = None
 
 
 @dataclass(frozen=True)
 class DefectRow:
-    """Figures of one kind of defect against all good test images: image AUROC with its interval, and pixel figures or None."""
+    """Figures of one kind of defect against all good test images: image AUROC with its interval, and pixel figures; None where unknown."""
 
     defect: str
     n: int
-    auroc: float
-    low: float
-    high: float
+    auroc: float | None
+    interval: tuple[float, float] | None
     pixel_auroc: float | None = None
     au_pro: float | None = None
 
@@ -80,9 +85,9 @@ class Report:
     paths, defects : (N,) name and kind ('good' or the defect's name) of every test image.
     labels : (N,) 0 good, 1 defective.  scores, p_values : (N,) float.  calibration_scores : (M,) float.
     images : those shown as pictures, at most as many as evaluate.report_images; each one's path is in `paths`.
-    gallery_features_2d (G, 2), test_features_2d (N, 2) : from `project_2d`, or None: no map.  gallery_paths : (G,) their names.
+    cautions : one line each on what so few test images cannot tell.
     provenance : section ('data', 'model', 'code') -> key -> value.
-    confidence : of every interval.
+    confidence : of every interval.  bundle : folder of the model, as the command line takes it.
     """
 
     dataset: str
@@ -99,8 +104,7 @@ class Report:
     calibration_scores: np.ndarray
     images: Sequence[ReportImage]
     per_defect: Sequence[DefectRow] = ()
-    gallery_features_2d: np.ndarray | None = None
-    test_features_2d: np.ndarray | None = None
-    gallery_paths: Sequence[str] = ()
+    cautions: Sequence[str] = ()
     provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     confidence: float = 0.95
+    bundle: str = "BUNDLE"

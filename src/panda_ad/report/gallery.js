@@ -2,7 +2,6 @@
 // The gallery of images and the viewer of one image.
 
 const PAGE = 48;
-const SVG = "http://www.w3.org/2000/svg";
 const source = base64 => `data:image/jpeg;base64,${base64}`;
 
 // Magma-like ramp; transparent where nothing stands out, so that the part below stays visible.
@@ -54,7 +53,7 @@ function drawOutline(image) {
   return svg;
 }
 
-function picture(image, overlays) {
+function picture(image, overlays, spot = false) {
   const frame = make("span", { class: "frame" }, make("img", { src: source(image.thumb), alt: "", width: image.width, height: image.height }));
   frame.style.setProperty("--ratio", `${image.width} / ${image.height}`);
   frame.style.setProperty("--natural", `${image.width / image.height}`);
@@ -64,7 +63,15 @@ function picture(image, overlays) {
     frame.append(canvas);
   }
   if (overlays && image.outline) frame.append(drawOutline(image));
+  if (spot && image.spot) frame.append(spotBox(image.spot.box));
   return frame;
+}
+
+// Where the full-resolution picture lies in the image.
+function spotBox([x0, y0, x1, y1]) {
+  const box = make("span", { class: "spot-box", "aria-hidden": "true" });
+  Object.assign(box.style, { left: `${100 * x0}%`, top: `${100 * y0}%`, width: `${100 * (x1 - x0)}%`, height: `${100 * (y1 - y0)}%` });
+  return box;
 }
 
 const VERDICTS = { "false-alarm": "False alarm", miss: "Miss", caught: "Caught", passed: "Passed" };
@@ -93,9 +100,9 @@ function makeGallery(model) {
 
   const neighbors = image => {
     const list = make("ul", { class: "near", "aria-label": "Nearest normal images" });
-    for (const [index, distance] of image.neighbors) {
-      const alt = `normal image ${normals[index].path}, squared distance ${number(distance)}`;
-      list.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt, title: alt }), make("span", { text: number(distance), "aria-hidden": "true" })));
+    for (const index of image.neighbors) {
+      const alt = `normal image ${normals[index].path}`;
+      list.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt, title: alt })));
     }
     return list;
   };
@@ -122,7 +129,7 @@ function makeGallery(model) {
     const part = shown.slice(0, limit);
     cards.replaceChildren(...part.map(card));
     if (!shown.length) cards.append(make("li", { class: "none", text: "No image fits these filters." }));
-    byId("shown").textContent = `${shown.length} of ${images.length} images${part.length < shown.length ? `, the first ${part.length} shown` : ""}`;
+    byId("shown").textContent = `${whole(shown.length)} of ${counted(images.length, "image", "images")}${part.length < shown.length ? `, the first ${part.length} shown` : ""}`;
     byId("more").hidden = part.length >= shown.length;
     byId("more").textContent = `Show ${Math.min(PAGE, shown.length - part.length)} more`;
   }
@@ -134,29 +141,32 @@ function makeGallery(model) {
     viewed = at;
     const { row } = image, kind = model.kinds[model.kind[row]], state = verdict(row);
     byId("viewer-title").textContent = model.paths[row];
-    const frames = make("div", { class: "frames" }, make("figure", {}, picture(image, false), make("figcaption", { text: "image" })));
+    const frames = make("div", { class: "frames" }, make("figure", {}, picture(image, false, true), make("figcaption", { text: "image" })));
     if (image.heat || image.outline) {
       const what = [image.heat && "heat map", image.outline && "ground truth"].filter(Boolean).join(" and ");
       frames.append(make("figure", {}, picture(image, true), make("figcaption", { text: what })));
+    }
+    if (image.spot) {
+      const spot = make("img", { class: "spot", src: source(image.spot.thumb), alt: "" });
+      frames.append(make("figure", {}, spot, make("figcaption", { text: "worst spot at full resolution" })));
     }
     const facts = make("dl", { class: "facts" });
     const fact = (name, value) => facts.append(make("div", {}, make("dt", { text: name }), make("dd", {}, value)));
     fact("verdict", make("span", { class: `badge ${state}`, text: VERDICTS[state] }));
     fact("kind", kind);
     fact("score", `${number(model.scores[row])} (threshold ${number(model.threshold)})`);
-    if (image.parts) {
+    if (image.components) {
       // the thresholded sum, told apart in units that mean something alone
       const signed = value => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(1)}`;
-      fact("made of", `whole image ${signed(image.parts[0])}, worst spot ${signed(image.parts[1])} (in spreads of normal images)`);
+      fact("made of", `whole image ${signed(image.components[0])}, worst spot ${signed(image.components[1])} (in spreads of normal images)`);
     }
     fact("p-value", number(model.pValues[row]));
-    if (images.some(other => other.snapshot > 0)) fact("decided by snapshot", String(image.snapshot));
     const near = make("ul", { class: "near large" });
-    for (const [index, distance] of image.neighbors) {
-      near.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt: "" }), make("b", { text: number(distance) }), make("span", { text: normals[index].path })));
+    for (const index of image.neighbors) {
+      near.append(make("li", {}, make("img", { src: source(normals[index].thumb), alt: "" }), make("span", { text: normals[index].path })));
     }
     const parts = [frames, facts];
-    if (image.neighbors.length) parts.push(make("h3", { text: "Nearest normal images, with squared distance" }), near);
+    if (image.neighbors.length) parts.push(make("h3", { text: "Nearest normal images" }), near);
     byId("viewer-body").replaceChildren(...parts);
     byId("previous").disabled = at === 0;
     byId("next").disabled = at === shown.length - 1;
@@ -173,7 +183,7 @@ function makeGallery(model) {
 
   for (const kind of model.kinds) {
     const n = images.filter(({ row }) => model.kinds[model.kind[row]] === kind).length;
-    kindFilter.append(make("option", { value: kind, text: `${kind} (${n})` }));
+    kindFilter.append(make("option", { value: kind, text: `${kind} (${whole(n)})` }));
   }
   for (const element of [kindFilter, verdictFilter, sort]) element.addEventListener("change", () => { limit = PAGE; refresh(); });
   byId("more").addEventListener("click", () => {
@@ -198,9 +208,5 @@ function makeGallery(model) {
 
   return {
     refresh: () => { limit = PAGE; refresh(); },
-    open: row => {
-      if (!shown.some(image => image.row === row)) { kindFilter.value = ""; verdictFilter.value = ""; refresh(); }
-      view(shown.findIndex(image => image.row === row));
-    },
   };
 }

@@ -20,7 +20,7 @@ STYLES = ("vendor/uPlot.min.css", "style.css")
 
 
 def render(template: str, scripts: Sequence[str], data: object, **context: object) -> str:
-    """A page.
+    """Render a page.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain}
+    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain, "whole": _whole}
     return environment
 
 
@@ -82,6 +82,11 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if -1 <= value <= 1 else f"{value:.4g}"
+
+
+def _whole(value: int) -> str:
+    """A count, thousands set apart."""
+    return f"{value:,}"
 
 
 def _percent(value: float) -> str:

@@ -32,6 +32,7 @@
   // Slider positions are ranks: one for each distinct score of test and calibration, so that a long tail takes no room.
   const distinct = new Set([...data.scores, ...data.calibration]);
   if (model.own !== null) distinct.add(model.own);
+  if (!distinct.size) distinct.add(0);
   model.candidates = ascending(distinct);
   const lowest = model.candidates[0];
   model.candidates.unshift(lowest - Math.max(1e-9, Math.abs(lowest) * 1e-6)); // below all: everything raises an alarm
@@ -46,22 +47,46 @@
     const k = countAbove(model.calibration, model.threshold);
     if (!m) return "No calibration images: nothing can be promised about false alarms.";
     const [low, high] = data.rates[k];
-    return `${k} of ${m} calibration images would raise an alarm: expect at most ${percent((k + 1) / (m + 1))} false alarms (1 in ${Math.floor((m + 1) / (k + 1))} good parts); ` +
+    return `${whole(k)} of ${counted(m, "calibration image", "calibration images")} would raise an alarm: expect at most ${percent((k + 1) / (m + 1))} false alarms (1 in ${whole(Math.floor((m + 1) / (k + 1)))} good parts); ` +
       `the true rate lies between ${percent(low)} and ${percent(high)} with ${percent(data.confidence)} confidence.`;
+  }
+
+  // What to write down to get this threshold from the calibration, which knows its own scores only: verdict.false_alarm_rate.
+  function carryOver() {
+    const k = countAbove(model.calibration, model.threshold), rate = (k + 1) / (m + 1);
+    if (!m || k === m) return { line: "", command: "", why: m ? "No false-alarm rate gives a threshold below all calibration scores." : "Without calibration images no false-alarm rate gives this threshold." };
+    const digits = m < 5000 ? 4 : 6, value = (Math.ceil(rate * 10 ** digits - 1e-7) / 10 ** digits).toFixed(digits).replace(/0+$/, "");
+    const nearest = model.calibration[m - 1 - k], same = (scores, t) => countAbove(scores, t) === countAbove(scores, model.threshold);
+    const why = same(model.good, nearest) && same(model.bad, nearest) ? "" :
+      `The calibration’s nearest threshold is ${number(nearest)}: ${counted(countAbove(model.good, nearest), "false alarm", "false alarms")} and ${counted(model.bad.length - countAbove(model.bad, nearest), "miss", "misses")} on the test images.`;
+    return { line: `false_alarm_rate: ${value}`, command: `panda-ad score FOLDER --bundle ${data.bundle} --false-alarm-rate ${value}`, why };
+  }
+
+  function mistakes() {
+    const rows = data.scores.map((score, row) => ({ score, row, label: data.labels[row], path: data.paths[row], kind: data.kinds[data.kind[row]] }));
+    const wrong = rows.filter(({ score, label }) => (score > model.threshold) !== (label === 1)).sort((a, b) => b.label - a.label || (a.path < b.path ? -1 : 1));
+    return wrong.map(({ label, kind, score, path }) => [label ? "miss" : "false alarm", kind, number(score), path].join("\t")).join("\n");
   }
 
   function update() {
     const falseAlarms = countAbove(model.good, model.threshold), caught = countAbove(model.bad, model.threshold);
     const misses = model.bad.length - caught;
     const rate = (a, b) => (b ? (a / b).toFixed(3) : "–");
+    const { line, command, why } = carryOver();
     const texts = {
-      "threshold-value": number(model.threshold), "false-alarms": falseAlarms, misses,
+      "threshold-value": number(model.threshold), "false-alarms": whole(falseAlarms), misses: whole(misses),
+      "false-alarms-name": falseAlarms === 1 ? "False alarm" : "False alarms", "misses-name": misses === 1 ? "Miss" : "Misses",
       precision: rate(caught, caught + falseAlarms), recall: rate(caught, model.bad.length),
-      "cell-passed": model.good.length - falseAlarms, "cell-false-alarms": falseAlarms, "cell-misses": misses, "cell-caught": caught,
-      promise: note || promise(),
+      "cell-passed": whole(model.good.length - falseAlarms), "cell-false-alarms": whole(falseAlarms), "cell-misses": whole(misses), "cell-caught": whole(caught),
+      promise: note || promise(), "carry-line": line, "carry-command": command, "carry-why": why,
+      "mistakes-title": `${counted(misses, "miss", "misses")} and ${counted(falseAlarms, "false alarm", "false alarms")} as a list`,
     };
     for (const [id, text] of Object.entries(texts)) byId(id).textContent = text;
-    const spoken = `${falseAlarms} false alarms of ${model.good.length} good, ${misses} misses of ${model.bad.length} defective`;
+    byId("carry").hidden = !line;
+    byId("mistakes").value = mistakes();
+    byId("cell-misses").classList.toggle("bad", misses > 0);
+    byId("cell-false-alarms").classList.toggle("bad", falseAlarms > 0);
+    const spoken = `${counted(falseAlarms, "false alarm", "false alarms")} of ${whole(model.good.length)} good, ${counted(misses, "miss", "misses")} of ${whole(model.bad.length)} defective`;
     slider.setAttribute("aria-valuetext", `score ${number(model.threshold)}: ${spoken}`);
     if (document.activeElement !== budget && m) {
       const kept = Math.floor((m + 1) / (countAbove(model.calibration, model.threshold) + 1)); // what this threshold really promises
@@ -70,7 +95,7 @@
     for (const cell of document.querySelectorAll("[data-caught]")) {
       const kind = data.kinds.indexOf(cell.dataset.caught);
       const count = data.scores.filter((s, i) => data.kind[i] === kind && s > model.threshold).length;
-      cell.firstChild.textContent = `${count} `;
+      cell.firstChild.textContent = `${whole(count)} `;
     }
     byId("reset").disabled = model.threshold === (model.own ?? model.candidates.at(-1));
     followers.forEach(follow => follow());
@@ -95,17 +120,28 @@
     else if (l >= 1) model.set(model.calibration[m - l]);
     else model.set(model.calibration[m - 1], `${m} calibration images can promise 1 in ${m + 1} at best; 1 in ${number(n)} needs at least ${Math.ceil(n) - 1}. Set to the highest calibration score.`);
   });
+  // By selection: the clipboard's own interface is closed to sandboxed frames, as MLflow's are.
+  function copy(element, button) {
+    const text = element.value ?? element.textContent, area = make("textarea", { class: "hidden", "aria-hidden": "true" });
+    area.value = text;
+    button.after(area);
+    area.select();
+    button.textContent = document.execCommand("copy") ? "Copied" : "Select and copy";
+    area.remove();
+    button.focus();
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  }
+
   const reset = () => (model.own === null ? setIndex(model.candidates.length - 1) : model.set(model.own));
   byId("reset").addEventListener("click", reset);
   byId("bar").addEventListener("submit", event => event.preventDefault());
 
+  for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(byId(button.dataset.copy), button));
+
   const gallery = makeGallery(model);
   model.threshold = model.own ?? model.candidates.at(-1);
   const followers = [histogram(byId("histogram"), model), curves(model)];
-  if (data.features && byId("map")) featureMap(byId("map"), model, row => { if (data.images.some(image => image.row === row)) gallery.open(row); });
   reset();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawPlots);
-  addEventListener("beforeprint", redrawPlots);
-  addEventListener("afterprint", redrawPlots);
   document.documentElement.classList.add("ready");
 })();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +15,21 @@ from PIL import Image
 
 from panda_ad.data.images import Decoding, read_image
 from panda_ad.data.layouts import image_root
+from panda_ad.evaluation import figures, pixel_metrics
 from panda_ad.evaluation import image_metrics as metrics
-from panda_ad.evaluation import pixel_metrics
 from panda_ad.evaluation.intervals import Intervals
 from panda_ad.evaluation.masks import Masks, with_masks
 from panda_ad.params import Params
-from panda_ad.report.build import project_2d, write_report
-from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage
+from panda_ad.report.build import write_report
+from panda_ad.report.content import DefectRow, Metric, Neighbor, Report, ReportImage, Spot
+from panda_ad.report.encode import THUMB
 from panda_ad.scoring.calibration import p_values
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.verdict import Scores
 from panda_ad.system.paths import BUILD
+
+SPOTS = 200
+"""Images shown with their worst spot at full resolution: those further down the list are right, and it takes room."""
 
 METHODS = {
     "none": "DN2",
@@ -56,68 +61,70 @@ def evaluation_report(
     masks: Masks | None,
 ) -> None:
     """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
-    labels, defects = rows["label"].to_numpy(), rows["defect"].to_numpy()
+    labels, defects = rows["label"].to_numpy(np.int64), rows["defect"].to_numpy()
+    bare = sum(mask is None for mask in masks or [])
+    unmarked = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
+    report = Report(
+        dataset=params.dataset,
+        category=category,
+        title=f"{METHODS[detector.config.method]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        headline=[
+            Metric(name, values[key], intervals.get(key), note + unmarked.get(key, ""))
+            for key, (name, note) in HEADLINE.items()
+            if key in values
+        ],
+        cautions=figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence),
+        threshold=detector.threshold(),
+        paths=rows["path"].tolist(),
+        defects=defects.tolist(),
+        labels=labels,
+        scores=scores.score,
+        p_values=p_values(detector.calibration, scores.score),
+        calibration_scores=detector.calibration,
+        images=images(params, detector, rows, scores, masks),
+        per_defect=per_defect(labels, defects, scores, masks, params),
+        provenance=provenance(params, detector, category, values),
+        confidence=params.evaluate.confidence,
+        bundle=str(BUILD / "bundle" / category),
+    )
+    write_report(report, path)
+
+
+def images(
+    params: Params, detector: Detector, rows: pd.DataFrame, scores: Scores, masks: Masks | None
+) -> list[ReportImage]:
+    """Return the images to show, at most `evaluate.report_images`, worst mistakes first; arguments as `evaluation_report` has them."""
+    labels, root = rows["label"].to_numpy(np.int64), image_root(params)
     p = p_values(detector.calibration, scores.score)
     thumbs = [np.asarray(Image.open(io.BytesIO(data))) for data in detector.thumbnails]
-    shown = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
-    root = image_root(params)
-    paths, keys = rows["path"].tolist(), rows["sha256"].tolist()
-    parts = detector.components(scores)
-    images = [
-        ReportImage(
-            path=paths[i],
-            label=int(labels[i]),
-            defect=defects[i],
-            score=float(scores.score[i]),
-            p_value=float(p[i]),
-            snapshot=int(scores.snapshot[i]),
-            rgb=small(read_image(root / paths[i], keys[i], Decoding.of(params.data))),
-            heatmap=None if scores.heatmaps is None else scores.heatmaps[i],
-            mask=None if masks is None else masks[i],
-            parts=None if parts is None else (float(parts[i, 0]), float(parts[i, 1])),
-            neighbors=[
-                Neighbor(thumbs[n], float(d), detector.images[n]["path"])
-                for n, d in zip(scores.neighbors[i], scores.distances[i], strict=True)
-            ],
+    components, decoding = detector.components(scores), Decoding.of(params.data)
+    order = worst_mistakes_first(labels, scores.score, detector.threshold().value)[: params.evaluate.report_images]
+    shown = []
+    for n, i in enumerate(order):
+        row = rows.iloc[i]
+        rgb = read_image(root / row["path"], row["sha256"], decoding)
+        heat = None if scores.heatmaps is None else scores.heatmaps[i]
+        shown.append(
+            ReportImage(
+                path=row["path"],
+                label=int(labels[i]),
+                defect=row["defect"],
+                score=float(scores.score[i]),
+                p_value=float(p[i]),
+                rgb=reduced(rgb),
+                heatmap=heat,
+                spot=None if heat is None or n >= SPOTS else worst_spot(rgb, heat),
+                mask=None if masks is None else masks[i],
+                components=None if components is None else (float(components[i, 0]), float(components[i, 1])),
+                neighbors=[Neighbor(thumbs[k], detector.images[k]["path"]) for k in scores.neighbors[i]],
+            )
         )
-        for i in shown
-    ]
-    gallery_2d, test_2d = project_2d(detector.galleries[-1].features, scores.features)
-    bare = sum(mask is None for mask in masks or [])
-    out_of_fold = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
-    headline = [
-        Metric(name, values[key], intervals.get(key), note + out_of_fold.get(key, ""))
-        for key, (name, note) in HEADLINE.items()
-        if key in values
-    ]
-    write_report(
-        Report(
-            dataset=params.dataset,
-            category=category,
-            title=f"{METHODS[detector.config.method]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
-            created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            headline=headline,
-            threshold=detector.threshold(),
-            paths=paths,
-            defects=defects.tolist(),
-            labels=labels,
-            scores=scores.score,
-            p_values=p,
-            calibration_scores=detector.calibration,
-            images=images,
-            per_defect=per_defect(labels, defects, scores, masks, params),
-            gallery_features_2d=gallery_2d,
-            test_features_2d=test_2d,
-            gallery_paths=[image["path"] for image in detector.images],
-            provenance=provenance(params, detector, category, values),
-            confidence=params.evaluate.confidence,
-        ),
-        path,
-    )
+    return shown
 
 
 def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Order of test images: wrong ones by how far down the ranking they went wrong, then the others; (N,) int64."""
+    """Return the order of test images: wrong ones by how far down the ranking they went wrong, then the others; (N,) int64."""
     rank = np.argsort(np.argsort(scores)) / max(len(scores) - 1, 1)
     wrongness = np.where(labels == 1, 1 - rank, rank) + 2 * ((scores > threshold) != (labels == 1))
     return np.argsort(-wrongness, kind="stable")
@@ -126,27 +133,30 @@ def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: floa
 def per_defect(
     labels: np.ndarray, defects: np.ndarray, scores: Scores, masks: Masks | None, params: Params
 ) -> list[DefectRow]:
-    """Each kind of defect against all good test images."""
-    out = []
+    """Compare each kind of defect with all good test images; without these its AUROC is unknown."""
+    settings, out = params.evaluate, []
     for kind in sorted(set(defects[labels == 1])):
         chosen = np.flatnonzero((labels == 0) | (defects == kind))
         y, s = labels[chosen], scores.score[chosen]
-        low, high = metrics.bootstrap_interval(
-            metrics.auroc, y, s, params.evaluate.bootstrap, params.evaluate.confidence, params.seed
-        )
+        area = interval = None
+        if (y == 0).any():
+            area = metrics.auroc(y, s)
+            interval = metrics.bootstrap_interval(
+                metrics.auroc, y, s, settings.bootstrap, settings.confidence, params.seed
+            )
         pixel = pro = None
         if masks is not None and scores.heatmaps is not None:
             known, maps = with_masks([scores.heatmaps[i] for i in chosen], [masks[i] for i in chosen])
-            if any(mask.any() for mask in known):
+            if any(mask.any() for mask in known) and not all(mask.all() for mask in known):
                 pixel, pro = pixel_metrics.pixel_auroc(known, maps), pixel_metrics.au_pro(known, maps)
-        out.append(DefectRow(kind, int((y == 1).sum()), metrics.auroc(y, s), low, high, pixel, pro))
+        out.append(DefectRow(kind, int((y == 1).sum()), area, interval, pixel, pro))
     return out
 
 
 def provenance(
     params: Params, detector: Detector, category: str, values: Mapping[str, float]
 ) -> dict[str, dict[str, object]]:
-    """Facts on data, model and settings, for the last section."""
+    """Return facts on data, model and settings, for the last section."""
     report = json.loads((BUILD / "validation" / "report.json").read_text())
     known = detector.config.provenance
     return {
@@ -154,10 +164,10 @@ def provenance(
             "dataset": params.dataset,
             "category": category,
             "data hash": report["data_hash"],
-            "normal training images": known["train_images"],
-            "calibration images": known["calibration_images"],
-            "test images, good": values["test_good"],
-            "test images, defective": values["test_defect"],
+            "normal training images": f"{known['train_images']:,}",
+            "calibration images": f"{known['calibration_images']:,}",
+            "test images, good": f"{values['test_good']:,}",
+            "test images, defective": f"{values['test_defect']:,}",
         },
         "model": {
             "backbone": f"{known['backbone']} ({known['weights']})",
@@ -169,12 +179,53 @@ def provenance(
             "localization": params.localize.method
             + (f", {tiles} x {tiles} tiles" if (tiles := params.localize.tiles) else ""),
         },
-        "code": {"panda-ad": known["panda_ad"], "seed": params.seed},
+        "code": {
+            "panda-ad": known["panda_ad"],
+            "commit": commit(),
+            "seed": params.seed,
+            "version and run": f"once published: in {BUILD / 'publish' / category}.json and in MLflow, whose run holds this report",
+        },
     }
 
 
-def small(rgb: np.ndarray, side: int = 256) -> np.ndarray:
-    """The picture reduced to at most `side` pixels a side, so that hundreds fit in memory."""
+def reduced(rgb: np.ndarray, side: int = THUMB) -> np.ndarray:
+    """Reduce a picture, uint8 (h, w, 3), to at most `side` pixels a side, so that hundreds fit in memory."""
     image = Image.fromarray(rgb)
     image.thumbnail((side, side))
     return np.asarray(image)
+
+
+def worst_spot(rgb: np.ndarray, heatmap: np.ndarray, side: int = THUMB) -> Spot | None:
+    """Cut the surroundings of the heat map's maximum out of an image, at its own resolution.
+
+    Parameters
+    ----------
+    rgb : uint8 (h, w, 3).  heatmap : float (h', w'), of the whole image.  side : pixels of the cutting, where the image has so many.
+
+    Returns
+    -------
+    None where the whole image is no larger than that.
+    """
+    height, width = rgb.shape[:2]
+    if max(height, width) <= side:
+        return None
+    y, x = np.unravel_index(np.nanargmax(heatmap), heatmap.shape)
+    top = int(np.clip((y + 0.5) * height / heatmap.shape[0] - side / 2, 0, max(0, height - side)))
+    left = int(np.clip((x + 0.5) * width / heatmap.shape[1] - side / 2, 0, max(0, width - side)))
+    cut = rgb[top : top + side, left : left + side].copy()
+    return Spot(cut, (left / width, top / height, (left + cut.shape[1]) / width, (top + cut.shape[0]) / height))
+
+
+def commit() -> str:
+    """Return the commit that the working tree is at, '+ changes' where tracked files differ from it; 'none' outside a git repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= + changes"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return done.stdout.strip() if done.returncode == 0 else "none"
