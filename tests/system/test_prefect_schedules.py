@@ -28,7 +28,7 @@ DEPLOYMENTS = ("retrain", "score", "monitor")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    folder = make_project(tmp_path_factory.mktemp("schedules") / "project")
+    folder = make_project(tmp_path_factory.mktemp("schedules") / "a project")
     call("dvc", "repro", "-q", cwd=folder)
     return folder
 
@@ -55,7 +55,7 @@ def until(condition, seconds=90.0):
 
 def test_the_start_says_what_is_ready_after_how_many_seconds_and_which_schedules_are_off(prefect, said):
     ready = [re.fullmatch(r" +\d+ s  (.*)", line)[1] for line in said if " s  " in line]
-    assert ready == ["Prefect answers", "deployments registered", "MLflow answers"]
+    assert ready == ["Prefect answers", "deployments registered; their schedules:", "MLflow answers"]
     schedules = {"monitor": "0 1 * * * UTC", "retrain": "0 2 * * * UTC", "score": "15 * * * * UTC"}
     expected = [f"{name} off {when}" for name, when in schedules.items()]
     assert sorted(" ".join(line.split()) for line in said if "UTC" in line) == expected

@@ -97,9 +97,8 @@ def running_servers(
 
         def start(name: str, command: list[str], **extra: str) -> Group:
             log = stack.enter_context(open(_log(name), "wb"))
-            group = Group([sys.executable, "-m", *command], env={**_environment(), **extra}, output=log)
-            groups[name] = group
-            return group
+            groups[name] = Group([sys.executable, "-m", *command], env={**_environment(), **extra}, output=log)
+            return groups[name]
 
         # One callback for all: a stop takes seconds, and the worker must go before the servers it reports to.
         stack.callback(lambda: [group.stop(grace=10) for group in reversed(groups.values())])
@@ -108,22 +107,21 @@ def running_servers(
             port = _free_port(mlflow_port, "--mlflow-port")
             mlflow = f"http://{HOST}:{port}"
             start("mlflow", server_command(HOST, port), **server_environment())
-        own = prefect is None
+        new_server = ["--new-server"] if prefect is None else []
         if prefect is None:
             port = _free_port(prefect_port, "--prefect-port")
             prefect = f"http://{HOST}:{port}"
-            start("prefect", ["flows.server", HOST, str(port)], **server_settings(prefect))
+            server = start("prefect", ["flows.server", HOST, str(port)], **server_settings(prefect))
+            _await(server, "prefect", f"{prefect}/api/health")
+            ready("Prefect answers")
         addresses = Addresses(mlflow=mlflow, prefect=prefect.removesuffix("/api"))
         clients = _client_settings(addresses)
-        if "prefect" in groups:
-            _await(groups["prefect"], "prefect", f"{addresses.prefect}/api/health")
-            ready("Prefect answers")
-        with start("deploy", ["flows.deploy", *(["--new-server"] if own else [])], **clients) as deploy:
+        with start("deploy", ["flows.deploy", *new_server], **clients) as deploy:
             if deploy.wait():
                 raise UserError(f"deployments could not be registered: {_last_line('deploy')}")
         del groups["deploy"]
-        ready("deployments registered")
-        for line in _log("deploy").read_text(encoding="utf-8", errors="replace").split("\n"):
+        ready("deployments registered; their schedules:")
+        for line in _lines("deploy"):
             if line.startswith(SCHEDULE):
                 say(f"         {line.removeprefix(SCHEDULE)}")
         start("worker", ["prefect", "worker", "start", "--pool", POOL, "--type", "process"], **clients)
@@ -217,9 +215,12 @@ def _log(name: str) -> Path:
     return HOME / f"{name}.log"
 
 
+def _lines(name: str) -> list[str]:
+    return _log(name).read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def _last_line(name: str) -> str:
-    lines = _log(name).read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"see {_log(name)}")
+    return next((line.strip() for line in reversed(_lines(name)) if line.strip()), f"see {_log(name)}")
 
 
 def _await(group: Group, name: str, address: str) -> None:
