@@ -147,7 +147,8 @@ def servers(project: Path, say=lambda line: None, **environment: str):
             patch.setenv(name, value)
         with running_servers(say=say) as (addresses, groups):
             yield Prefect(addresses, project, groups)
-    assert server_errors(project) == ""
+    errors = server_errors(project)
+    assert not errors, errors
 
 
 class Prefect:
