@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 
+from panda_ad.commands.overlay import save_overlay
 from panda_ad.data.damage import doubt
 from panda_ad.data.images import Decoding, batches, decode, pixel_count, read_bytes
 from panda_ad.data.listing import describe, find_images, no_images, printable, settled
@@ -202,25 +203,7 @@ def _write_rows(
         if heatmaps is not None and verdict.heatmap is not None:
             stem = file.stem if len(file.stem.encode()) <= 200 else plain_stem(file)
             try:
-                save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict.heatmap, detector)
+                save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict, detector)
             except (OSError, ValueError, MemoryError) as e:  # the disk, or more pixels than a JPEG holds
                 warnings.append(f"{name}: scored, but its overlay was not written ({' '.join(str(e).split())[:120]})")
     return Scored(0, alarms, 0, problems, warnings)
-
-
-def save_overlay(path: Path, rgb: np.ndarray, heatmap: np.ndarray, detector: Detector) -> None:
-    """Write the image with its heat map laid over it, colored where it exceeds what normal images show."""
-    from PIL import Image
-
-    assert detector.config.heatmap_range is not None, "only a model with a localizer makes heat maps"
-    start, full = detector.config.heatmap_range
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blend = np.empty_like(rgb)
-    for pixels, heat, out in zip(
-        rgb, heatmap, blend, strict=True
-    ):  # row by row: in floating point a large image takes gigabytes
-        strength = np.clip((heat - start) / max(full - start, 1e-12), 0, 1)[:, None]
-        color = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=1)
-        out[:] = pixels * (1 - 0.65 * strength) + color * 0.65 * strength
-    with atomic_file(path) as temporary:
-        Image.fromarray(blend).save(temporary, "JPEG", quality=90)
