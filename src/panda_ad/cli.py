@@ -40,7 +40,7 @@ def summary() -> None:
     """The figures of the last run.
 
     Metrics, threshold, time and memory per stage, versions, what the gate decided."""
-    from panda_ad.commands.run import summary
+    from panda_ad.commands.summary import summary
 
     print(summary())
 
@@ -125,13 +125,17 @@ def ingest(
 def promote(
     category: Categories = None,
     to: Annotated[str, typer.Option(help="staging, or champion.")] = "staging",
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Evaluate the version in place, e.g. one that was set by hand; nothing moves."),
+    ] = False,
 ) -> None:
     """Move @staging to the challenger, if the gate agrees.
 
     Where it refuses: exit code 3, the failed rules, and by how much."""
     from panda_ad.registry.promote import promote
 
-    for decision in promote(category or None, to):
+    for decision in promote(category or None, to, in_place):
         print(decision)
 
 
@@ -204,6 +208,19 @@ def ui(
 
     load_params()  # a wrong folder, or a mistake in params.yaml, is better said now than by a flow
     serve_ui(mlflow_port=mlflow_port, prefect_port=prefect_port)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A registered model, e.g. models:/panda-sample-fabric@staging.")],
+    port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1; 0 takes any free one.")] = 5001,
+) -> None:
+    """A registered model over REST, until Ctrl-C.
+
+    MLflow's request format, on 127.0.0.1; answers base64 images with score, p-value, threshold and decision."""
+    from panda_ad.registry.serve import serve
+
+    serve(model, port)
 
 
 @app.command()

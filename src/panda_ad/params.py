@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -210,17 +211,40 @@ class Params(_Section):
 
     @field_validator("categories")
     @classmethod
-    def _distinct(cls, names: list[str]) -> list[str]:
+    def _usable_names(cls, names: list[str]) -> list[str]:
         if len(set(names)) != len(names):
             raise ValueError("a category is listed twice")
         for name in names:
-            if not name or name.startswith(".") or re.search(r"[/\\:%\"'@]", name):
-                raise ValueError(f"{name!r} cannot name a category: no '/', '\\', ':', '%', '@' or quotes")
-            if name == "data":
-                raise ValueError(
-                    "'data' cannot name a category: an MLflow run keeps the files of the whole data set in a folder of that name"
-                )
+            if reason := _unusable(name):
+                raise ValueError(f"{name!r} cannot name a category: {reason}")
+        known: dict[str, str] = {}
+        for name in names:
+            other = known.setdefault(plain_name(unicodedata.normalize("NFC", name)).casefold(), name)
+            if other != name:
+                raise ValueError(f"{other!r} and {name!r} would share one name in MLflow or on disk; rename one")
         return names
+
+
+_RESERVED = {"data", "seconds", "peak_mb"}
+"""What an MLflow run keeps of the whole data set and of stages that run once, in folders and groups of figures of these names."""
+
+
+def plain_name(category: str) -> str:
+    """Return a category as part of metric names and artifact paths, where MLflow allows fewer characters than a folder's name."""
+    return re.sub(r"[^\w\- ]", "_", category)
+
+
+def _unusable(category: str) -> str:
+    """Return why a name can be no category's, '' where it can: it becomes part of commands, paths, DVC's stages and MLflow's addresses."""
+    if not category or category != category.strip():
+        return "it is empty, or begins or ends with a blank"
+    if category[0] in ".-" or category.lower().endswith(".dvc"):
+        return "no '.' or '-' at the beginning, no '.dvc' at the end"
+    if re.search(r"[/\\:%\"'@$`*?#<>|{}\[\]!]", category) or not category.isprintable():
+        return "no / \\ : % @ $ ` * ? # < > | { } [ ] ! quotes or line breaks: it becomes part of commands and paths"
+    if category in _RESERVED:
+        return "an MLflow run keeps the figures or files of the whole data set under that name"
+    return ""
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:

@@ -45,7 +45,8 @@ def make_project(folder: Path, categories: tuple[str, ...] = ("fabric",)) -> Pat
     write_rows(folder / "build/validation/manifest.csv", rows)
     write_rows(folder / "build/validation/problems.csv", [{"path": "x.png", "reason": "empty"}])
     write_json(folder / "build/validation/report.json", {"success": True, "data_hash": "d" * 64})
-    write(folder / "build/validation/data_docs/index.html", "<html>docs</html>")
+    for page in ("index", "results"):
+        write(folder / f"build/validation/data_docs/{page}.html", "<html>docs</html>")
     for stage, category in [("validate", None), ("extract", None), *(("adapt", c) for c in categories)]:
         name = stage if category is None else f"{stage}-{category}"
         write_json(
@@ -168,8 +169,9 @@ def aliases() -> dict[str, int]:
 
 
 def moves() -> list[tuple[str, str, str | None, str]]:
-    """The audit records: action, alias, from, to."""
-    return [(m["action"], m["alias"], m["from"], m["to"]) for m in audit.history(connect(), NAME)]
+    """The moves that were made: action, alias, from, to."""
+    found = audit.history(connect().get_registered_model(NAME))
+    return [(m["action"], m["alias"], m["from"], m["to"]) for m in found if m["done"]]
 
 
 def the_run() -> Run:

@@ -61,7 +61,7 @@ def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys):
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("panda_ad.commands.run.summary", stop)
+    monkeypatch.setattr("panda_ad.commands.summary.summary", stop)
     assert said(monkeypatch, capsys, "summary") == (130, "panda-ad: stopped\n")
 
 

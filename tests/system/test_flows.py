@@ -15,7 +15,7 @@ import flows.common
 from flows.common import Stage, read_pipeline, select
 from flows.retrain import run_stage
 from panda_ad.errors import Busy, UserError
-from panda_ad.registry.change import provenance
+from panda_ad.registry.provenance import provenance
 from panda_ad.system.processes import child_environment
 from panda_ad.system.workspace import changed_copy
 

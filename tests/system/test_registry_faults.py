@@ -14,6 +14,7 @@ import pytest
 from registry_project import NAME, aliases, make_project, moves, retrained, the_run
 
 from panda_ad.errors import GateRefused
+from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.stages.publish import main as publish
@@ -29,7 +30,7 @@ WRITES = (
     "create_experiment", "create_run", "update_run", "log_inputs", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
     "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version",
     "set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
-    "set_registered_model_tag", "set_terminated", "transition_model_version_stage",
+    "set_registered_model_tag", "set_terminated", "update_model_version",
 )  # fmt: skip
 
 
@@ -68,10 +69,10 @@ def snapshot():
     client, run = connect(), the_run()
     history = {k: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, k)] for k in run.data.metrics}
     version = client.get_model_version(NAME, "1")
-    ids = ("panda.run", "panda.change")
+    ids = ("panda.run", "panda.inputs")
     models = client.search_logged_models(["1"])
     return (
-        run.info.status, run.data.params, history, sorted(run.data.tags), version.description, version.aliases, version.current_stage,
+        run.info.status, run.data.params, history, sorted(run.data.tags), version.description.replace(version.run_id, "RUN"), version.aliases,
         {k: v for k, v in version.tags.items() if k not in ids and not k.startswith("gate.")}, [str(m.status) for m in models],
         len(client.search_model_versions(f"name = '{NAME}'")), len(run.outputs.model_outputs), aliases(), moves(),
         [(i.dataset.name, i.dataset.digest, i.dataset.profile) for i in run.inputs.dataset_inputs],
@@ -148,7 +149,7 @@ def third(plant, monkeypatch):
         shutil.copyfile("kept.json", "build/publish/fabric.json")
 
     fresh()
-    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
+    assert aliases() == {"challenger": 3, "staging": 2}
     return fresh
 
 
@@ -157,7 +158,12 @@ def state():
     client = connect()
     versions = [client.get_model_version(NAME, n) for n in "123"]
     verdicts = [{k: re.sub(r"\d{4}-\S+", "", v) for k, v in v.tags.items() if k.startswith("gate.")} for v in versions]
-    return aliases(), moves(), [v.current_stage for v in versions], verdicts
+    return aliases(), moves(), before(), verdicts
+
+
+def before():
+    """The versions that rolling @staging back leads to."""
+    return audit.versions_before(connect().get_registered_model(NAME), "staging")
 
 
 def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_next_command_finishes_it(
@@ -165,10 +171,11 @@ def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_
 ):
     writes = writes_of(monkeypatch, promote)
     done = state()
-    assert done[0] == {"challenger": 3, "staging": 3, "previous": 2} and done[1][-1] == ("promote", "staging", "2", "3")
+    assert done[0] == {"challenger": 3, "staging": 3} and done[2] == ["2", "1"]
+    assert done[1][-1] == ("promote", "staging", "2", "3")
     move = writes.index("set_registered_model_alias") + 1
-    assert writes[move:] == ["set_registered_model_alias", "transition_model_version_stage", "set_registered_model_tag"]
-    for number in (1, *range(move - 1, len(writes))):
+    assert writes[move - 2 :] == ["set_registered_model_tag", "set_registered_model_alias", "set_registered_model_tag"]
+    for number in (1, *range(move - 2, len(writes))):
 
         def killed(number=number):
             third()
@@ -176,15 +183,14 @@ def test_a_promotion_killed_after_any_write_is_the_old_state_or_the_new_and_the_
                 killed_after(patch, number)
                 with pytest.raises(Killed):
                     promote()
-            assert aliases() == {
-                "challenger": 3,
-                "staging": 2 if number < move else 3,
-                "previous": 1 if number <= move else 2,
-            }
+            assert aliases() == {"challenger": 3, "staging": 2 if number < move else 3}
+            assert before() == (["1"] if number < move else ["2", "1"]), "computed from what happened, at any time"
 
         killed()
         assert promote()[0].outcome == ("promoted" if number < move else "unchanged")
-        assert state() == done, f"killed after write {number}, {writes[number - 1]}"
+        assert state()[::2] == done[::2] and state()[3] == done[3], f"killed after write {number}, {writes[number - 1]}"
+        made = [m for m in audit.history(connect().get_registered_model(NAME)) if m["done"]]
+        assert [(m["from"], m["to"]) for m in made] == [(None, "1"), ("1", "2"), ("2", "3")]
         if number >= move:
             killed()
             assert rollback("fabric").version == "2"
@@ -198,10 +204,10 @@ def test_a_promoting_process_killed_right_after_the_move_is_finished_by_the_comm
         "MlflowClient.set_registered_model_alias = lambda *a: (move(*a), os.kill(os.getpid(), signal.SIGKILL))\npromote()"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    assert aliases() == {"challenger": 3, "staging": 3, "previous": 1} and moves()[-1][3] == "2"
+    assert aliases() == {"challenger": 3, "staging": 3} and before() == ["2", "1"]
     done = subprocess.run([sys.executable, "-m", "panda_ad.cli", "promote"], capture_output=True, text=True, check=True)
     assert done.stdout == f"{NAME} version 3, @staging: unchanged (it is @staging already)\n"
-    assert aliases() == {"challenger": 3, "staging": 3, "previous": 2} and moves()[-1] == (
+    assert aliases() == {"challenger": 3, "staging": 3} and moves()[-1] == (
         "promote",
         "staging",
         "2",
@@ -250,36 +256,49 @@ def test_what_a_killed_promotion_left_is_finished_though_the_next_one_is_refused
     publish("fabric")
     with pytest.raises(GateRefused, match="version 4"):
         promote()
-    assert aliases() == {"challenger": 4, "staging": 3, "previous": 2}
+    assert aliases() == {"challenger": 4, "staging": 3} and before() == ["2", "1"]
     assert moves()[-1] == ("promote", "staging", "2", "3")
 
 
-def test_a_move_made_by_hand_in_mlflow_is_recorded_and_can_be_rolled_back(third):
+def test_a_move_that_was_recorded_and_never_made_is_no_move(third, plant, monkeypatch):
+    move = writes_of(monkeypatch, promote).index("set_registered_model_alias") + 1
+    third()
+    with monkeypatch.context() as patch:
+        killed_after(patch, move - 1)
+        with pytest.raises(Killed):
+            promote()
+    retrained(plant, quality=1.0, weights=b"5")
+    publish("fabric")
+    assert promote()[0].incumbent == "2"
+    assert before() == ["2", "1"] and aliases()["staging"] == int(promote()[0].version)
+    assert [m["done"] for m in audit.history(connect().get_registered_model(NAME))] == [True, True, False, True]
+
+
+def test_a_move_made_by_hand_in_mlflow_is_told_and_can_be_rolled_back(third):
     connect().set_registered_model_alias(NAME, "staging", "3")
+    assert moves()[-1] == ("by hand", "staging", "2", "3")
     assert rollback("fabric").version == "2"
-    assert moves()[-2:] == [("promote", "staging", "2", "3"), ("rollback", "staging", "3", "2")]
-    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
+    assert moves()[-2:] == [("by hand", "staging", "2", "3"), ("rollback", "staging", "3", "2")]
+    assert aliases() == {"challenger": 3, "staging": 2} and before() == ["1"]
 
 
 def test_a_rollback_killed_after_any_write_is_finished_by_the_next_command(third, monkeypatch):
     promote()
     writes = writes_of(monkeypatch, lambda: rollback("fabric"))
-    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
+    assert writes == ["set_registered_model_tag", "set_registered_model_alias", "set_registered_model_tag"]
     for number in range(1, len(writes) + 1):
-        if aliases()["staging"] != 3:
-            rollback("fabric", 3)
+        third()
+        promote()
         with monkeypatch.context() as patch:
             killed_after(patch, number)
             with pytest.raises(Killed):
                 rollback("fabric")
-        moved = aliases()["staging"] == 2
         if (
-            not moved or number % 2
-        ):  # held back, not moved: asking again does it; moved: asking again finishes that and goes back no further
+            number < 3
+        ):  # not moved: asking again does it; moved and not marked: asking again finishes that and goes back no further
             decision = rollback("fabric")
             assert (decision.version, decision.incumbent, decision.outcome) == ("2", "3", "rolled back")
         (decision,) = promote()
         assert decision.outcome == "held back"
-        assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}, writes[number - 1]
-        assert moves()[-1] == ("rollback", "staging", "3", "2") and moves()[-2][2:] != ("3", "2")
-        assert connect().get_model_version(NAME, "2").current_stage == "Staging"
+        assert aliases() == {"challenger": 3, "staging": 2} and before() == ["1"], writes[number - 1]
+        assert moves()[-1] == ("rollback", "staging", "3", "2")

@@ -13,15 +13,9 @@ from registry_project import make_project, write, write_bundle, write_scores
 
 from panda_ad.errors import Unavailable, UserError
 from panda_ad.registry import audit
-from panda_ad.registry.connection import (
-    DEFAULTS,
-    aliases,
-    connect,
-    download_version,
-    server_command,
-    server_environment,
-)
+from panda_ad.registry.connection import DEFAULTS, connect, server_command, server_environment
 from panda_ad.registry.promote import promote, rollback
+from panda_ad.registry.versions import download_version
 from panda_ad.stages.publish import main as publish
 from panda_ad.system.processes import Group
 
@@ -46,6 +40,11 @@ def serving(folder, port, command, environment):
                 assert server.running and time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
                 time.sleep(0.3)
         yield server
+
+
+def aliases_of(version):
+    """Aliases that point at a version, sorted."""
+    return sorted(connect().get_model_version(NAME, version).aliases)
 
 
 def free_port():
@@ -73,7 +72,7 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
         monkeypatch.delenv(
             "MLFLOW_TRACKING_URI"
         )  # the same store as a file: what the server wrote can be read, and back
-        assert aliases(NAME, 1) == ["challenger", "staging"]
+        assert aliases_of("1") == ["challenger", "staging"]
         assert (download_version(f"models:/{NAME}@staging")[2] / "weights.safetensors").read_bytes() == b"weights 1"
         write(folder / "requirements.lock", "# 2\n")
         write_bundle(folder, "fabric", b"weights 2")
@@ -91,10 +90,14 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
         assert time.monotonic() - start < 8
 
     with serving(folder, port, command, environment):
-        assert aliases(NAME, 1) == ["staging"]
+        assert aliases_of("1") == ["staging"]
         assert promote()[0].version == "2"
         assert rollback("fabric").version == "1"
-        assert [m["action"] for m in audit.history(connect(), NAME)] == ["promote", "promote", "rollback"]
+        assert [m["action"] for m in audit.history(connect().get_registered_model(NAME))] == [
+            "promote",
+            "promote",
+            "rollback",
+        ]
 
 
 def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_the_next_one_goes_on(
@@ -149,13 +152,14 @@ def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_
         assert len(connect().search_model_versions(f"name = '{NAME}'")) == 1
         lost_during(promote, "download_artifacts", before=True)
     with serving(server_folder, port, command, environment) as server:
-        assert aliases(NAME, 1) == ["challenger"] and audit.history(connect(), NAME) == []
+        assert aliases_of("1") == ["challenger"] and audit.history(connect().get_registered_model(NAME)) == []
         lost_during(promote, "set_registered_model_alias", before=False)
     with serving(server_folder, port, command, environment):
-        assert aliases(NAME, 1) == ["challenger", "staging"] and audit.history(connect(), NAME) == []
+        assert aliases_of("1") == ["challenger", "staging"]
         assert promote()[0].outcome == "unchanged"
-        assert [(m["action"], m["from"], m["to"]) for m in audit.history(connect(), NAME)] == [("promote", None, "1")]
-        assert connect().get_model_version(NAME, "1").current_stage == "Staging"
+        assert [(m["action"], m["from"], m["to"]) for m in audit.history(connect().get_registered_model(NAME))] == [
+            ("promote", None, "1")
+        ]
         bundle = download_version(f"models:/{NAME}@staging")[2]
         assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
         assert download_version(f"models:/{NAME}/1")[2] == bundle

@@ -176,13 +176,19 @@ def test_images_come_from_the_remote_or_it_is_said_that_they_are_gone(project, c
     assert (kept / "data/images").read_text() == "one\n" and kept.parent.stat().st_mode & 0o077 == 0
 
 
-def test_what_cannot_be_reproduced_says_why(project):
+def test_what_cannot_be_reproduced_says_why(project, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such model, version or alias"):
         reproduce(NAME, 7)
     client = connect()
     client.set_model_version_tag(NAME, "1", "panda.commit", "0123456789" * 4)
     with pytest.raises(UserError, match="commit 012345678901 is not in this repository"):
         reproduce(NAME, 1)
+    call("git", "clone", "-q", "--depth", "1", f"file://{project}", str(tmp_path / "shallow"))
+    (tmp_path / "shallow/mlflow.db").symlink_to(project / "mlflow.db")
+    monkeypatch.chdir(tmp_path / "shallow")
+    with pytest.raises(UserError, match="this is a shallow clone: `git fetch --unshallow` and run again"):
+        reproduce(NAME, 1)
+    monkeypatch.chdir(project)
     client.set_model_version_tag(NAME, "1", "panda.commit", "")
     with pytest.raises(UserError, match="no commit was recorded"):
         reproduce(NAME, 1)
@@ -222,5 +228,7 @@ def test_the_real_pipeline_gives_the_same_digits(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     count = sum(isinstance(v, int | float) for v in metrics.values())
-    assert f"all {count + 1} figures are equal" in done.stdout and count >= 10
+    intervals = json.loads((project / "build/evaluation/nut/intervals.json").read_text())
+    assert f"all {count + 2 * len(intervals) + 1} figures are equal" in done.stdout and count >= 10
+    assert f"{intervals['image_auroc'][0]!r}" in done.stdout
     assert f"{metrics['image_auroc']!r}" in done.stdout

@@ -18,8 +18,8 @@ from registry_project import make_project, read_rows, write_rows
 
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
-from panda_ad.registry.connection import download_version
 from panda_ad.registry.promote import promote
+from panda_ad.registry.versions import download_version
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.stages.publish import main as publish
 from panda_ad.system.processes import Group

@@ -47,10 +47,45 @@ def test_a_bad_value_is_one_line_naming_its_key(raw, section, key, value, said):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", ["data", "", "a/b", "a@b", "../up", 'say "hi"', ".hidden"])
-def test_names_that_cannot_be_folders_or_stages_are_refused(raw, name):
-    with pytest.raises(UserError, match="categories"):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data",
+        "seconds",
+        "",
+        " a",
+        "a/b",
+        "a@b",
+        "../up",
+        'say "hi"',
+        ".hidden",
+        "-x",
+        "US$5",
+        "a`id`",
+        "x.dvc",
+        "X.DVC",
+        "a\nb",
+        "a#b",
+    ],
+)
+def test_names_that_cannot_be_folders_stages_or_words_of_a_shell_are_refused(raw, name):
+    with pytest.raises(UserError, match="categories: .* cannot name a category: ") as e:
         parse_params({**raw, "categories": [name]})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("bolt 6.5", "bolt 6_5"), ("Nut", "nut"), ("geh\u00e4use", "geha\u0308use")]
+)
+def test_two_categories_that_would_share_a_name_are_refused(raw, one, other):
+    with pytest.raises(UserError, match="would share one name"):
+        parse_params({**raw, "categories": [one, other]})
+    assert parse_params({**raw, "categories": [one]}).categories == [one]
+
+
+@pytest.mark.parametrize("name", ["metal nut (v2)", "bolt 6.5", "gehäuse", "a+b, c;d & e~f"])
+def test_other_names_are_fine(raw, name):
+    assert parse_params({**raw, "categories": [name]}).categories == [name]
 
 
 def test_missing_keys_repeats_and_other_shapes(raw):

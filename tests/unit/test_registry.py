@@ -7,8 +7,11 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import date
+from pathlib import Path
 
 import pytest
+import yaml
 from registry_project import (
     NAME,
     aliases,
@@ -20,14 +23,18 @@ from registry_project import (
     the_run,
     write,
     write_bundle,
+    write_json,
     write_rows,
+    write_scores,
 )  # fmt: skip
 
+from panda_ad.commands.summary import summary
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
-from panda_ad.registry.connection import connect, download_version
+from panda_ad.registry.connection import connect
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
+from panda_ad.registry.versions import download_version, note_on
 from panda_ad.stages.publish import main as publish
 
 
@@ -39,7 +46,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     client, run = connect(), the_run()
     assert (out["run_id"], out["model_name"], out["version"]) == (run.info.run_id, NAME, 1)
     assert run.info.status == "FINISHED" and run.info.end_time
-    assert run.info.run_name == f"ses {run.data.tags['panda.change'][:8]}, embedded, 32 x 32"
+    assert run.info.run_name == f"ses {run.data.tags['panda.inputs'][:8]}, embedded, 32 x 32"
     assert run.data.params["adapt.method"] == "ses" and run.data.params["categories"] == '["fabric"]'
     assert run.data.metrics["fabric/image_auroc"] == out["metrics"]["image_auroc"]
     assert run.data.metrics["fabric/seconds/adapt"] == 1.5 and run.data.metrics["peak_mb/extract"] == 300
@@ -58,19 +65,39 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     files = {
         f.path for folder in ("", "data", "fabric") for f in client.list_artifacts(run.info.run_id, folder or None)
     }
-    assert {"params.yaml", "dvc.lock", "dvc.yaml", "data/manifest.csv", "data/data_docs", "data/problems.csv"} <= files
+    assert {
+        "params.yaml",
+        "dvc.lock",
+        "dvc.yaml",
+        "data/manifest.csv",
+        "data/results.html",
+        "data/problems.csv",
+    } <= files
     assert {"fabric/report.html", "fabric/scores.csv", "fabric/roc.csv", "fabric/histogram.csv"} <= files
     version = client.get_model_version(NAME, "1")
     assert aliases() == {"challenger": 1}
     assert version.tags["panda.bundle"] == out["bundle"] and version.tags["panda.image_auroc"] == "1"
     for words in (
-        "# panda-sample-fabric",
+        "# panda-sample-fabric version 1",
+        f"panda-ad reproduce {NAME} 1",
+        f"mlflow artifacts download --run-id {run.info.run_id} --artifact-path params.yaml",
         "image AUROC **1.0000** (95 % interval 0.9800 to 1.0000)",
         "8 good images, 6 more held out",
         "Test: 10 good, ",
         "Score > 0.6",
     ):
         assert words in version.description
+    assert explain_version(NAME, 1)["reproduce"] == card_commands(version.description)
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith(f"## fabric\n\n{NAME} version 1; report: `fabric/report.html`")
+    assert "| image AUROC | 1.0000 | 0.9800 to 1.0000 |" in note
+    assert not any(name.endswith(("_low", "_high")) for name in run.data.metrics)
+    assert explain_version(NAME, 1)["metrics"]["image_auroc_low"] == 0.98
+
+
+def card_commands(card):
+    """The commands of a card's section Reproduce."""
+    return [line.strip() for line in card.partition("## Reproduce")[2].splitlines() if line.startswith("    ")]
 
 
 def test_the_model_holds_no_pickle_and_its_own_code(project):
@@ -132,7 +159,6 @@ def test_first_promotion_looks_at_floors_only_and_again_does_nothing(project):
     (again,) = promote()
     assert again.outcome == "unchanged" and moves() == [("promote", "staging", None, "1")]
     version = connect().get_model_version(NAME, "1")
-    assert version.current_stage == "Staging"
     assert version.tags["gate.staging"].startswith("promoted ")
     assert version.tags["gate.staging.image AUROC floor"].startswith("passed: 1 (limit >= 0.6)")
     assert json.loads((project / "build/decisions/fabric.json").read_text())["outcome"] == "unchanged"
@@ -145,8 +171,7 @@ def test_a_better_version_takes_over_and_the_old_one_stays_at_previous(project):
     publish("fabric")
     (decision,) = promote("fabric")
     assert (decision.version, decision.incumbent) == ("2", "1")
-    assert aliases() == {"challenger": 2, "staging": 2, "previous": 1}
-    assert [connect().get_model_version(NAME, v).current_stage for v in "12"] == ["Archived", "Staging"]
+    assert aliases() == {"challenger": 2, "staging": 2} and before() == ["1"]
     run = connect().get_model_version(NAME, "2").tags["panda.run"]
     path = connect().download_artifacts(run, "fabric/decisions/staging-version-2.json")
     with open(path) as f:
@@ -208,7 +233,7 @@ def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
         publish("fabric")
         promote()
     assert rollback("fabric").version == "2"
-    assert aliases() == {"challenger": 3, "staging": 2, "previous": 1}
+    assert aliases() == {"challenger": 3, "staging": 2} and before() == ["1"]
     (held,) = promote()
     assert held.outcome == "held back" and "--to-version 3" in held.reason and aliases()["staging"] == 2
     rollback("fabric")
@@ -216,19 +241,188 @@ def test_rollback_goes_back_one_by_one_and_holds_the_left_version_back(project):
     with pytest.raises(UserError, match="no version before version 1"):
         rollback("fabric")
     rollback("fabric", to_version=3)
-    assert aliases() == {"challenger": 3, "staging": 3, "previous": 2}
+    assert aliases() == {"challenger": 3, "staging": 3} and before() == ["1"]
     assert promote()[0].outcome == "unchanged"
     assert moves()[-3:] == [
         ("rollback", "staging", "3", "2"),
         ("rollback", "staging", "2", "1"),
         ("rollback", "staging", "1", "3"),
     ]
-    last = audit.history(connect(), NAME)[-1]
+    last = audit.history(connect().get_registered_model(NAME))[-1]
     assert last["who"] and last["when"].endswith("+00:00") and last["why"] == "asked for version 3"
     with pytest.raises(UserError, match="version 3 is @staging already"):
         rollback("fabric", 3)
     with pytest.raises(UserError, match="no such model, version or alias"):
         rollback("fabric", 99)
+
+
+def before():
+    """The versions that rolling @staging back leads to."""
+    return audit.versions_before(connect().get_registered_model(NAME), "staging")
+
+
+def test_a_rollback_after_a_rollback_to_a_named_version_goes_back_to_what_was_there(project):
+    """Also where that version was refused, or had been @staging before."""
+    publish("fabric")
+    promote()
+    retrained(project, quality=0.1)
+    publish("fabric")
+    with pytest.raises(GateRefused):
+        promote()
+    rollback("fabric", to_version=2)
+    assert rollback("fabric").version == "1" and aliases()["staging"] == 1
+    rollback("fabric", to_version=2)
+    rollback("fabric", to_version=1)
+    assert rollback("fabric").version == "2"
+    assert rollback("fabric").version == "1"
+    with pytest.raises(UserError, match="held no version before version 1"):
+        rollback("fabric")
+
+
+def test_moves_keep_their_order_where_another_machine_has_its_clock_ahead(project, monkeypatch):
+    publish("fabric")
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "now", lambda: "2999-01-01T00:00:00.000000+00:00")
+        promote()
+    for weights in (b"2", b"3"):
+        retrained(project, weights=weights)
+        publish("fabric")
+        promote()
+    assert [to for *_, to in moves()] == ["1", "2", "3"] and before() == ["2", "1"]
+
+
+def test_a_registry_with_a_stored_alias_and_records_of_moves_that_were_made_goes_on(project):
+    """As the package wrote it before the version before was computed: @previous, records after the move and without `done`."""
+    publish("fabric")
+    promote()
+    retrained(project)
+    publish("fabric")
+    client = connect()
+    (key,) = [k for k in client.get_registered_model(NAME).tags if k.startswith("panda.audit.")]
+    for n, (before_it, version) in enumerate(((None, "1"), ("1", "2"))):
+        old = {"action": "promote", "alias": "staging", "from": before_it, "to": version, "why": "3 rules passed"}
+        old |= {"when": f"2026-01-0{n + 1}T00:00:00.000000+00:00", "who": "me@plant", "prefect_run": None}
+        client.set_registered_model_tag(NAME, f"panda.audit.2026-01-0{n + 1}T000000.000000Z", json.dumps(old))
+    client.delete_registered_model_tag(NAME, key)
+    client.set_registered_model_alias(NAME, "staging", "2")
+    client.set_registered_model_alias(NAME, "previous", "1")
+    assert before() == ["1"] and "by hand" not in summary()
+    assert rollback("fabric").version == "1"
+    assert aliases() == {"challenger": 2, "staging": 1}, "a stored @previous would be wrong from now on"
+    assert promote()[0].outcome == "held back" and before() == []
+
+
+def test_a_version_set_by_hand_is_named_everywhere_and_evaluated_on_request(project, monkeypatch):
+    publish("fabric")
+    promote()
+    retrained(project, quality=0.1)
+    publish("fabric")
+    connect().set_registered_model_alias(NAME, "staging", "2")
+    said = "version 2 was set by hand, never judged"
+    (decision,) = promote()
+    assert decision.outcome == "unchanged" and said in decision.reason
+    assert "`panda-ad promote -c fabric --in-place`" in decision.reason
+    assert said in summary() and explain_version(NAME, 2)["set_by_hand"] == [said]
+    assert note_on(f"models:/{NAME}@staging") == said and note_on(f"models:/{NAME}/2") == ""
+    with pytest.raises(
+        GateRefused,
+        match=r"version 2 does not keep the rules at @staging: .*`panda-ad rollback fabric` goes back to version 1",
+    ):
+        promote(in_place=True)
+    assert "version 2 was set by hand, the gate had refused it on 20" in summary()
+    assert aliases()["staging"] == 2 and moves()[-1] == ("by hand", "staging", "1", "2")
+    assert rollback("fabric").version == "1"
+    retrained(project, weights=b"3")
+    publish("fabric")
+    connect().set_registered_model_alias(NAME, "staging", "3")
+    (decision,) = promote(in_place=True)
+    assert (decision.outcome, decision.incumbent) == ("confirmed", "1")
+    assert "by hand" not in summary() and note_on(f"models:/{NAME}@staging") == ""
+    assert before() == ["1"] and moves()[-2:] == [("by hand", "staging", "1", "3"), ("confirm", "staging", "3", "3")]
+
+
+def test_summary_says_what_the_gate_said_and_what_is_in_place(project):
+    with pytest.raises(UserError, match=r"fabric.json: not there yet; run `make run`"):
+        summary()
+    publish("fabric")  # as a plain `dvc repro` leaves it
+    assert "version 1 was not put to the gate yet: `panda-ad promote -c fabric`" in (text := summary())
+    assert "nothing is @staging" in text and "--bundle build/bundle/fabric" in text and "models:/" not in text
+    promote()
+    assert f"version 1 is @staging since {date.today():%Y}" in (text := summary())
+    assert f"--model models:/{NAME}@staging" in text and "caution" not in text
+    retrained(project, quality=0.1)
+    publish("fabric")
+    assert "version 2 was not put to the gate yet" in summary()
+    with pytest.raises(GateRefused):
+        promote()
+    text = summary()
+    assert "version 2 was refused on 20" in text and "image AUROC not worse: " in text
+    assert "fabric: version 1 is @staging, image AUROC 1.0000 [0.9800, 1.0000], caught 100 %, false alarms 0 %" in text
+    assert "fabric: caution: it catches " in text
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump(params | {"categories": ["fabric", "washer"]}))
+    assert "washer: never trained here; `panda-ad run` does it" in summary()
+
+
+def test_a_first_version_that_hardly_serves_is_promoted_with_a_caution(project):
+    write_scores(project, "fabric", 0.3)
+    folder = project / "build/evaluation/fabric"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    write_json(folder / "metrics.json", metrics | {"image_auroc": 0.677, "recall": 0.12, "false_alarm_rate": 0.3})
+    write_json(folder / "intervals.json", {"image_auroc": [0.52, 0.818]})
+    publish("fabric")
+    (decision,) = promote()
+    assert decision.outcome == "promoted" and "; caution: it catches 12 % of the test set's defects" in str(decision)
+    version = connect().get_model_version(NAME, "1")
+    for words in (
+        "it catches 12 % of the test set's defects",
+        "it alarms on 30 % of the good test images where 5 % are promised",
+        "image AUROC 0.677 [0.520, 0.818] is hardly told from chance",
+    ):
+        assert words in decision.cautions and words in version.tags["gate.staging.caution"]
+        assert f"- **Caution: {words}.**" in version.description and f"fabric: caution: {words}" in summary()
+
+
+def test_files_that_were_lost_are_published_again(project):
+    publish("fabric")
+    bundle = download_version(f"models:/{NAME}/1")[2]
+    shutil.rmtree(project / "mlartifacts")
+    with pytest.raises(UserError, match="its files are gone from .*; `dvc repro --force --single-item publish@fabric`"):
+        download_version(f"models:/{NAME}/1")
+    publish("fabric")
+    assert download_version(f"models:/{NAME}/1")[2] == bundle and (bundle / "weights.safetensors").is_file()
+    assert promote()[0].outcome == "promoted"
+
+
+def test_a_moved_and_a_copied_checkout_keep_their_models_and_write_where_they_are(project, monkeypatch, capsys):
+    publish("fabric")
+    promote()
+    copy = project.with_name("a copy")
+    shutil.copytree(project, copy)
+    before = {p for p in project.rglob("mlartifacts/**/*")}
+    monkeypatch.chdir(copy)
+    assert download_version(f"models:/{NAME}@staging")[2].is_relative_to(copy)
+    assert "artifacts of 1 runs are here now, no longer in " in capsys.readouterr().err
+    retrained(copy)
+    publish("fabric")
+    assert promote()[0].outcome == "promoted" and {p for p in project.rglob("mlartifacts/**/*")} == before
+    assert download_version(f"models:/{NAME}/2")[2].is_relative_to(copy)
+    moved = project.with_name("moved")
+    copy.rename(moved)
+    monkeypatch.chdir(moved)
+    for version in "12":
+        assert download_version(f"models:/{NAME}/{version}")[2].is_relative_to(moved)
+    assert explain_version(NAME, 2)["metrics"]["image_auroc_low"] == 0.98
+    publish("fabric")
+    assert not copy.exists() and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_path_that_a_person_gave_an_experiment_stays(project, tmp_path):
+    place = (tmp_path / "elsewhere").as_uri()
+    client = connect()
+    mine = client.create_experiment("mine", artifact_location=place)
+    publish("fabric")
+    assert connect().get_experiment(mine).artifact_location == place
 
 
 def test_staging_becomes_champion(project):
@@ -238,7 +432,6 @@ def test_staging_becomes_champion(project):
     promote()
     assert promote(to="champion")[0].outcome == "promoted"
     assert aliases() == {"challenger": 1, "staging": 1, "champion": 1}
-    assert connect().get_model_version(NAME, "1").current_stage == "Production"
 
 
 def test_explain_version_names_what_reproduces_it(project):

@@ -53,7 +53,7 @@ def test_what_is_in_use_stays_and_the_rest_goes_with_its_files(project):
     named = clean(1, delete=False)
     assert versions() == {1, 2, 3, 4, 5, 6}
     assert clean(1, delete=True) == named
-    stay = {6, 3} | set(held.values())  # the newest, the one that was rolled back, and the aliases'
+    stay = {6, 3, 1} | set(held.values())  # the newest, the one rolled back, the one before, and the aliases'
     assert versions() == stay
     assert {v for v, folder in files.items() if folder.exists()} == stay
     assert aliases() == held and moves() == history

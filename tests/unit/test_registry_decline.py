@@ -4,9 +4,9 @@ import pytest
 from registry_project import NAME, aliases, read_rows, retrained, set_gate, write_rows
 
 from panda_ad.errors import GateRefused
-from panda_ad.registry.connection import connect, find_version
+from panda_ad.registry.connection import connect
 from panda_ad.registry.promote import _best_before, promote, rollback
-from panda_ad.registry.versions import registered
+from panda_ad.registry.versions import find_version, registered
 from panda_ad.stages.publish import main as publish
 
 MARGIN = 0.1

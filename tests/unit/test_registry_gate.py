@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from panda_ad.evaluation.image_metrics import auroc
+from panda_ad.evaluation.image_metrics import auroc, recall_at_budget
 from panda_ad.params import GateParams
 from panda_ad.registry.evidence import align, same_images
-from panda_ad.registry.gate import Evidence, judge, recall_at_budget, refusal
+from panda_ad.registry.facts import Evidence
+from panda_ad.registry.gate import evaluate_rules, refusal
 
 OFF = {
     "margin": None, "recall_margin": None, "decision_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,
@@ -36,7 +37,7 @@ def gate(**rules):
 
 
 def test_no_rules_let_everything_through():
-    assert judge(evidence(), gate()) == []
+    assert evaluate_rules(evidence(), gate()) == []
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_no_rules_let_everything_through():
     ],
 )
 def test_floors_and_ceilings(rules, passed, value):
-    found = judge(evidence(bundle_mb=25.0, latency_ms=12.0), gate(**rules))
+    found = evaluate_rules(evidence(bundle_mb=25.0, latency_ms=12.0), gate(**rules))
     assert [r.passed for r in found] == passed
     assert found[0].value == pytest.approx(value)
     for rule in found:
@@ -63,12 +64,12 @@ def test_floors_and_ceilings(rules, passed, value):
 
 
 def test_a_refusal_names_the_rule_and_by_how_much():
-    text = refusal(judge(evidence(), gate(min_image_auroc=0.95, min_pixel_auroc=0.5)))
+    text = refusal(evaluate_rules(evidence(), gate(min_image_auroc=0.95, min_pixel_auroc=0.5)))
     assert text == "image AUROC floor: 0.9375 (limit >= 0.95), off by 0.0125"
 
 
 def test_no_pixel_floor_without_masks():
-    assert judge(evidence(metrics={}), gate(min_pixel_auroc=0.9)) == []
+    assert evaluate_rules(evidence(metrics={}), gate(min_pixel_auroc=0.9)) == []
 
 
 @pytest.mark.parametrize(
@@ -76,21 +77,21 @@ def test_no_pixel_floor_without_masks():
     [("hole/0.png", True), ("hole0", True), ("stain/0.png", False), ("grid/hole/0.png", None), ("typo.png", False)],
 )
 def test_must_catch(entry, passed):
-    found = judge(evidence(test_images=frozenset({"grid/hole/0.png"})), gate(must_catch=[entry]))
+    found = evaluate_rules(evidence(test_images=frozenset({"grid/hole/0.png"})), gate(must_catch=[entry]))
     assert [r.passed for r in found] == ([] if passed is None else [passed])
 
 
 @pytest.mark.parametrize("rule", ["min_defect_auroc", "min_defect_recall"])
 def test_a_floor_of_a_defect_that_no_category_has_fails_and_one_of_another_category_does_not(rule):
     known = frozenset({"hole", "stain", "dent"})
-    found = judge(evidence(test_defects=known), gate(**{rule: {"holes": 0.1, "dent": 0.1, "hole": 0.1}}))
+    found = evaluate_rules(evidence(test_defects=known), gate(**{rule: {"holes": 0.1, "dent": 0.1, "hole": 0.1}}))
     assert [(r.name.rpartition(" ")[2], r.passed) for r in found] == [("holes", False), ("hole", True)]
     assert "no such kind of defect in the test set of any category; this one has hole, stain" in refusal(found)
 
 
 def test_the_threshold_itself_is_no_alarm():
     scores = table([0.1, 0.5], {"hole": [0.5]})
-    (rule,) = judge(evidence(scores), gate(must_catch=["hole/0.png"]))
+    (rule,) = evaluate_rules(evidence(scores), gate(must_catch=["hole/0.png"]))
     assert not rule.passed
 
 
@@ -101,7 +102,7 @@ def noisy(seed, shift=1.5, n=40):
 
 def test_equal_scores_are_not_worse():
     scores = noisy(0)
-    rules = judge(evidence(scores, incumbent=scores), gate(margin=0.0, recall_margin=0.0))
+    rules = evaluate_rules(evidence(scores, incumbent=scores), gate(margin=0.0, recall_margin=0.0))
     assert [(r.passed, r.value) for r in rules] == [(True, 0.0), (True, 0.0)]
 
 
@@ -109,11 +110,11 @@ def test_a_worse_candidate_is_refused_and_a_better_one_is_not():
     good = noisy(1)
     spoiled = good.assign(score=np.where(good["label"] == 1, good["score"] - 1.0, good["score"]))
     rules = gate(margin=0.02, recall_margin=0.1)
-    refused = judge(evidence(spoiled, incumbent=good), rules)
+    refused = evaluate_rules(evidence(spoiled, incumbent=good), rules)
     assert [r.passed for r in refused] == [False, False]
     assert refused[0].value > auroc(good["label"], good["score"]) - auroc(spoiled["label"], spoiled["score"]) - 1e-9
     assert "image AUROC not worse" in refusal(refused) and "too much" in refusal(refused)
-    assert all(r.passed for r in judge(evidence(good, incumbent=spoiled), rules))
+    assert all(r.passed for r in evaluate_rules(evidence(good, incumbent=spoiled), rules))
 
 
 def test_a_raised_threshold_is_refused_though_the_order_of_scores_is_the_same():
@@ -122,16 +123,19 @@ def test_a_raised_threshold_is_refused_though_the_order_of_scores_is_the_same():
     good, defects = scores["score"][scores["label"] == 0], scores["score"][scores["label"] == 1]
     fair, spoiled = float(good.quantile(0.95)), float(defects.quantile(0.95))
     rules = gate(margin=0.0, recall_margin=0.0, decision_margin=0.15)
-    refused = judge(evidence(scores, incumbent=scores, threshold=spoiled, incumbent_threshold=fair), rules)
+    refused = evaluate_rules(evidence(scores, incumbent=scores, threshold=spoiled, incumbent_threshold=fair), rules)
     assert [r.passed for r in refused] == [True, True, False]
     caught = [(defects > t).mean() - (good > t).mean() for t in (spoiled, fair)]
     assert f"{caught[0]:.4f} against {caught[1]:.4f}" in refused[2].text and refused[2].by > 0
     assert all(
-        r.passed for r in judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=spoiled), rules)
+        r.passed
+        for r in evaluate_rules(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=spoiled), rules)
     )
     # a threshold may rise where it had let too many false alarms through
     loose = float(good.quantile(0.3))
-    assert judge(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=loose), rules)[2].passed
+    assert evaluate_rules(evidence(scores, incumbent=scores, threshold=fair, incumbent_threshold=loose), rules)[
+        2
+    ].passed
 
 
 def test_the_champion_is_compared_by_the_same_rules():
@@ -139,24 +143,28 @@ def test_the_champion_is_compared_by_the_same_rules():
     worse = worse.assign(score=np.where(worse["label"] == 1, worse["score"] - 1.0, worse["score"]))
     facts = {"incumbent": worse, "incumbent_threshold": 1.6, "threshold": 1.6}
     rules = gate(margin=0.02, recall_margin=0.1, decision_margin=0.1)
-    assert [r.passed for r in judge(evidence(worse, **facts), rules)] == [True] * 3
-    found = judge(evidence(worse, **facts, champion=good, champion_threshold=1.6), rules)
+    assert [r.passed for r in evaluate_rules(evidence(worse, **facts), rules)] == [True] * 3
+    found = evaluate_rules(evidence(worse, **facts, champion=good, champion_threshold=1.6), rules)
     assert [r.passed for r in found] == [True, False] * 3
     assert [r.name for r in found[1::2]] == [f"{r.name} than the champion's" for r in found[::2]]
-    against_good = judge(evidence(worse, incumbent=good, incumbent_threshold=1.6, threshold=1.6), rules)
+    against_good = evaluate_rules(evidence(worse, incumbent=good, incumbent_threshold=1.6, threshold=1.6), rules)
     assert [r.value for r in found[1::2]] == [r.value for r in against_good]
 
 
 @pytest.mark.parametrize(("best", "passed"), [(None, []), (0.975, [True]), (0.98, [False])])
 def test_two_margins_below_the_best_before_is_the_end(best, passed):
-    assert [r.passed for r in judge(evidence(best_before=best), gate(margin=0.02))] == passed  # its AUROC is 0.9375
-    assert judge(evidence(best_before=best), gate()) == []
+    assert [
+        r.passed for r in evaluate_rules(evidence(best_before=best), gate(margin=0.02))
+    ] == passed  # its AUROC is 0.9375
+    assert evaluate_rules(evidence(best_before=best), gate()) == []
 
 
 def test_more_confidence_asks_for_more():
     a, b = noisy(2), noisy(2)
     b = b.assign(score=b["score"] + np.random.default_rng(0).normal(0, 0.3, len(b)))
-    drops = [judge(evidence(b, incumbent=a), gate(margin=1.0, confidence=c))[0].value for c in (0.5, 0.8, 0.99)]
+    drops = [
+        evaluate_rules(evidence(b, incumbent=a), gate(margin=1.0, confidence=c))[0].value for c in (0.5, 0.8, 0.99)
+    ]
     assert drops == sorted(drops) and drops[0] < drops[2]
 
 
@@ -173,7 +181,7 @@ def test_calibration_holds_as_often_as_the_risk_says():
     for _ in range(rounds):
         calibration = np.sort(rng.normal(size=n))
         scores = table(rng.normal(size=m), {"hole": [9.0]})
-        (rule,) = judge(
+        (rule,) = evaluate_rules(
             evidence(scores, threshold=calibration[-2], budget=rate, calibration=n), gate(false_alarm_risk=risk)
         )
         refused += not rule.passed
@@ -183,9 +191,9 @@ def test_calibration_holds_as_often_as_the_risk_says():
 def test_calibration_is_held_against_the_newest_good_images():
     scores = table([0.1] * 90 + [0.9] * 10, {"hole": [0.9]})
     known = frozenset(f"g{i}" for i in range(90))
-    (rule,) = judge(evidence(scores, known=known), gate(false_alarm_risk=0.001))
+    (rule,) = evaluate_rules(evidence(scores, known=known), gate(false_alarm_risk=0.001))
     assert not rule.passed and "10 alarms on 10 newest good images" in rule.text
-    (rule,) = judge(evidence(scores, known=known | {"g90"}), gate(false_alarm_risk=1e-9))
+    (rule,) = evaluate_rules(evidence(scores, known=known | {"g90"}), gate(false_alarm_risk=1e-9))
     assert "100 good test images" in rule.text  # nine new ones are too few
 
 

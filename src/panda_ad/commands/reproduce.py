@@ -19,6 +19,7 @@ from panda_ad.commands.run import dvc
 from panda_ad.errors import UserError
 from panda_ad.registry import connection, runs
 from panda_ad.registry.lineage import explain_version
+from panda_ad.registry.provenance import git
 from panda_ad.system.processes import child_environment
 
 
@@ -67,7 +68,10 @@ def reproduce(name: str, version: int | str, keep: bool = False) -> None:
         report = folder / "build/validation/report.json"
         logged = {"data_hash": facts["data_hash"], **{k: repr(float(v)) for k, v in _figures(facts["metrics"]).items()}}
         made = {"data_hash": _read(report)["data_hash"]}
-        found = _read(folder / "build/evaluation" / category / "metrics.json")
+        evaluation = folder / "build/evaluation" / category
+        found = _read(evaluation / "metrics.json")
+        if (evaluation / "intervals.json").exists():  # commits of before have the ends of intervals among the metrics
+            found |= runs.interval_ends(_read(evaluation / "intervals.json"))
         made |= {k: repr(float(v)) for k, v in found.items() if isinstance(v, int | float)}
     table = [Comparison(k, logged.get(k, ""), made.get(k, "")) for k in dict.fromkeys([*logged, *made])]
     print("\n".join(rows(table)))
@@ -111,7 +115,9 @@ def _clone(commit: str, label: str, keep: bool) -> Iterator[Path]:
             str(folder),
             error=f"{connection.root()} cannot be cloned",
         )
-        error = f"{label}: its commit {commit[:12]} is not in this repository; fetch it (git fetch --all) and run again"
+        shallow = git("-C", str(connection.root()), "rev-parse", "--is-shallow-repository") == "true"
+        fetch = "this is a shallow clone: `git fetch --unshallow`" if shallow else "fetch it (`git fetch --all`)"
+        error = f"{label}: its commit {commit[:12]} is not in this repository; {fetch} and run again"
         _git("-C", str(folder), "checkout", "--quiet", commit, error=error)
         yield folder
     finally:

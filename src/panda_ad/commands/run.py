@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from panda_ad.commands.summary import summary
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.evaluation.intervals import read_intervals
-from panda_ad.params import Params, load_params
+from panda_ad.params import load_params
 from panda_ad.system.lock import repository_lock
-from panda_ad.system.paths import BUILD
 from panda_ad.system.processes import Group, child_environment
 
 
@@ -94,94 +92,3 @@ def _check(arguments: Sequence[str], status: int) -> None:
         raise UserError(
             f"`dvc {' '.join(arguments)}` failed; what it printed above says why, and running again resumes there"
         )
-
-
-def summary(params: Params | None = None) -> str:
-    """The last run's figures as text; UserError where there are none yet."""
-    from panda_ad.registry.change import model_name
-    from panda_ad.registry.connection import connect, mlflow_errors, tracking_uri, without_credentials
-
-    params = params or load_params()
-    with mlflow_errors():
-        client = connect()
-        models = {c: client.get_registered_model(model_name(params.dataset, c)) for c in params.categories}
-    table = [
-        (
-            "category",
-            "image AUROC [95 %]",
-            "caught",
-            "false alarms",
-            "pixel AUROC",
-            "AU-PRO",
-            "threshold",
-            "registered",
-            "aliases",
-        )
-    ]
-    gate = []
-    for category in params.categories:
-        try:
-            m = json.loads((BUILD / "evaluation" / category / "metrics.json").read_text())
-            published = json.loads((BUILD / "publish" / f"{category}.json").read_text())
-        except FileNotFoundError as e:
-            raise UserError(f"{e.filename}: not there yet; run `make run`") from None
-        ends = read_intervals(BUILD / "evaluation" / category).get("image_auroc")
-        auroc = f"{m['image_auroc']:.4f}" + ("" if ends is None else f" [{ends[0]:.4f}, {ends[1]:.4f}]")
-        pixel, pro = (f"{m[k]:.4f}" if k in m else "-" for k in ("pixel_auroc", "au_pro"))
-        version = str(published["version"])
-        aliases = ", ".join(f"@{a}" for a, v in sorted(models[category].aliases.items()) if str(v) == version)
-        caught, alarms = f"{100 * m['recall']:.0f} %", f"{100 * m['false_alarm_rate']:.0f} %"
-        table.append(
-            (
-                category,
-                auroc,
-                caught,
-                alarms,
-                pixel,
-                pro,
-                f"{m['threshold']:.4g}",
-                f"{models[category].name} v{version}",
-                aliases,
-            )
-        )
-        decision = BUILD / "decisions" / f"{category}.json"
-        if decision.exists():
-            d = json.loads(decision.read_text())
-            gate.append(f"  {category}: version {d['version']} {d['outcome']} ({d['reason']})")
-    timings = [
-        json.loads(f.read_text()) for f in sorted((BUILD / "timings").glob("*.json"), key=lambda f: f.stat().st_mtime)
-    ]
-    stages = [("stage", "seconds", "peak MB")]
-    for t in timings:
-        if t["category"] in (None, *params.categories):
-            name = t["stage"] if t["category"] is None else f"{t['stage']}@{t['category']}"
-            stages.append((name, f"{t['seconds']:.1f}", f"{t['peak_mb']:.0f}"))
-    where = [
-        *(f"  report     build/evaluation/{category}/report.html" for category in params.categories),
-        "  UIs        make ui   (MLflow http://127.0.0.1:5000, Prefect http://127.0.0.1:4200/deployments)",
-        f"  registry   {without_credentials(tracking_uri())}",
-        f"  score      .venv/bin/panda-ad score FOLDER --model models:/{models[params.categories[0]].name}@staging --heatmaps overlays",
-    ]
-    return "\n".join(
-        [
-            "",
-            *_columns(table),
-            "",
-            "gate",
-            *gate,
-            "",
-            "last run of each stage",
-            *_columns(stages),
-            "",
-            "where to look",
-            *where,
-        ]
-    )
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Rows of text, each column as wide as its widest entry."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]

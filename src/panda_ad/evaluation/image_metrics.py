@@ -49,6 +49,22 @@ def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> flo
     return float(_fpr_at_tpr(*_curve(labels, scores)[:2], tpr))
 
 
+def recall_at_budget(budget: float) -> Metric:
+    """Return the metric: share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
+
+    def metric(labels: np.ndarray, scores: np.ndarray) -> float:
+        normal = np.sort(scores[labels == 0])[::-1]
+        allowed = min(int(np.floor(budget * len(normal) + 1e-9)), len(normal) - 1)
+        return float((scores[labels == 1] > normal[allowed]).mean())
+
+    return metric
+
+
+def youden(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Return Youden's J of the decisions score > 0: share of the anomalous above 0 less the share of the normal above 0, in [-1, 1]."""
+    return float((scores[labels == 1] > 0).mean() - (scores[labels == 0] > 0).mean())
+
+
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
 

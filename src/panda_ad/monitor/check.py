@@ -15,9 +15,9 @@ from panda_ad.monitor.drift import Drift, Sample, TooFew, find_drift
 from panda_ad.monitor.log import LOG, Window, read_window
 from panda_ad.monitor.report import write_report
 from panda_ad.params import Params, load_params
-from panda_ad.registry.change import model_name
 from panda_ad.registry.load import Model, load_model
 from panda_ad.registry.monitoring import record_check
+from panda_ad.registry.names import model_name
 from panda_ad.scoring.detector import Detector
 from panda_ad.system.files import write_json
 
@@ -34,6 +34,7 @@ class Check:
     ----------
     model, version : registered name and number.  checked : when, UTC.
     report, data : files: the HTML page, and the findings with every figure as JSON.
+    note : '' or what the registry says of how the version came to its alias.
     """
 
     category: str
@@ -43,9 +44,11 @@ class Check:
     drift: Drift
     report: Path
     data: Path
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.category}: {self.drift.headline} ({self.model} version {self.version}, {self.drift.window} images; {self.report})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.category}: {self.drift.headline} ({self.model} version {self.version}{note}, {self.drift.window} images; {self.report})"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -54,6 +57,7 @@ class Check:
             "model": self.model,
             "version": self.version,
             "checked": self.checked.isoformat(),
+            "note": self.note,
         }
         return names | self.drift.to_dict()
 
@@ -116,7 +120,14 @@ def _written(
 ) -> Check:
     checked = datetime.now(UTC)
     check = Check(
-        category, model.name, model.version, checked, drift, reports / f"{category}.html", reports / f"{category}.json"
+        category,
+        model.name,
+        model.version,
+        checked,
+        drift,
+        reports / f"{category}.html",
+        reports / f"{category}.json",
+        model.note,
     )
     write_report(check.report, drift, reference, window, rate, checked)
     write_json(check.data, check.to_dict())

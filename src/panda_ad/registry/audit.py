@@ -1,4 +1,9 @@
-"""Who moved which alias, when, from where to where and why: append-only tags of the registered model, one a move."""
+"""Who moved which alias, when, from where to where and why: append-only tags of the registered model, one per move.
+
+A move is recorded before it is made, and its record marked as done afterwards. So the records say at any time what happened: of a record
+that is not marked, what follows it tells whether the alias moved; where the alias is elsewhere than the records say, a hand moved it in
+MLflow. The version before, and which versions are held back, are computed from the records and stored nowhere.
+"""
 
 from __future__ import annotations
 
@@ -7,45 +12,148 @@ import socket
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from panda_ad.registry.change import prefect_run, user
-from panda_ad.registry.versions import registered
+from panda_ad.registry.provenance import prefect_run, user
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import RegisteredModel
 
+Move = dict[str, Any]
+"""A record: action (promote, rollback, confirm, by hand), alias, from, to, why, when, who, prefect_run, done; `key` is its tag."""
+
+ALIASES = ("staging", "champion")
+BY_HAND = "by hand"
 _PREFIX = "panda.audit."
+_NAMED = "asked for version "
 
 
 def now() -> str:
-    """UTC, ISO 8601."""
+    """Return the time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def record(
-    client: MlflowClient, name: str, *, action: str, alias: str, before: str | None, after: str, why: str
-) -> None:
-    """Append a move of `alias` from version `before` (None: was not set) to `after`. Earlier records are never touched."""
+    client: MlflowClient, model: RegisteredModel, action: str, alias: str, moved: tuple[str | None, str], why: str
+) -> Move:
+    """Record the intent to move `alias` from one version (None: it is not set) to another. `mark_done` follows the move itself."""
     when = now()
-    entry = {
-        "action": action, "alias": alias, "from": before, "to": after, "why": why, "when": when,
-        "who": f"{user()}@{socket.gethostname()}", "prefect_run": prefect_run() or None,
+    key = f"{_PREFIX}{when.replace(':', '').replace('+0000', 'Z')}"  # MLflow's tag names allow no '+'
+    last = max((k for k in model.tags if k.startswith(_PREFIX)), default="")
+    move = {
+        "action": action, "alias": alias, "from": moved[0], "to": moved[1], "why": why, "when": when,
+        "who": f"{user()}@{socket.gethostname()}", "prefect_run": prefect_run() or None, "done": False,
+        "key": key if key > last else f"{last}z",  # another machine's clock is ahead: the order is that of the moves
     }  # fmt: skip
-    stamp = when.replace(":", "").replace("+0000", "Z")  # MLflow's tag names allow no '+'
-    client.set_registered_model_tag(name, f"{_PREFIX}{stamp}", json.dumps(entry, ensure_ascii=False))
+    _write(client, model.name, move)
+    return move
 
 
-def records(model: RegisteredModel) -> list[dict[str, Any]]:
-    """All moves, oldest first: action, alias, from, to, why, when, who, prefect_run."""
-    return [json.loads(value) for key, value in sorted(model.tags.items()) if key.startswith(_PREFIX)]
+def mark_done(client: MlflowClient, name: str, move: Move) -> None:
+    """Mark a recorded move as made."""
+    move["done"] = True
+    _write(client, name, move)
 
 
-def history(client: MlflowClient, name: str) -> list[dict[str, Any]]:
-    """`records` of a registered model by name. UserError where it is not there."""
-    return records(registered(client, name))
+def _write(client: MlflowClient, name: str, move: Move) -> None:
+    client.set_registered_model_tag(name, move["key"], _text(move) + json.dumps(_public(move), ensure_ascii=False))
 
 
-def predecessor(moves: list[dict[str, Any]], alias: str, version: str) -> str | None:
-    """The version that `alias` held before it was last promoted to `version`; None where it held none or nobody knows."""
-    found = [m["from"] for m in moves if m["alias"] == alias and m["to"] == version and m["action"] != "rollback"]
-    return found[-1] if found else None
+def _text(move: Move) -> str:
+    """Return a move in words, for readers of MLflow's pages; the record itself follows it."""
+    came = f"from version {move['from']} " if move["from"] is not None else ""
+    return f"{move['action']} @{move['alias']} {came}to version {move['to']}: {move['why']}\n"
+
+
+def _public(move: Move) -> Move:
+    return {k: v for k, v in move.items() if k != "key"}
+
+
+def records(model: RegisteredModel) -> list[Move]:
+    """Return the records as they are stored, oldest first. Those from before moves were recorded ahead are of moves that were made."""
+    tags = sorted((key, value) for key, value in model.tags.items() if key.startswith(_PREFIX))
+    return [{"done": True, **json.loads(value.rpartition("\n")[2]), "key": key} for key, value in tags]
+
+
+def history(model: RegisteredModel) -> list[Move]:
+    """Return what happened to the aliases, oldest first: the records, each `done` or not, and between them the moves made by hand.
+
+    A record that is not marked was made if the alias went on from where it led to. A hand that moves the alias back where it came from
+    cannot be told from a move that was never made.
+    """
+    found: list[Move] = []
+    latest: dict[str, Move] = {}
+    present = {alias: held(model, alias) for alias in ALIASES}
+    ends: list[Move] = [{"alias": alias, "from": version} for alias, version in present.items()]
+    for move in [*records(model), *ends]:
+        alias, start = move["alias"], move["from"]
+        last = latest.get(alias)
+        place = None if last is None else last["to"]
+        if last is not None and start == place:
+            last["done"] = True
+        elif last is not None and not last["done"] and start == last["from"]:
+            pass  # recorded, and never made
+        elif start != place:
+            found.append(_by_hand(alias, place, start))
+        if "to" in move:
+            found.append(move)
+            latest[alias] = move
+    return found
+
+
+def _by_hand(alias: str, before: str | None, after: str | None) -> Move:
+    why = "moved in MLflow, past the gate"
+    return {
+        "action": BY_HAND, "alias": alias, "from": before, "to": after, "why": why, "when": None, "who": None, "prefect_run": None, "done": True,
+    }  # fmt: skip
+
+
+def held(model: RegisteredModel, alias: str) -> str | None:
+    """Return the version that an alias points at; None where it is not set."""
+    version = model.aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def versions_before(model: RegisteredModel, alias: str) -> list[str]:
+    """Return the versions that rolling back leads to, one after the other, nearest first.
+
+    Promotions, moves by hand and rollbacks to a version that was named lead on; a rollback to the version before undoes the last of them.
+    """
+    way: list[str] = []
+    for move in history(model):
+        if move["alias"] != alias or not move["done"] or move["to"] is None or way[-1:] == [move["to"]]:
+            continue
+        if move["action"] == "rollback" and not move["why"].startswith(_NAMED) and move["to"] in way:
+            del way[len(way) - way[::-1].index(move["to"]) :]
+        else:
+            way.append(move["to"])
+    current = held(model, alias)
+    return [version for version in reversed(way) if version != current]
+
+
+def held_back(model: RegisteredModel, alias: str) -> dict[str, str]:
+    """Return the versions that a rollback left and nothing brought back, with the time: promotion passes them over."""
+    found: dict[str, str] = {}
+    for move in history(model):
+        if move["alias"] == alias and move["done"]:
+            found.pop(move["to"], None)
+            if move["action"] == "rollback" and move["from"] is not None:
+                found[move["from"]] = move["when"]
+    return found
+
+
+def set_by_hand(model: RegisteredModel, alias: str) -> bool:
+    """Return whether the version that an alias points at was put there past `promote` and `rollback`."""
+    moves = [m for m in history(model) if m["alias"] == alias and m["done"]]
+    return held(model, alias) is not None and bool(moves) and moves[-1]["action"] == BY_HAND
+
+
+def unfinished(model: RegisteredModel, alias: str) -> Move | None:
+    """Return the last record of an alias, where the move was made and the record not marked; else None."""
+    recorded = [m for m in records(model) if m["alias"] == alias]
+    last = recorded[-1] if recorded else None
+    return last if last is not None and not last["done"] and last["to"] == held(model, alias) else None
+
+
+def named(version: str) -> str:
+    """Return the reason of a rollback to a version that was named."""
+    return f"{_NAMED}{version}"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
 from panda_ad.params import load_params
-from panda_ad.registry.change import model_name
+from panda_ad.registry import audit
 from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
-from panda_ad.registry.promote import HELD_BACK
+from panda_ad.registry.names import model_name
+from panda_ad.registry.run_inputs import inputs_hash
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import child_environment
 
@@ -27,7 +28,7 @@ _PAGE = 1000  # entries of one answer
 def clean(keep: int, delete: bool) -> list[str]:
     """Delete the versions of params.yaml's categories but the newest `keep` of each, and the data set's runs that speak for none that stays; a line for each.
 
-    What an alias points to stays, and so do versions that were rolled back: the same model made again must be known as held back.
+    What an alias points to stays, the version before it, and versions that were rolled back: the same model made again must be known as held back.
     Alias moves stay recorded on the registered model. `delete` false: only says what would go.
 
     Raises
@@ -58,7 +59,7 @@ def clean(keep: int, delete: bool) -> list[str]:
         for run in _runs(client, params.dataset):
             tags = run.data.tags
             checked = f"{tags.get('panda.model')} {tags.get('panda.version')}"  # of a run that `monitor` made
-            ours = "panda.change" in tags or "panda.model" in tags
+            ours = bool(inputs_hash(tags)) or "panda.model" in tags
             if ours and run.info.status != "RUNNING" and not used & {run.info.run_id, checked}:
                 gone.append(f"run {run.info.run_name} ({run.info.run_id})")
                 if delete:
@@ -74,11 +75,15 @@ def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVer
         lambda token: client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token)
     )
     found = sorted(versions, key=lambda v: -int(v.version))
-    aliased = {str(version) for version in client.get_registered_model(name).aliases.values()} if found else set()
-    held = [any(tag.startswith(HELD_BACK) for tag in version.tags) for version in found]
-    return [
-        (v, n < keep or str(v.version) in aliased or back) for n, (v, back) in enumerate(zip(found, held, strict=True))
-    ]
+    used: set[str] = set()
+    if found:
+        model = client.get_registered_model(name)
+        used = {str(version) for version in model.aliases.values()}
+        there = {str(v.version) for v in found}
+        for alias in audit.ALIASES:
+            before = [number for number in audit.versions_before(model, alias) if number in there]
+            used |= {*before[:1], *audit.held_back(model, alias)}
+    return [(v, n < keep or str(v.version) in used) for n, v in enumerate(found)]
 
 
 def _runs(client: MlflowClient, dataset: str) -> list[Run]:

@@ -16,14 +16,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from panda_ad.errors import Unavailable, UserError
-from panda_ad.system.files import atomic_folder
+from panda_ad.registry.repoint import repoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -40,7 +39,6 @@ WAIT = 3.0
 """Seconds that a server has to answer before it counts as down."""
 
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_MODELS = Path(".cache/models")
 
 
 def root() -> Path:
@@ -67,6 +65,7 @@ def server_command(host: str, port: int) -> list[str]:
 
     Clients write artifacts to the folder themselves, so that runs made with and without the server can each be read both ways.
     """
+    _follow_checkout()
     command = ["mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
     return [*command, "--default-artifact-root", artifact_root(), "--no-serve-artifacts"]
 
@@ -121,6 +120,7 @@ def connect() -> MlflowClient:
         logging.getLogger("mlflow.store.db.utils").setLevel(
             logging.CRITICAL
         )  # a stack trace of the error that it raises as well
+        _follow_checkout()
         if uri.startswith("sqlite:///"):
             _create_store(Path(uri.removeprefix("sqlite:///")))
         before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
@@ -130,6 +130,12 @@ def connect() -> MlflowClient:
             if was is None:  # MLflow also sets the variable, and a child in another repository would write here
                 os.environ.pop(name, None)
         return MlflowClient(uri, uri)
+
+
+def _follow_checkout() -> None:
+    """Let the repository's own store look for artifacts where the repository is now."""
+    if tracking_uri() == f"sqlite:///{root() / 'mlflow.db'}":
+        repoint(root() / "mlflow.db", artifact_root())
 
 
 def require_server() -> None:
@@ -215,86 +221,3 @@ def _create_store(path: Path) -> None:
     finally:
         for leftover in path.parent.glob(f"{temporary.name}*"):
             leftover.unlink(missing_ok=True)
-
-
-def find_version(client: MlflowClient, model: str) -> ModelVersion:
-    """The registered version that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME/VERSION` names.
-
-    Raises
-    ------
-    UserError
-        It is not written like that, or there is no such model, alias or version.
-    """
-    from mlflow.exceptions import MlflowException
-
-    text = unquote(model.removeprefix("models:").strip("/"))
-    name, at, alias = text.partition("@")
-    number = ""
-    if not at:
-        name, _, number = text.rpartition("/")
-    if not name or not (alias if at else number.isdigit()):
-        raise UserError(f"{model}: write models:/NAME@staging or models:/NAME/VERSION")
-    try:
-        return client.get_model_version_by_alias(name, alias) if at else client.get_model_version(name, number)
-    except MlflowException as e:
-        if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        there = f"{model}: no such model, version or alias at {without_credentials(tracking_uri())}"
-        raise UserError(f"{there}{_aliases(client, name)} ({first_line(e)})") from None
-
-
-def _aliases(client: MlflowClient, name: str) -> str:
-    """'; NAME has @a, @b' for a model that there is, else ''."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        aliases = sorted(client.get_registered_model(name).aliases)
-    except MlflowException:
-        return ""
-    return f"; {name} has {', '.join(f'@{alias}' for alias in aliases) or 'no aliases'}"
-
-
-def download_version(model: str) -> tuple[str, str, Path]:
-    """Name, version number and bundle folder of a registered version, e.g. 'models:/panda-sample-fabric@staging'.
-
-    The folder is its own place where that is on this machine, else a copy in .cache/models.
-
-    Raises
-    ------
-    UserError
-        There is no such version, its server does not answer, or its files are gone.
-    """
-    with mlflow_errors():
-        client = connect()
-        version = find_version(client, model)
-        return version.name, str(version.version), bundle_of(client, version)
-
-
-def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
-    """The bundle folder of a version already looked up; see `download_version`."""
-    import mlflow.artifacts
-
-    uri = client.get_model_version_download_uri(version.name, version.version) + "/artifacts/bundle"
-    if uri.startswith("file:") or uri.startswith("/"):
-        folder = Path(unquote(urlsplit(uri).path))
-        if not folder.is_dir():
-            raise UserError(
-                f"{version.name} version {version.version}: its files are gone from {folder}; publish it again"
-            )
-        return folder
-    kept = _MODELS / version.tags["panda.bundle"]
-    if not kept.is_dir():
-        with atomic_folder(kept) as folder:
-            mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
-            if (folder / "bundle").is_dir():  # MLflow puts the folder itself below dst_path
-                for item in (folder / "bundle").iterdir():
-                    item.rename(folder / item.name)
-                (folder / "bundle").rmdir()
-    return kept
-
-
-def aliases(name: str, version: int | str) -> list[str]:
-    """Aliases that point at a version, sorted. UserError where it is not there."""
-    with mlflow_errors():
-        client = connect()
-        return sorted(find_version(client, f"{name}/{version}").aliases)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from panda_ad.errors import UserError
-from panda_ad.params import Params
-from panda_ad.registry.change import plain
-from panda_ad.registry.connection import bundle_of, first_line, require_server
-from panda_ad.registry.gate import Evidence
+from panda_ad.params import Params, plain_name
+from panda_ad.registry.connection import first_line, require_server
+from panda_ad.registry.facts import Evidence
+from panda_ad.registry.runs import run_intervals
+from panda_ad.registry.versions import bundle_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +38,9 @@ def gather(
     UserError
         An artifact is gone, or a test image is not here or differs from the one evaluated.
     """
-    scores = score_table(artifact(client, candidate.tags["panda.run"], f"{plain(category)}/scores.csv"))
-    metrics = json.loads(
-        artifact(client, candidate.tags["panda.run"], f"{plain(category)}/metrics.json").read_text(encoding="utf-8")
-    )
+    run = candidate.tags["panda.run"]
+    scores = score_table(artifact(client, run, f"{plain_name(category)}/scores.csv"))
+    metrics = _metrics(client, run, category) | run_intervals(client, run, category)
     theirs, their_threshold = _rival(client, params, category, incumbent, scores)
     champions, champions_threshold = _rival(client, params, category, champion, scores)
     known = frozenset[str]()
@@ -81,10 +81,14 @@ def _rival(
     if version is None:
         return None, None
     run = version.tags["panda.run"]
-    metrics = json.loads(artifact(client, run, f"{plain(category)}/metrics.json").read_text(encoding="utf-8"))
-    table = score_table(artifact(client, run, f"{plain(category)}/scores.csv"))
+    metrics = _metrics(client, run, category)
+    table = score_table(artifact(client, run, f"{plain_name(category)}/scores.csv"))
     table = align(table, scores) if same_images(table, scores) else rescore(bundle_of(client, version), params, scores)
     return table, float(metrics["threshold"])
+
+
+def _metrics(client: MlflowClient, run: str, category: str) -> dict[str, float]:
+    return json.loads(artifact(client, run, f"{plain_name(category)}/metrics.json").read_text(encoding="utf-8"))
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> Path:

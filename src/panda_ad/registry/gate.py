@@ -8,108 +8,20 @@ point keeps many small steps from adding up. Each rule is one function, one entr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from panda_ad.evaluation.image_metrics import auroc, paired_bootstrap
+from panda_ad.evaluation.image_metrics import Metric, auroc, paired_bootstrap, recall_at_budget, youden
 from panda_ad.params import GateParams
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-Metric = Callable[[np.ndarray, np.ndarray], float]
-"""A figure of labels (N,) and scores (N,)."""
+from panda_ad.registry.facts import Evidence, Rule
 
 _FEW = 10
 """With fewer new good images than this, calibration is checked on all good test images."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One rule's outcome.
-
-    Attributes
-    ----------
-    name : plain name, as in the refusal.
-    passed : whether the candidate keeps it.
-    value, limit : the figure and what it is held against; `by` is how far it lies on the wrong side, 0 where passed.
-    text : the figure in words, for people.
-    """
-
-    name: str
-    passed: bool
-    value: float
-    limit: float
-    by: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the rules look at.
-
-    Attributes
-    ----------
-    scores : the candidate's test scores: columns path, sha256, label (0 good, 1 defect), defect, score.
-    threshold : the candidate's; an image is anomalous where score > threshold.
-    metrics : the candidate's figures of evaluation (pixel_auroc).
-    budget : share of good parts that may raise an alarm.
-    calibration : number of calibration images behind the threshold.
-    incumbent : the version in place on the same images, column `score`, same order as `scores`; None where there is none.
-    incumbent_threshold : of the version in place; None where there is none.
-    champion, champion_threshold : the same of the version at @champion; None where there is none, or it is the one in place.
-    best_before : highest image AUROC on these images of the versions promoted before; None where a champion is set or none is comparable.
-    known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
-    test_images : paths and sha256 of all test images of all categories, to tell a misspelt must_catch entry.
-    test_defects : kinds of defect of all categories, to tell a misspelt or vanished one in a floor per defect.
-    bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
-    seed, resamples : of the paired bootstrap.
-    """
-
-    scores: pd.DataFrame
-    threshold: float
-    metrics: Mapping[str, float]
-    budget: float
-    calibration: int
-    incumbent: pd.DataFrame | None = None
-    incumbent_threshold: float | None = None
-    champion: pd.DataFrame | None = None
-    champion_threshold: float | None = None
-    best_before: float | None = None
-    known: frozenset[str] = frozenset()
-    test_images: frozenset[str] = frozenset()
-    test_defects: frozenset[str] = frozenset()
-    bundle_mb: float | None = None
-    latency_ms: float | None = None
-    seed: int = 0
-    resamples: int = 1000
-    labels: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", self.scores["label"].to_numpy(dtype=np.int64))
-
-    @property
-    def values(self) -> np.ndarray:
-        """(N,) float64, the candidate's scores."""
-        return self.scores["score"].to_numpy(dtype=np.float64)
-
-
-def judge(evidence: Evidence, params: GateParams) -> list[Rule]:
-    """Every rule that is switched on and has something to look at."""
+def evaluate_rules(evidence: Evidence, params: GateParams) -> list[Rule]:
+    """Return the outcome of every rule that is switched on and has something to look at."""
     return [rule for check in RULES for rule in check(evidence, params)]
-
-
-def recall_at_budget(budget: float) -> Metric:
-    """Metric: share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
-
-    def metric(labels: np.ndarray, scores: np.ndarray) -> float:
-        normal = np.sort(scores[labels == 0])[::-1]
-        allowed = min(int(np.floor(budget * len(normal) + 1e-9)), len(normal) - 1)
-        return float((scores[labels == 1] > normal[allowed]).mean())
-
-    return metric
 
 
 def image_auroc_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
@@ -144,17 +56,12 @@ def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
     )
 
 
-def youden(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Youden's J of the decisions score > 0: share of the anomalous above 0 less the share of the normal above 0, in [-1, 1]."""
-    return float((scores[labels == 1] > 0).mean() - (scores[labels == 0] > 0).mean())
-
-
 def image_auroc_near_best(e: Evidence, params: GateParams) -> list[Rule]:
     """Without a champion: image AUROC at most two `margin` below the best of the versions promoted before, on the same test images.
 
     Two, since the best of many is partly luck. It is a point estimate: their scores need not be at hand.
     """
-    if params.margin is None or e.best_before is None:
+    if params.margin is None or e.best_before is None or not e.both_kinds:
         return []
     return _at_least(
         "image AUROC near the best promoted before", auroc(e.labels, e.values), e.best_before - 2 * params.margin
@@ -163,7 +70,7 @@ def image_auroc_near_best(e: Evidence, params: GateParams) -> list[Rule]:
 
 def image_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
     """Image AUROC at least `min_image_auroc`."""
-    return _at_least("image AUROC floor", auroc(e.labels, e.values), params.min_image_auroc)
+    return _at_least("image AUROC floor", auroc(e.labels, e.values), params.min_image_auroc) if e.both_kinds else []
 
 
 def pixel_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
@@ -178,6 +85,8 @@ def pixel_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
 def defect_auroc_floor(e: Evidence, params: GateParams) -> list[Rule]:
     """AUROC of each kind of defect against the good images."""
     good = e.labels == 0
+    if not good.any():
+        return []
     return _per_defect(
         "AUROC floor of defect",
         e,
@@ -219,11 +128,11 @@ def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
     false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k). Refused where so many alarms or more have a
     probability below `false_alarm_risk`.
     """
-    if params.false_alarm_risk is None:
+    good = e.labels == 0
+    if params.false_alarm_risk is None or not good.any():
         return []
     from scipy.stats import betabinom
 
-    good = e.labels == 0
     newest = good & ~e.scores["sha256"].isin(e.known).to_numpy()
     chosen = newest if e.known and newest.sum() >= _FEW else good
     m, alarms = int(chosen.sum()), int((e.values[chosen] > e.threshold).sum())
@@ -271,6 +180,8 @@ def _not_worse(
 ) -> list[Rule]:
     """Rules on a metric of labels and scores (with `decisions` less each version's threshold): against the version in place, and the champion."""
     rules: list[Rule] = []
+    if not e.both_kinds:
+        return rules
     rivals = (
         (name, e.incumbent, e.incumbent_threshold),
         (f"{name} than the champion's", e.champion, e.champion_threshold),

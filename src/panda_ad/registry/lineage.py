@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from panda_ad.params import plain_name
 from panda_ad.registry import audit
-from panda_ad.registry.change import plain
-from panda_ad.registry.connection import connect, find_version, mlflow_errors, tracking_uri, without_credentials
-from panda_ad.registry.versions import registered
+from panda_ad.registry.connection import connect, mlflow_errors, tracking_uri, without_credentials
+from panda_ad.registry.run_inputs import inputs_hash
+from panda_ad.registry.runs import run_intervals
+from panda_ad.registry.standing import standing
+from panda_ad.registry.versions import find_version, registered
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a version was made from.
+
+    Attributes
+    ----------
+    run_id : the MLflow run that holds its parameters, data and lock file.
+    commit : of the code, '' where none was recorded; `dirty` where the inputs differed from it.
+    """
+
+    run_id: str
+    commit: str
+    dirty: bool
+    category: str
+    inputs_hash: str
+    data_hash: str
+
+
+def origin_of(run_id: str, tags: Mapping[str, str]) -> Origin:
+    """Return a version's origin from its tags."""
+    dirty, commit = tags.get("panda.git_dirty") == "true", tags.get("panda.commit", "")
+    return Origin(run_id, commit, dirty, tags["panda.category"], inputs_hash(tags), tags["panda.data"])
 
 
 def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]:
-    """Data version, commit, parameters, run, metrics, decisions and moves of a version, and the commands that reproduce it.
+    """Return data version, commit, parameters, run, metrics, decisions and moves of a version, and the commands that reproduce it.
 
     Parameters
     ----------
@@ -29,44 +58,50 @@ def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]
         found = find_version(client, f"{name}/{number}" if number.isdigit() else f"{name}@{number}")
         run = client.get_run(found.run_id)
         tags, run_tags = found.tags, run.data.tags
-        category = tags["panda.category"]
-        moves = [m for m in audit.history(client, name) if str(found.version) in (m["from"], m["to"])]
+        origin = origin_of(found.run_id, tags)
         model = registered(client, name)
-        prefix = f"{plain(category)}/"
-    commit, dirty = tags.get("panda.commit", ""), tags.get("panda.git_dirty") == "true"
-    return {
-        "model": name,
-        "version": int(found.version),
-        "aliases": sorted(a for a, v in model.aliases.items() if str(v) == str(found.version)),
-        "category": category,
-        "bundle": tags["panda.bundle"],
-        "data_hash": tags["panda.data"],
-        "change": tags["panda.change"],
-        "commit": commit,
-        "uncommitted_changes": dirty,
-        "tracking_uri": without_credentials(tracking_uri()),
-        "run_id": found.run_id,
-        "evaluated_in": tags["panda.run"],
-        "dvc_experiment": run_tags.get("panda.dvc_experiment"),
-        "prefect_run": run_tags.get("panda.prefect_run"),
-        "params": dict(run.data.params),
-        "metrics": {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)},
-        "gate": {k.removeprefix("gate."): v for k, v in tags.items() if k.startswith("gate.")},
-        "moves": moves,
-        "reproduce": commands(found.run_id, commit, category),
-    }
+        aliases = sorted(a for a, v in model.aliases.items() if str(v) == str(found.version))
+        prefix = f"{plain_name(origin.category)}/"
+        metrics = {k.removeprefix(prefix): v for k, v in run.data.metrics.items() if k.startswith(prefix)}
+        return {
+            "model": name,
+            "version": int(found.version),
+            "aliases": aliases,
+            "set_by_hand": [note for a in aliases if a in audit.ALIASES and (note := standing(client, model, a))],
+            "category": origin.category,
+            "bundle": tags["panda.bundle"],
+            "data_hash": origin.data_hash,
+            "inputs_hash": origin.inputs_hash,
+            "commit": origin.commit,
+            "uncommitted_changes": origin.dirty,
+            "tracking_uri": without_credentials(tracking_uri()),
+            "run_id": found.run_id,
+            "evaluated_in": tags["panda.run"],
+            "dvc_experiment": run_tags.get("panda.dvc_experiment"),
+            "prefect_run": run_tags.get("panda.prefect_run"),
+            "params": dict(run.data.params),
+            "metrics": metrics | run_intervals(client, found.run_id, origin.category),
+            "gate": {k.removeprefix("gate."): v for k, v in tags.items() if k.startswith("gate.")},
+            "moves": [
+                {k: v for k, v in m.items() if k != "key"}
+                for m in audit.history(model)
+                if str(found.version) in (m["from"], m["to"])
+            ],
+            "reproduce": commands(name, str(found.version), origin),
+        }
 
 
-def commands(run_id: str, commit: str, category: str) -> list[str]:
-    """Shell commands that make a version's bundle and figures again, in a fresh clone; parameters and lock file come from the run."""
+def commands(name: str, version: str, origin: Origin) -> list[str]:
+    """Return shell commands that make a version's bundle and figures again: one for all, then each step in a fresh clone.
+
+    Parameters and data version come from the run, since publishing does not wait for a commit.
+    """
     uri = shlex.quote(without_credentials(tracking_uri()))
-    files = [
-        f"MLFLOW_TRACKING_URI={uri} mlflow artifacts download --run-id {run_id} --artifact-path {name} --dst-path ."
-        for name in ("params.yaml", "data.dvc")
-    ]
+    download = f"MLFLOW_TRACKING_URI={uri} mlflow artifacts download --run-id {origin.run_id}"
     return [
-        f"git checkout {commit or 'COMMIT'}",
-        *files,
+        f"panda-ad reproduce {shlex.quote(name)} {version}",
+        f"git checkout {origin.commit or 'COMMIT'}",
+        *(f"{download} --artifact-path {file} --dst-path ." for file in ("params.yaml", "data.dvc")),
         "dvc pull data.dvc",
-        f"dvc repro --pull {shlex.quote(f'evaluate@{category}')}",
+        f"dvc repro --pull {shlex.quote(f'evaluate@{origin.category}')}",
     ]

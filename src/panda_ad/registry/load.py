@@ -12,11 +12,18 @@ from panda_ad.scoring.detector import Detector
 
 @dataclass(frozen=True)
 class Model:
-    """A detector and what it is registered as; name and version are empty for a bundle folder."""
+    """A detector and what it is registered as.
+
+    Attributes
+    ----------
+    name, version : of the registered version; '' for a bundle folder.
+    note : '' or, where an alias was asked for, that a hand put it on this version.
+    """
 
     detector: Detector
     name: str = ""
     version: str = ""
+    note: str = ""
 
 
 def load_model(model: str | None, bundle: Path | None, false_alarm_rate: float | None = None) -> Model:
@@ -26,9 +33,9 @@ def load_model(model: str | None, bundle: Path | None, false_alarm_rate: float |
     if false_alarm_rate is not None and not 0 < false_alarm_rate < 1:
         raise UserError(f"--false-alarm-rate: a share between 0 and 1 is expected, found {false_alarm_rate}")
     if model is not None:
-        from panda_ad.registry.connection import download_version
+        from panda_ad.registry.versions import download_version, note_on
 
         name, version, folder = download_version(model)
-        return Model(load_bundle(folder, false_alarm_rate), name, version)
+        return Model(load_bundle(folder, false_alarm_rate), name, version, note_on(model))
     assert bundle is not None
     return Model(load_bundle(bundle, false_alarm_rate))

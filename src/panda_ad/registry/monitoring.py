@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.registry import runs
-from panda_ad.registry.change import provenance
-from panda_ad.registry.connection import connect, find_version, mlflow_errors
+from panda_ad.registry.connection import connect, mlflow_errors
+from panda_ad.registry.provenance import provenance
+from panda_ad.registry.versions import find_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,19 +1,21 @@
-"""One MLflow run per change, written so that doing it again, or again after a kill, adds nothing twice."""
+"""One MLflow run per set of run inputs, written so that doing it again, or again after a kill, adds nothing twice."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import re
 import time
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.params import Params
+from panda_ad.params import Params, plain_name
 from panda_ad.registry import connection
-from panda_ad.registry.change import Change, digest_files, provenance
+from panda_ad.registry.provenance import provenance
+from panda_ad.registry.run_inputs import TAG, RunInputs, digest_files
 from panda_ad.system.files import digest_file
 
 if TYPE_CHECKING:
@@ -49,13 +51,13 @@ def experiment_id(client: MlflowClient, dataset: str) -> str:
     return found.experiment_id
 
 
-def run_of(client: MlflowClient, experiment: str, change: Change, name: str) -> Run:
-    """The change's run, created where there is none under this name, and open for writing."""
-    found = _find(client, experiment, change.key)
+def run_of(client: MlflowClient, experiment: str, inputs: RunInputs, name: str) -> Run:
+    """Return the inputs' run, created where there is none, and open for writing."""
+    found = _find(client, experiment, inputs.hash)
     if found is None:
-        tags = {**provenance(), "panda.change": change.key, "panda.data": change.data_hash}
+        tags = {**provenance(), TAG: inputs.hash, "panda.data": inputs.data_hash}
         made = client.create_run(experiment, tags=tags, run_name=name)
-        found = _find(client, experiment, change.key) or made
+        found = _find(client, experiment, inputs.hash) or made
         if found.info.run_id != made.info.run_id:  # two machines at once: all keep to the older run
             client.delete_run(made.info.run_id)
     if found.info.status != "RUNNING":
@@ -63,8 +65,8 @@ def run_of(client: MlflowClient, experiment: str, change: Change, name: str) -> 
     return found
 
 
-def _find(client: MlflowClient, experiment: str, key: str) -> Run | None:
-    runs = client.search_runs([experiment], f"tags.`panda.change` = '{key}'", order_by=["attributes.start_time ASC"])
+def _find(client: MlflowClient, experiment: str, hash: str) -> Run | None:
+    runs = client.search_runs([experiment], f"tags.`{TAG}` = '{hash}'", order_by=["attributes.start_time ASC"])
     return min(runs, key=lambda r: (r.info.start_time, r.info.run_id), default=None)
 
 
@@ -162,6 +164,9 @@ def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]
     for folder, paths in files.items():
         tag = f"{_HELD}.{folder}" if folder else _HELD
         before = _held(run.data.tags.get(tag, ""))
+        if before:  # what a hand or a lost disk took away is not there, whatever the tag says
+            there = {PurePosixPath(item.path).name for item in client.list_artifacts(run.info.run_id, folder or None)}
+            before = {name: content for name, content in before.items() if name in there}
         held = {}
         for path in (p for p in paths if p.exists()):
             content = (
@@ -174,7 +179,7 @@ def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]
                 client.log_artifacts(run.info.run_id, str(path), f"{folder}/{path.name}".lstrip("/"))
             else:
                 client.log_artifact(run.info.run_id, str(path), folder or None)
-        if held != before:
+        if held != _held(run.data.tags.get(tag, "")):
             client.set_tag(run.info.run_id, tag, json.dumps(held))
 
 
@@ -184,6 +189,34 @@ def _held(tag: str) -> dict[str, str]:
         return dict(json.loads(tag))
     except ValueError:
         return {}
+
+
+def run_intervals(client: MlflowClient, run_id: str, category: str) -> dict[str, float]:
+    """Return the ends of the figures' intervals, {'image_auroc_low': ...}; empty for a run that holds them as metrics or not at all."""
+    folder = plain_name(category)
+    if f"{folder}/intervals.json" not in {item.path for item in client.list_artifacts(run_id, folder)}:
+        return {}
+    with open(client.download_artifacts(run_id, f"{folder}/intervals.json"), encoding="utf-8") as file:
+        return interval_ends(json.load(file))
+
+
+def interval_ends(intervals: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return {'image_auroc': (low, high)} as {'image_auroc_low': low, 'image_auroc_high': high}."""
+    return {
+        f"{name}_{end}": float(v)
+        for name, ends in intervals.items()
+        for end, v in zip(("low", "high"), ends, strict=True)
+    }
+
+
+def describe(client: MlflowClient, run: Run, heading: str, text: str) -> None:
+    """Put a text under a heading of the run's description, in place of what stood there; what a person wrote above the first one stays."""
+    note = run.data.tags.get("mlflow.note.content", "")
+    parts = re.split(r"(?m)^(?=## )", note)
+    kept = [part.rstrip() + "\n" for part in parts if part.strip() and not part.startswith(f"## {heading}\n")]
+    parts = sorted((p for p in [*kept, f"## {heading}\n\n{text.strip()}\n"]), key=lambda p: p.startswith("## "))
+    if (new := "\n".join(parts)) != note:
+        client.set_tag(run.info.run_id, "mlflow.note.content", new)
 
 
 def download_inputs(run_id: str, folder: Path) -> None:

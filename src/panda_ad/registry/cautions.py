@@ -1,0 +1,40 @@
+"""What a person should know of a version that keeps the gate's rules. Pure functions of the evaluation's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_CAUGHT = 0.5
+"""Share of the test set's defects; less is worth a caution."""
+_CHANCE = 0.6
+"""Image AUROC; an interval that reaches below it does not tell the model from a coin."""
+_FEW = 5
+"""Test images of a kind, good or defective; with fewer, the figures say little."""
+
+
+def cautions(metrics: Mapping[str, float], budget: float) -> list[str]:
+    """Return a clause for each figure that the floors let pass and that hardly serves an inspection.
+
+    Parameters
+    ----------
+    metrics : of `evaluate`: recall, false_alarm_rate, image_auroc with its interval, test_good, test_defect; each may be missing.
+    budget : the share of good parts that may raise an alarm.
+    """
+    found = []
+    good, defects = metrics.get("test_good", 0), metrics.get("test_defect", 0)
+    caught, alarms, auroc = metrics.get("recall"), metrics.get("false_alarm_rate"), metrics.get("image_auroc")
+    if defects and caught is not None and caught < _CAUGHT:
+        found.append(f"it catches {_percent(caught)} of the test set's defects")
+    if good and alarms is not None and alarms > 2 * budget and alarms * good > 1.5:
+        found.append(f"it alarms on {_percent(alarms)} of the good test images where {_percent(budget)} are promised")
+    low, high = metrics.get("image_auroc_low"), metrics.get("image_auroc_high")
+    if auroc is not None and low is not None and low < _CHANCE:
+        found.append(f"image AUROC {auroc:.3f} [{low:.3f}, {high:.3f}] is hardly told from chance")
+    few = [f"{int(n)} {kind}" for n, kind in ((good, "good"), (defects, "defective")) if n < _FEW]
+    if few and ("test_good" in metrics or "test_defect" in metrics):
+        found.append(f"the test set has only {' and '.join(few)} images, so its figures say little")
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
