@@ -1,6 +1,7 @@
 """A published model as `mlflow models serve` runs it: the same numbers as the detector's, from the files that travel with it."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,6 +115,7 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
 
     monkeypatch.chdir(project)
     served, bundle = PandaModel(), project / "build/bundle/fabric"
+    served.version = ""
     served.detector = load_bundle(bundle)
     rows = score_table(project / "build/evaluation/fabric/scores.csv")
     files = [project / "data" / path for path in rows["path"]]
@@ -166,13 +169,15 @@ print(json.dumps({{
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
-    assert said["columns"] == said["schema"] == ["score", "p_value", "decision", "anomalous"]
-    assert said["types"][0] == said["types"][1] == "float64" and said["types"][3] == "bool"
+    columns = ["score", "p_value", "threshold", "decision", "anomalous", "version", "error"]
+    assert said["columns"] == said["schema"] == columns
+    assert said["types"][:3] == ["float64"] * 3 and said["types"][4] == "bool"
     assert said["heat"] > 50 and "/code/panda_ad/" in said["package"]
 
 
-@pytest.mark.slow
-def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path):
+@contextlib.contextmanager
+def serving(project, tmp_path, command):
+    """The address of a server of the model @staging."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -181,25 +186,10 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
         **os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "MLFLOW_DISABLE_TELEMETRY": "true",
         "OMP_NUM_THREADS": "1", "PATH": bin_folder + os.pathsep + os.environ["PATH"],
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        MODEL,
-        "--env-manager",
-        "local",
-        "-h",
-        "127.0.0.1",
-        "-p",
-        str(port),
-    ]
-    address = f"http://127.0.0.1:{port}"
-    log = tmp_path / "serve.log"
-    with open(log, "wb") as output, Group(command, env=env, cwd=tmp_path, output=output) as server:
-        deadline = time.monotonic() + 180
+    address, log = f"http://127.0.0.1:{port}", tmp_path / "serve.log"
+    arguments = [sys.executable, "-m", *command, str(port)]
+    with open(log, "wb") as output, Group(arguments, env=env, cwd=tmp_path, output=output) as server:
+        deadline = time.monotonic() + 200
         while True:
             try:
                 urllib.request.urlopen(f"{address}/ping", timeout=5).close()
@@ -207,17 +197,32 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
             except OSError:
                 assert server.running and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.3)
+        yield address
+
+
+MLFLOW = ["mlflow", "models", "serve", "-m", MODEL, "--env-manager", "local", "-h", "127.0.0.1", "-p"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["panda_ad.cli", "serve", MODEL, "--port"], MLFLOW], ids=["panda-ad", "mlflow"])
+def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path, command):
+    with serving(project, tmp_path, command) as address:
         cases = evaluated(project)
         rows = ask(address, [data for data, _, _ in cases])
         assert [r["score"] for r in rows] == [score for _, score, _ in cases]
         assert [(r["anomalous"], r["decision"]) for r in rows] == [(a, "defect" if a else "good") for _, _, a in cases]
         assert all(0 < r["p_value"] <= 1 for r in rows)
+        limit = json.loads((project / "build/evaluation/fabric/metrics.json").read_text())["threshold"]
+        assert {(r["threshold"], r["version"], r["error"]) for r in rows} == {
+            (limit, "panda-sample-fabric version 1", "")
+        }
         encoded = [base64.b64encode(data).decode() for data, _, _ in cases]
         for body in (
             {"inputs": encoded},
             {"inputs": {"image": encoded}},
             {"instances": encoded},
             {"instances": [{"image": image} for image in encoded]},
+            {"dataframe_records": [{"image": f"data:image/png;base64,{image}"} for image in encoded]},
         ):
             assert [r["score"] for r in answer(address, body)] == [score for _, score, _ in cases], list(body)
         (row,) = ask(address, [cases[-1][0]], heatmap=True)
@@ -226,9 +231,55 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path)
 
         heatmap = decode(base64.b64decode(row["heatmap"]), "heatmap")
         assert heatmap.shape == (32, 32, 3) and np.ptp(heatmap) == 255
-        with pytest.raises(urllib.error.HTTPError) as error:
-            ask(address, [b"not an image"])
-        assert error.value.code == 400 and b"row 0" in error.value.read()
+        before, wrong, after = ask(address, [cases[0][0], b"not an image", cases[1][0]])
+        assert [before["score"], after["score"]] == [cases[0][1], cases[1][1]] and before["error"] == ""
+        assert (wrong["score"], wrong["anomalous"], wrong["decision"]) == (None, None, "error")
+        assert "row 1: not an image" in wrong["error"]
+        assert refused(address, {"inputs": encoded[:1] * 65}) == (
+            413,
+            "65 images: one request may hold at most 64 images"[:48],
+        )
+
+
+@pytest.mark.slow
+def test_a_request_that_cannot_be_answered_is_refused_in_a_line(project, tmp_path):
+    image = base64.b64encode(evaluated(project)[0][0]).decode()
+    with serving(project, tmp_path, ["panda_ad.cli", "serve", MODEL, "--port"]) as address:
+        cases = (
+            ({"inputs": [image], "params": {"heatmaps": True}}, 400, "params: unknown: heatmaps; there is heatmap"),
+            ({"inputs": [image], "parms": {}}, 400, "unknown: parms; there are inputs"),
+            ({"image": image}, 400, "a JSON object with one of inputs"),
+            ({"inputs": {"picture": [image] * 60}}, 400, "Model is missing inputs ['image']"),
+            ({"inputs": [image], "params": {"heatmap": "yes"}}, 400, "Invalid parameters found"),
+            ({"inputs": ["A" * (65 * 2**20)]}, 413, "more than 64 MiB"),
+        )
+        for body, status, text in cases:
+            assert refused(address, body) == (status, text[:48]), text
+        assert [row["decision"] for row in answer(address, {"inputs": [image, 3, None]})][1:] == ["error", "error"]
+        with ThreadPoolExecutor(12) as pool:  # one is computed, three wait, the others are told to come again
+            many = {"inputs": [image] * 64}
+            statuses = set(pool.map(lambda _: status_of(address, many), range(12)))
+        assert statuses == {200, 429}
+
+
+def refused(address, body):
+    """Status and the beginning of the message of a refused request; the whole answer is short."""
+    try:
+        answer(address, body)
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        assert len(text) < 700 and b"\\n" not in text, text
+        return error.code, json.loads(text)["message"][:48]
+    raise AssertionError("was answered")
+
+
+def status_of(address, body):
+    """Status of the answer to a request."""
+    try:
+        answer(address, body)
+    except urllib.error.HTTPError as error:
+        return error.code
+    return 200
 
 
 def ask(address, images, **params):

@@ -203,3 +203,10 @@ def test_tables_are_compared_by_content_not_by_order():
     assert same_images(a, b) and (align(b, a)["score"].to_numpy() == a["score"].to_numpy()).all()
     assert not same_images(a, b.iloc[1:])
     assert not same_images(a, b.assign(label=1 - b["label"]))
+
+
+@pytest.mark.parametrize("scores", [table([0.1] * 12, {}), table([], {"hole": [0.9] * 4})])
+def test_with_one_kind_of_test_image_no_auroc_is_asked_for(scores):
+    rules = gate(margin=0.02, min_image_auroc=0.9, min_defect_auroc=0.5, false_alarm_risk=0.01, decision_margin=0.1)
+    found = evaluate_rules(evidence(scores, incumbent=scores, incumbent_threshold=0.5, best_before=0.99), rules)
+    assert [r.name for r in found] == (["calibration holds"] if (scores["label"] == 0).any() else [])

@@ -104,6 +104,8 @@ def score_paths(
     loaded = load_model(model, bundle, false_alarm_rate)
     if log is not None and not loaded.version:
         raise UserError("--log needs --model: the log says which registered version decided")
+    if loaded.note:
+        print(f"{model}: {loaded.note}", file=sys.stderr)
     limit = loaded.detector.threshold()
     if not limit.enough:
         _say(limit.message)

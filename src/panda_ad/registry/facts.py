@@ -84,4 +84,4 @@ class Evidence:
     @property
     def values(self) -> np.ndarray:
         """(N,) float64, the candidate's scores."""
-        return self.scores["score"].to_numpy(dtype=np.float64)
+        return np.asarray(self.scores["score"], dtype=np.float64)

@@ -25,7 +25,8 @@ from panda_ad.registry import audit
 from panda_ad.registry.cautions import cautions
 from panda_ad.registry.connection import connect, mlflow_errors
 from panda_ad.registry.evidence import gather
-from panda_ad.registry.gate import Rule, evaluate_rules, refusal
+from panda_ad.registry.facts import Rule
+from panda_ad.registry.gate import evaluate_rules, refusal
 from panda_ad.registry.names import model_name
 from panda_ad.registry.standing import standing
 from panda_ad.registry.versions import existing, find_version, registered

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from panda_ad.errors import UserError
 from panda_ad.registry.connection import connect, mlflow_errors
 from panda_ad.registry.versions import bundle_of, find_version, note_on
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from mlflow.pyfunc import PyFuncModel
+    from starlette.applications import Starlette
+    from starlette.requests import Request
 
 MAX_BODY = 64 * 2**20
 """Bytes of a request."""
@@ -55,15 +56,16 @@ def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
     uvicorn.run(application(loaded), host=host, port=port, log_level="warning")
 
 
-def application(model: PyFuncModel) -> FastAPI:
+def application(model: PyFuncModel) -> Starlette:
     """Return the web application: GET /ping, GET /health, POST /invocations."""
-    from fastapi import FastAPI, Request
-    from fastapi.responses import Response
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc.scoring_server import init, invocations
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
 
     init(model)  # MLflow's preparations for serving
-    app, turn = FastAPI(), asyncio.Semaphore(1)
+    turn = asyncio.Semaphore(1)
     schema, known = model.metadata.get_input_schema(), {p.name for p in model.metadata.get_params_schema().params}
     waiting = 0
 
@@ -71,12 +73,9 @@ def application(model: PyFuncModel) -> FastAPI:
         body = json.dumps({"error_code": status, "message": text[:_SHOWN]})
         return Response(body, status, {"Retry-After": "5"} if status == 429 else None, "application/json")
 
-    @app.get("/ping")
-    @app.get("/health")
-    async def ping() -> Response:
+    async def ping(_: Request) -> Response:
         return Response("\n", media_type="application/json")
 
-    @app.post("/invocations")
     async def answer(request: Request) -> Response:
         nonlocal waiting
         if waiting >= MAX_WAITING:
@@ -99,10 +98,11 @@ def application(model: PyFuncModel) -> FastAPI:
         finally:
             waiting -= 1
 
-    return app
+    pings = [Route(path, ping) for path in ("/ping", "/health")]
+    return Starlette(routes=[*pings, Route("/invocations", answer, methods=["POST"])])
 
 
-async def _body(request: Any) -> bytes | None:
+async def _body(request: Request) -> bytes | None:
     """Return a request's body; None where it is more than MAX_BODY, of which the rest is not read."""
     if int(request.headers.get("content-length") or 0) > MAX_BODY:
         return None

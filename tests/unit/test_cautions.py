@@ -1,0 +1,38 @@
+"""Cautions: what the gate's floors let pass and a person should know."""
+
+import pytest
+
+from panda_ad.registry.cautions import cautions
+
+GOOD = {
+    "image_auroc": 0.98, "image_auroc_low": 0.95, "image_auroc_high": 1.0, "recall": 0.9, "false_alarm_rate": 0.05, "test_good": 40,
+    "test_defect": 20,
+}  # fmt: skip
+
+
+def test_a_good_version_has_none():
+    assert cautions(GOOD, 0.05) == [] and cautions({}, 0.05) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recall": 0.12}, "it catches 12 % of the test set's defects"),
+        ({"false_alarm_rate": 0.25}, "it alarms on 25 % of the good test images where 5 % are promised"),
+        ({"image_auroc": 0.677, "image_auroc_low": 0.52, "image_auroc_high": 0.818}, "0.677 [0.520, 0.818] is hardly"),
+        ({"test_defect": 1}, "only 1 defective images"),
+        ({"test_defect": 0, "recall": float("nan")}, "only 0 defective images"),
+    ],
+)
+def test_each_weakness_is_named_once(change, said):
+    (found,) = cautions(GOOD | change, 0.05)
+    assert said in found
+
+
+def test_a_single_false_alarm_is_no_reason():
+    assert cautions(GOOD | {"test_good": 8, "false_alarm_rate": 1 / 8}, 0.05) == []
+
+
+def test_a_test_set_of_good_images_alone_is_said_to_say_little():
+    (found,) = cautions({"false_alarm_rate": 0.0, "test_good": 30, "test_defect": 0}, 0.05)
+    assert "only 0 defective images" in found
