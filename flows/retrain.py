@@ -18,7 +18,7 @@ from prefect.states import Completed, Failed, State
 from flows.common import Stage, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
 from panda_ad.errors import GateRefused, Unavailable, UserError
-from panda_ad.params import load_params
+from panda_ad.params import METHODS, load_params
 from panda_ad.registry.connection import root
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.workspace import changed_copy, has_commit
@@ -26,7 +26,7 @@ from panda_ad.system.workspace import changed_copy, has_commit
 BACKOFF: list[float] = [5, 20, 60]
 """Seconds before the first, second and any further retry of what talks to servers."""
 
-Method = Literal["as in params.yaml", "none", "compactness", "ses", "ewc", "oe"]
+Method = Literal["as in params.yaml", *METHODS]  # type: ignore[valid-type]
 
 
 @task(cache_policy=NO_CACHE, retry_delay_seconds=BACKOFF)
