@@ -81,6 +81,7 @@ class Method(NamedTuple):
 METHODS = {
     "none": Method("", 0, 0.0),  # DN2: features as pretrained
     "compactness": Method("compactness", 15, 1e-2),
+    "soft_boundary": Method("soft_boundary", 15, 1e-2),
     "ses": Method("compactness", 15, 1e-2, snapshots=True),
     "ewc": Method("compactness", 50, 1e-2, penalty=True),
     "oe": Method("outlier_exposure", 50, 1e-1, outliers=True),

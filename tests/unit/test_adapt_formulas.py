@@ -13,7 +13,7 @@ from torch import nn
 from panda_ad.adapt.batches import minibatches, shuffled
 from panda_ad.adapt.collapse import collapsed, feature_statistics
 from panda_ad.adapt.ewc import ElasticPenalty
-from panda_ad.adapt.losses import compactness, linear_classifier, outlier_exposure
+from panda_ad.adapt.losses import NU, compactness, linear_classifier, outlier_exposure, soft_boundary
 from panda_ad.adapt.plan import Plan, plan_training
 from panda_ad.adapt.snapshots import snapshot_steps
 from panda_ad.adapt.train import descend
@@ -27,6 +27,21 @@ def test_compactness():
     f, c = rng.normal(size=(5, 7)), rng.normal(size=7)
     naive = sum(sum((f[i, j] - c[j]) ** 2 for j in range(7)) / 7 for i in range(5)) / 5
     assert float(compactness(torch.tensor(f), torch.tensor(c))) == pytest.approx(naive, rel=1e-12)
+
+
+def test_soft_boundary_is_the_least_of_deep_svdds_objective_over_the_radius():
+    """R^2 + mean max(0, d - R^2) / nu over a grid of R^2; only the images outside the sphere have a gradient."""
+    rng = np.random.default_rng(0)
+    f = torch.tensor(rng.normal(size=(31, 4)), requires_grad=True)
+    c = torch.tensor(rng.normal(size=4))
+    d = ((f.detach() - c) ** 2).mean(dim=1).numpy()
+    grid = np.linspace(0, d.max(), 20001)
+    naive = min(r + np.maximum(0, d - r).mean() / NU for r in grid)
+    loss = soft_boundary(f, c)
+    assert float(loss.detach()) == pytest.approx(naive, rel=1e-3)
+    loss.backward()
+    outside = d > np.quantile(d, 1 - NU)
+    assert 0 < outside.sum() <= 4 and ((f.grad != 0).any(dim=1).numpy() == outside).all()
 
 
 def test_ewc_penalty_and_its_gradient():
@@ -111,7 +126,7 @@ def test_outlier_loss_is_binary_cross_entropy():
 def test_linear_classifier_is_seeded():
     a, b = (linear_classifier(16, torch.Generator().manual_seed(3)) for _ in range(2))
     torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=0)
-    assert a.weight.shape == (1, 16) and 0 < float(a.weight.abs().max()) <= 0.25
+    assert a.weight.shape == (1, 16) and 0 < float(a.weight.detach().abs().max()) <= 0.25
 
 
 class Point(nn.Module):
