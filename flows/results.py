@@ -37,14 +37,23 @@ class GateResult:
 
     @classmethod
     def of(cls, category: str, state: State | None) -> GateResult:
-        """Return the result of a promotion's task; None: there was none."""
+        """Return the result of a promotion's task; None: there was none.
+
+        The message of a decision repeats category, version and outcome, which stand beside it: its reason alone is taken.
+        """
         if state is None:
             return cls(category, "not asked", "promotion was switched off for this run")
-        return cls(
-            category,
-            str(state.name).lower() if state.is_final() else "not asked",
-            " ".join(str(state.message or "").split()),
-        )
+        decision = str(state.name).lower() if state.is_final() else "not asked"
+        recorded = _decision(category)
+        if recorded.get("outcome") == decision:
+            return cls(category, decision, str(recorded["reason"]))
+        return cls(category, decision, " ".join(str(state.message or "").split()))
+
+    def in_short(self) -> str:
+        """Return the reason as a table's cell has room for it: of a refusal the names of the rules that failed."""
+        rules = _decision(self.category).get("rules", []) if self.decision == "refused" else []
+        failed = [rule["name"] for rule in rules if not rule["passed"]]
+        return f"{len(failed)} of {len(rules)} rules failed: {', '.join(failed)}" if failed else self.reason
 
 
 def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
@@ -61,8 +70,9 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
     failed = {name.partition("@")[2] for name, state in states.items() if not state.is_completed()}
     finished = [gate.category for gate in gates if gate.category not in failed]
     rows = [_row(gate, gate.category in finished) for gate in gates]
+    short = [row | {"why": gate.in_short()} for row, gate in zip(rows, gates, strict=True)]
     links = {category: link for category in sorted(finished) if (link := _mlflow_link(category))}
-    create_table_artifact(rows, key="retrain-results", description="Figures per category, and what the gate decided.")
+    create_table_artifact(short, key="retrain-results", description="Figures per category, and what the gate decided.")
     create_markdown_artifact(_summary(rows, states, links), key="retrain-summary", description="The run in short.")
     for category, link in links.items():
         create_link_artifact(
@@ -73,13 +83,13 @@ def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) 
         )
     for gate in gates:
         if gate.decision in ("promoted", "refused"):
-            rules = _read(Path("build/decisions") / f"{gate.category}.json").get("rules", [])
+            rules = _decision(gate.category).get("rules", [])
             table = [
                 {"rule": r["name"], "passed": "yes" if r["passed"] else "NO", "figures": r["text"], **_rounded(r)}
                 for r in rules
             ]
             create_table_artifact(
-                table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.reason}"
+                table, key=f"gate-{artifact_key(gate.category)}", description=f"{gate.category}: {gate.in_short()}"
             )
 
 
@@ -117,6 +127,11 @@ def _rounded(rule: Mapping[str, Any]) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return a JSON file's content, {} where its stage has not run yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _decision(category: str) -> dict[str, Any]:
+    """Return the gate's last decision; {} before the first."""
+    return _read(Path("build/decisions") / f"{category}.json")
 
 
 def _figure(metrics: Mapping[str, Any], intervals: Intervals, name: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from prefect.logging import disable_run_logger
+from prefect.states import Failed
 from prefect_project import call, make_project, new_data
 
 import flows.common
@@ -145,6 +146,31 @@ def test_figures_in_the_artifacts():
     assert _figure(metrics, intervals, "threshold") == "12.35"
     assert _figure(metrics, intervals, "pixel_auroc") == ""
     assert [artifact_key("Metal Nut"), artifact_key("Grün_1"), artifact_key("布")] == ["metal-nut", "grun-1", "e5b883"]
+
+
+def test_the_reason_repeats_nothing_and_is_short_in_a_table(project):
+    from flows.results import GateResult
+
+    folder = Path("build/decisions")
+    folder.mkdir(parents=True, exist_ok=True)
+    rules = [
+        {
+            "name": "recall",
+            "passed": False,
+            "text": "0.2, at least 0.9 needed on a line that is far too long for a cell",
+        },
+        {"name": "size", "passed": True, "text": "3 MB"},
+    ]
+    decision = {"outcome": "refused", "reason": "recall: " + rules[0]["text"], "rules": rules}
+    (folder / "fabric.json").write_text(json.dumps(decision))
+    state = Failed(
+        name="Refused", message=f"panda-sample-fabric version 3 not promoted to @staging: {decision['reason']}"
+    )
+    gate = GateResult.of("fabric", state)
+    assert gate.reason == decision["reason"]
+    assert gate.in_short() == "1 of 2 rules failed: recall"
+    stale = GateResult.of("fabric", Failed(name="Unavailable", message="MLflow does not answer"))
+    assert stale.reason == stale.in_short() == "MLflow does not answer"
 
 
 def test_the_link_leads_to_the_version_and_holds_no_password(project, monkeypatch):
