@@ -122,7 +122,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "CRASHED"}
 
 
 def server_errors(project: Path) -> str:
-    """What the Prefect server of `project` has logged of errors, with their traces; '' is as it should be."""
+    """What the running Prefect server of `project` has logged of errors, with their traces; '' is as it should be."""
     found = []
     for log in sorted((project / ".prefect").glob("prefect*.log")):
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -147,8 +147,10 @@ def servers(project: Path, say=lambda line: None, **environment: str):
             patch.setenv(name, value)
         with running_servers(say=say) as (addresses, groups):
             yield Prefect(addresses, project, groups)
-    errors = server_errors(project)
-    assert not errors, errors
+            errors = server_errors(
+                project
+            )  # before it is stopped: what it then cannot write any more, it logs as errors
+            assert not errors, errors
 
 
 class Prefect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_a_user_without_a_name_can_run_everything(project, home):
     code = "from flows.common import read_pipeline; print(len(read_pipeline()[0]), 'stages')"
     assert run(*nameless, "python", "-c", code, cwd=project) == (0, "6 stages\n")
     assert not (project / "~").exists()
+
+
+def test_a_flow_without_a_server_reports_to_nobody(project):
+    """The server that Prefect starts for it would send a heartbeat to its maker."""
+    code = "import flows, os; from prefect.settings import get_current_settings as now; "
+    code += "print(now().server.analytics_enabled, os.environ['DO_NOT_TRACK'])"
+    environment = {name: value for name, value in clean_environment().items() if name != "DO_NOT_TRACK"}
+    environment |= {"PYTHONPATH": f"{project}{os.pathsep}{ROOT / 'src'}"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=project, env=environment, text=True) == "False true\n"
 
 
 def test_without_git_dvc_works_and_one_line_says_what_is_missing(project):

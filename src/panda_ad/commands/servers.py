@@ -22,6 +22,7 @@ from panda_ad.errors import Busy, UserError
 from panda_ad.registry.connection import server_command, server_environment, without_credentials
 from panda_ad.system.files import write_json
 from panda_ad.system.processes import Group, child_environment
+from panda_ad.system.surroundings import QUIET
 
 HOST = "127.0.0.1"
 HOME = Path(".prefect")
@@ -29,13 +30,6 @@ POOL = "panda"
 READY_SECONDS = 180.0
 SCHEDULE = "schedule: "
 """How `flows.deploy` begins its line on a deployment's schedule."""
-
-QUIET = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GX_ANALYTICS_ENABLED": "false",
-}
 
 FORGETTING = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
 """Left to itself, Prefect's server keeps every flow run with its log for ever; this one, unless told otherwise, for Prefect's 90 days."""

@@ -1,4 +1,4 @@
-"""What DVC wants of the machine it runs on, where a container or an unpacked archive lacks it: a user's name, and git's history."""
+"""What the libraries should find around them: no wish for telemetry, a user's name, git's history or word that there is none."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from pathlib import Path
 
 from panda_ad.system.files import renamed_file
 
+QUIET = {
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+}
+"""Environment variables with which nothing is reported to the makers of the libraries."""
+
 _LOCAL = Path(".dvc/config.local")
 
 
 def prepare() -> None:
-    """Set up this process and the repository in the working directory, before anything else."""
+    """Set up this process and the repository in the working directory, before the libraries are imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     name_user(os.environ)
     if Path(".dvc").is_dir():
         work_without_git()
