@@ -24,7 +24,7 @@ build-anew:
 	@echo "this checkout has been moved: its environment is built anew"
 	@rm -rf $(VENV)
 
-.PHONY: help run test test-fast coverage ui lint format lock
+.PHONY: help run test test-fast coverage chaos ui lint format lock
 run: $(VENV)/.ready       ## everything: environment, data, pipeline, registration, promotion; then says where to look
 	@$(HERE) panda-ad run
 
@@ -36,6 +36,9 @@ test-fast: $(VENV)/.ready-dev   ## the tests that start no server and run no who
 
 coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
 	@$(HERE) pytest -n 2 --dist loadfile --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
+
+chaos: $(VENV)/.ready-dev       ## 200 kills at random moments, compared with undisturbed runs (an hour)
+	@$(HERE) python benchmarks/chaos.py --kills 200
 
 ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
 	@$(HERE) panda-ad ui
