@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from panda_ad.errors import UserError
-from panda_ad.scoring.calibration import p_values, threshold
+from panda_ad.scoring.calibration import alarms_chance, calibration_needed, p_values, threshold, threshold_rank
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), max_size=10))
@@ -68,3 +68,22 @@ def test_refusals():
     with pytest.raises(UserError, match="image score is not finite"):
         p_values(np.array([1.0]), np.array([np.inf]))
     assert p_values(np.array([1.0]), np.array([])).shape == (0,)
+
+
+@given(st.integers(1, 400), st.floats(0.001, 0.5))
+def test_the_rank_is_what_the_threshold_uses(n, rate):
+    scores = np.arange(n, dtype=float)
+    limit = threshold(scores, rate)
+    assert limit.value == scores[n - threshold_rank(n, rate)]
+    assert limit.enough == (n >= calibration_needed(rate))
+
+
+def test_the_chance_of_alarms_is_that_of_repeated_calibration():
+    """By simulation: draw calibration and good images, count alarms above the threshold."""
+    rng = np.random.default_rng(0)
+    calibration, images = rng.random((4000, 24)), rng.random((4000, 50))
+    limits = [threshold(row, 0.1).value for row in calibration]
+    alarms = (images > np.array(limits)[:, None]).sum(axis=1)
+    for count in (3, 8, 12):
+        assert alarms_chance(count, 50, 24, 0.1) == pytest.approx((alarms >= count).mean(), abs=0.03)
+    assert alarms_chance(0, 50, 24, 0.1) == 1.0

@@ -8,7 +8,6 @@ which is what the limit on size is for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from scipy.spatial.distance import cdist
 from panda_ad.errors import UserError
 from panda_ad.features.image_statistics import STATISTICS
 from panda_ad.params import MonitorParams
-from panda_ad.scoring.calibration import threshold
+from panda_ad.scoring.calibration import alarms_chance, threshold
 
 COMPONENTS = 16
 """Principal components of the features that the test of content looks at."""
@@ -183,8 +182,7 @@ def _alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
     """
     n, m = len(window), len(reference)
     alarms = int((window > threshold(reference, rate).value).sum())
-    k = max(1, math.floor(rate * (m + 1) + 1e-9))
-    p = float(stats.betabinom.sf(alarms - 1, n, k, m + 1 - k)) if alarms else 1.0
+    p = alarms_chance(alarms, n, m, rate)
     share = alarms / n
     return Test(
         "alarms",

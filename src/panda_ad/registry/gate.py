@@ -14,6 +14,7 @@ import numpy as np
 from panda_ad.evaluation.image_metrics import Metric, auroc, paired_bootstrap, recall_at_budget, youden
 from panda_ad.params import GateParams
 from panda_ad.registry.facts import Evidence, Rule
+from panda_ad.scoring.calibration import alarms_chance
 
 _FEW = 10
 """With fewer new good images than this, calibration is checked on all good test images."""
@@ -131,13 +132,10 @@ def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
     good = e.labels == 0
     if params.false_alarm_risk is None or not good.any():
         return []
-    from scipy.stats import betabinom
-
     newest = good & ~e.scores["sha256"].isin(e.known).to_numpy()
     chosen = newest if e.known and newest.sum() >= _FEW else good
     m, alarms = int(chosen.sum()), int((e.values[chosen] > e.threshold).sum())
-    k = max(1, int(np.floor(e.budget * (e.calibration + 1) + 1e-9)))
-    chance = float(betabinom.sf(alarms - 1, m, k, e.calibration + 1 - k)) if alarms else 1.0
+    chance = alarms_chance(alarms, m, e.calibration, e.budget)
     limit = params.false_alarm_risk
     which = "newest good images" if chosen is newest else "good test images"
     text = f"{alarms} alarms on {m} {which}, chance {chance:.2g} (limit {limit:.2g})"

@@ -57,6 +57,32 @@ def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return (1 + at_least) / (len(ordered) + 1)
 
 
+def threshold_rank(count: int, rate: float) -> int:
+    """Return k, where the threshold is the k-th largest of `count` calibration scores: max(1, floor(rate (count + 1)))."""
+    return max(1, _allowed(count, rate))
+
+
+def calibration_needed(rate: float) -> int:
+    """Return the least number of calibration scores with which a false-alarm rate can be kept: n + 1 >= 1 / rate."""
+    return math.ceil(1 / rate - 1 - 1e-9)
+
+
+def alarms_chance(alarms: int, images: int, calibration: int, rate: float) -> float:
+    """Return the chance of so many alarms or more on good images, by a threshold that `calibration` scores set for `rate`.
+
+    The true false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k) distributed, so that the number of alarms
+    is beta-binomial. A binomial test at the nominal rate would take the calibration's own error for a finding.
+    """
+    from scipy.stats import betabinom  # seconds to import, for the gate and monitoring alone
+
+    k = threshold_rank(calibration, rate)
+    return float(betabinom.sf(alarms - 1, images, k, calibration + 1 - k)) if alarms else 1.0
+
+
+def _allowed(count: int, rate: float) -> int:
+    return math.floor(rate * (count + 1) + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
 def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) -> Threshold:
     """Lowest threshold whose expected false-alarm rate is at most `rate`; score > value there means p-value <= rate.
 
@@ -79,17 +105,16 @@ def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) ->
         raise UserError(f"verdict.false_alarm_rate must lie between 0 and 1, not {rate}")
     ordered = np.sort(_finite(calibration, "calibration"))
     n = len(ordered)
-    allowed = math.floor(rate * (n + 1) + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    k = max(allowed, 1)
+    enough, k = _allowed(n, rate) > 0, threshold_rank(n, rate)
     tail = (1 - confidence) / 2
     low, high = (float(betaincinv(k, n + 1 - k, q)) for q in (tail, 1 - tail))
     message = ""
-    if not allowed:
+    if not enough:
         message = (
-            f"{n} calibration images are too few for a false-alarm rate of {rate:g}: at least {math.ceil(1 / rate - 1 - 1e-9)} are needed; "
+            f"{n} calibration images are too few for a false-alarm rate of {rate:g}: at least {calibration_needed(rate)} are needed; "
             f"the threshold is their largest score, whose expected rate is {1 / (n + 1):.3g}"
         )
-    return Threshold(float(ordered[n - k]), float(rate), k / (n + 1), (low, high), n, bool(allowed), message)
+    return Threshold(float(ordered[n - k]), float(rate), k / (n + 1), (low, high), n, enough, message)
 
 
 def _finite(values: np.ndarray, what: str, empty: bool = False) -> np.ndarray:

@@ -216,4 +216,4 @@ class Detector:
 
 def normalize(features: np.ndarray) -> np.ndarray:
     """(N, D) -> rows of unit L2 norm, float32; a zero row stays zero."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12))

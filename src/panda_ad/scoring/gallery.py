@@ -74,11 +74,13 @@ class Gallery:
 
     def score(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Sum of squared L2 distances to the k nearest, (N,) float64: the anomaly score of DN2 and PANDA."""
-        return self.search(queries, k)[0].sum(axis=1)
+        distances, _ = self.search(queries, k)
+        return np.asarray(distances.sum(axis=1))
 
     def leave_one_out(self, k: int) -> np.ndarray:
         """Score (M,) float64 of each gallery feature against all others; only itself is left out, not its exact duplicates."""
-        return self._search(self.features, k, np.arange(len(self)))[0].sum(axis=1)
+        distances, _ = self._search(self.features, k, np.arange(len(self)))
+        return np.asarray(distances.sum(axis=1))
 
     def _search(self, queries: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         available = len(self) - (own is not None)

@@ -29,7 +29,7 @@ class RobustScale:
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Return scores (N,) in robust standard deviations above the median, float64."""
-        return (scores - self.center) / self.spread
+        return np.asarray((scores - self.center) / self.spread)
 
 
 def fit_robust_scale(scores: np.ndarray) -> RobustScale:
@@ -109,4 +109,4 @@ def image_scores(
     if method == "heatmap":
         return map_score
     assert method == "both" and scales is not None
-    return scales[0](feature_score) + scales[1](map_score)
+    return np.asarray(scales[0](feature_score) + scales[1](map_score))
