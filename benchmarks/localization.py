@@ -28,6 +28,7 @@ from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.maps import positions, tensors
 from panda_ad.scoring.localize.patch_memory import PatchMemory, patch_features
+from panda_ad.scoring.localize.search import nearest, pack
 from panda_ad.scoring.localize.spade import Spade
 
 LEVELS = {"spade": ("layer1", "layer2", "layer3"), "patch_memory": ("layer2", "layer3")}
@@ -113,19 +114,16 @@ def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> 
 
 def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(queries, gallery rows, our distances) of each search that the first image needs."""
-    from panda_ad.scoring.localize.search import nearest, pack
-
     if isinstance(localizer, PatchMemory):
         queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, localizer.levels)))[0]
-        ours = nearest(queries, [pack(localizer.rows, localizer.basis)], localizer.basis)
-        return [(queries, localizer.rows.values, ours)]
+        return [(queries, localizer.values, nearest(queries, [pack(localizer.values)]))]
     assert isinstance(localizer, Spade)
     chosen = localizer.nearest_images(pooled[0])
     out = []
-    for layer in localizer.levels:
-        queries = positions(torch.from_numpy(maps[layer][:1]))[0]
-        rows = torch.from_numpy(np.asarray(localizer.values[layer][chosen])).flatten(0, 1)
-        out.append((queries, rows, nearest(queries, localizer._gallery(layer, chosen), localizer.bases[layer])))
+    for level in localizer.levels:
+        queries = positions(torch.from_numpy(maps[level][:1]))[0]
+        rows = torch.from_numpy(np.asarray(localizer.values[level][chosen])).flatten(0, 1)
+        out.append((queries, rows, nearest(queries, [pack(rows)])))
     return out
 
 

@@ -120,14 +120,14 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
     left = whole.without(np.array([1]))
     rows = positions(patch_features(tensors(gallery, whole.levels)))  # (12, P, C)
     own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].flatten(0, 1)}
-    assert own & {tuple(row.tolist()) for row in whole.rows.values}
-    assert not own & {tuple(row.tolist()) for row in left.rows.values}
-    assert len(left.rows.values) >= len(whole.rows.values) * (1 - 1.5 / (12 // tiles**2))
+    assert own & {tuple(row.tolist()) for row in whole.values}
+    assert not own & {tuple(row.tolist()) for row in left.values}
+    assert len(left.values) >= len(whole.values) * (1 - 1.5 / (12 // tiles**2))
     layers = tensors({k: v[tiles**2 : 2 * tiles**2] for k, v in gallery.items()}, whole.levels)
     query = positions(patch_features(layers))[0].float()
     sharp = left._sharp(layers, 0, tuple(gallery["layer2"].shape[2:]))  # one value a position: nothing to interpolate
-    np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.rows.values.float()), rtol=1e-5)
-    assert np.array_equal(whole.without(np.array([999])).rows.values, whole.rows.values)
+    np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.values.float()), rtol=1e-5)
+    assert np.array_equal(whole.without(np.array([999])).values, whole.values)
 
 
 @pytest.mark.parametrize("tiles", [1, 2])

@@ -166,8 +166,8 @@ def test_no_smoothing(world, method):
 
 def test_memory_size_follows_the_parameters(world):
     total = 12 * (world[0][0] // 8) * (world[0][1] // 8)
-    assert len(build("patch_memory", world, memory_fraction=0.1).rows.values) == round(0.1 * total)
-    assert len(build("patch_memory", world, memory_limit=7).rows.values) == 7
+    assert len(build("patch_memory", world, memory_fraction=0.1).values) == round(0.1 * total)
+    assert len(build("patch_memory", world, memory_limit=7).values) == 7
 
 
 def test_coreset_is_greedy_seeded_and_skips_copies():

@@ -17,6 +17,9 @@ FORMAT = 5
 """Version of the bundle's layout that is written; a bundle of a newer one is refused."""
 
 
+_SPADE_LEVELS = ["layer1", "layer2", "layer3"]
+
+
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of bundle.json as format `FORMAT` has it."""
     new = {
@@ -35,7 +38,11 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_localizer(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of localizer.json as format `FORMAT` has it."""
-    new = {"tiles": 1, "levels": ["layer2", "layer3"], **config}
+    new = {
+        "tiles": 1,
+        "levels": ["layer2", "layer3"] if config["method"] == "patch_memory" else _SPADE_LEVELS,
+        **config,
+    }
     if "neighbours" in new:
         new["neighbors"] = new.pop("neighbours")
     return new

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.gallery import greedy_coreset
 from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
-from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
+from panda_ad.scoring.localize.search import Packed, nearest, pack
 from panda_ad.scoring.localize.tiling import blend, grid
 from panda_ad.system.files import write_json
 
@@ -35,16 +35,14 @@ class PatchMemory:
 
     Attributes
     ----------
-    rows : the memory, float16 (K, C), C the sum of the levels' channels.
-    basis : for the search.
+    values : the memory, float16 (K, C), C the sum of the levels' channels.
     sigma : pixels of the heat map.
     levels : of the network, from fine to coarse.
     tiles : tiles per side of an image; 1: the whole image is one.
-    sources : int64 (K,), index of the image that each row is of; known until it is saved.
+    sources : int64 (K,), index of the image that each value is of; known until it is saved.
     """
 
-    rows: Rows
-    basis: Basis
+    values: Tensor
     sigma: float
     levels: tuple[str, ...]
     tiles: int = 1
@@ -52,7 +50,7 @@ class PatchMemory:
 
     @cached_property
     def _packed(self) -> Packed:
-        return pack(self.rows, self.basis)
+        return pack(self.values)
 
     @classmethod
     def build(cls, maps: Maps, levels: tuple[str, ...], images: int, params: LocalizeParams, seed: int) -> PatchMemory:
@@ -74,10 +72,7 @@ class PatchMemory:
         pool = torch.cat(parts)
         size = min(max(1, round(params.memory_fraction * total)), params.memory_limit, len(pool))
         chosen = choose(pool, size, generator)
-        values = pool[chosen]
-        basis = fit_basis(values)
-        rows = Rows(values, bounds(values, basis))
-        return cls(rows, basis, params.sigma, levels, tiles, torch.tensor(sources)[chosen])
+        return cls(pool[chosen], params.sigma, levels, tiles, torch.tensor(sources)[chosen])
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
@@ -93,7 +88,7 @@ class PatchMemory:
     def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
         """Heat map of row `b` before smoothing, float32 (height, width)."""
         features = patch_features({level: values[b : b + 1] for level, values in maps.items()})  # (1, C, h, w)
-        distances = nearest(positions(features)[0], [self._packed], self.basis)
+        distances = nearest(positions(features)[0], [self._packed])
         sharp: np.ndarray = upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
         return sharp
 
@@ -103,31 +98,19 @@ class PatchMemory:
         kept = ~torch.isin(self.sources, torch.from_numpy(images))
         if not kept.any():
             return self
-        return replace(self, rows=Rows(self.rows.values[kept], self.rows.bounds[kept]), sources=self.sources[kept])
+        return replace(self, values=self.values[kept], sources=self.sources[kept])
 
     def save(self, folder: Path) -> None:
         """Write localizer.json and memory.safetensors."""
-        tensors = {
-            "values": self.rows.values,
-            "bounds": self.rows.bounds,
-            "mean": self.basis.mean,
-            "axes": self.basis.axes,
-        }
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "memory.safetensors")
+        save_file({"values": self.values.contiguous()}, folder / "memory.safetensors")
         config = {"method": "patch_memory", "sigma": self.sigma, "levels": self.levels, "tiles": self.tiles}
-        write_json(folder / "localizer.json", config | {"rank": self.basis.rank})
+        write_json(folder / "localizer.json", config)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
         """Read what `save` wrote."""
-        t = load_file(folder / "memory.safetensors")
-        return cls(
-            Rows(t["values"], t["bounds"]),
-            Basis(t["mean"], t["axes"], config["rank"]),
-            config["sigma"],
-            tuple(config["levels"]),
-            config["tiles"],
-        )
+        values = load_file(folder / "memory.safetensors")["values"]
+        return cls(values, config["sigma"], tuple(config["levels"]), config["tiles"])
 
 
 def patch_features(maps: dict[str, Tensor]) -> Tensor:

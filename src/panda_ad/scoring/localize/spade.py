@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
-from panda_ad.scoring.localize.search import Basis, Packed, Rows, bounds, fit_basis, nearest, pack
+from panda_ad.scoring.localize.search import Packed, nearest, pack
 from panda_ad.system.files import write_json
 
 _PART = 2**25  # numbers of the gallery (64 MB) read at a time
@@ -25,14 +25,14 @@ _PART = 2**25  # numbers of the gallery (64 MB) read at a time
 class Spade:
     """The K normal images nearest by pooled feature; per position the distance to the nearest position among theirs.
 
-    A layer's distances are Euclidean; the maps are brought to input size (bilinear), averaged and smoothed.
+    A level's distances are Euclidean; the maps are brought to input size (bilinear), averaged and smoothed.
 
     Attributes
     ----------
     pooled : float32 (M, D).
-    values, lengths : per layer, memory-mapped: float16 (M, h * w, C) and float32 (M, h * w, 2) (`search.Rows`).
-    bases : per layer.
-    neighbors : K.  sigma : pixels at input size.
+    values : float16 (M, h * w, C) per level, memory-mapped.
+    neighbors : K.
+    sigma : pixels at input size.
     left_out : indices of gallery images that count as not there.
     """
 
@@ -40,8 +40,6 @@ class Spade:
 
     pooled: np.ndarray
     values: dict[str, np.ndarray]
-    lengths: dict[str, np.ndarray]
-    bases: dict[str, Basis]
     neighbors: int
     sigma: float
     left_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False)
@@ -51,26 +49,17 @@ class Spade:
         """Write the gallery's maps to a temporary folder, `BATCH` images at a time, and map it into memory."""
         folder = Path(tempfile.mkdtemp(prefix="panda-ad-spade-"))
         count = len(pooled)
-        spread = np.unique(np.linspace(0, count - 1, min(count, 2 * BATCH)).astype(np.int64))  # images for the bases
-        bases: dict[str, Basis] = {}
         values: dict[str, np.ndarray] = {}
-        lengths: dict[str, np.ndarray] = {}
-        for layer, sample in tensors(maps(spread), levels).items():
-            rows = positions(sample)
-            bases[layer] = fit_basis(rows.flatten(0, 1)[:: max(1, rows.shape[0] * rows.shape[1] // 50_000)])
-            shape = (count, rows.shape[1], rows.shape[2])
-            values[layer] = np.lib.format.open_memmap(folder / f"{layer}.npy", "w+", np.float16, shape)
-            lengths[layer] = np.lib.format.open_memmap(
-                folder / f"{layer}-lengths.npy", "w+", np.float32, (*shape[:2], 2)
-            )
         for i in range(0, count, BATCH):
-            for layer, batch in tensors(maps(slice(i, i + BATCH)), levels).items():
-                for j, rows in enumerate(positions(batch), start=i):
-                    values[layer][j] = rows.numpy()
-                    lengths[layer][j] = bounds(rows, bases[layer]).numpy()
-        for array in (*values.values(), *lengths.values()):
+            for level, batch in tensors(maps(slice(i, i + BATCH)), levels).items():
+                rows = positions(batch)
+                if level not in values:
+                    shape = (count, *rows.shape[1:])
+                    values[level] = np.lib.format.open_memmap(folder / f"{level}.npy", "w+", np.float16, shape)
+                values[level][i : i + len(rows)] = rows.numpy()
+        for array in values.values():
             array.flush()  # type: ignore[attr-defined]
-        spade = cls(pooled, values, lengths, bases, neighbors, sigma)
+        spade = cls(pooled, values, neighbors, sigma)
         weakref.finalize(spade, shutil.rmtree, folder, ignore_errors=True)
         return spade
 
@@ -81,8 +70,8 @@ class Spade:
         for b in range(len(pooled)):
             chosen = self.nearest_images(pooled[b])
             total = torch.zeros(size)
-            for layer, values in layers.items():
-                distances = nearest(positions(values[b : b + 1])[0], self._gallery(layer, chosen), self.bases[layer])
+            for level, values in layers.items():
+                distances = nearest(positions(values[b : b + 1])[0], self._gallery(level, chosen))
                 total += upsample(distances, (values.shape[2], values.shape[3]), size)
             out[b] = smooth(total / len(layers), self.sigma)
         return out
@@ -102,38 +91,23 @@ class Spade:
         """See `Localizer.without`. A gallery that holds nothing else is left as it is."""
         return replace(self, left_out=images) if len(np.unique(images)) < len(self.pooled) else self
 
-    def _gallery(self, layer: str, chosen: np.ndarray) -> Iterator[Packed]:
-        values, lengths = self.values[layer], self.lengths[layer]
+    def _gallery(self, level: str, chosen: np.ndarray) -> Iterator[Packed]:
+        values = self.values[level]
         step = max(1, _PART // (values.shape[1] * values.shape[2]))
         for i in range(0, len(chosen), step):
-            part = chosen[i : i + step]
-            rows = Rows(*(torch.from_numpy(np.asarray(a[part])).flatten(0, 1) for a in (values, lengths)))
-            yield pack(rows, self.bases[layer])
+            yield pack(torch.from_numpy(np.asarray(values[chosen[i : i + step]])).flatten(0, 1))
 
     def save(self, folder: Path) -> None:
-        """Write localizer.json, small.safetensors and two .npy files per layer."""
-        small = {"pooled": torch.from_numpy(np.ascontiguousarray(self.pooled))}
-        for layer, basis in self.bases.items():
-            small |= {f"{layer}.mean": basis.mean, f"{layer}.axes": basis.axes}
-            for array, name in ((self.values[layer], f"{layer}.npy"), (self.lengths[layer], f"{layer}-lengths.npy")):
-                shutil.copyfile(str(array.filename), folder / name)  # type: ignore[attr-defined]
-        save_file(small, folder / "small.safetensors")
-        config = {
-            "method": "spade",
-            "neighbors": self.neighbors,
-            "sigma": self.sigma,
-            "ranks": {k: b.rank for k, b in self.bases.items()},
-        }
+        """Write localizer.json, small.safetensors and a .npy file per level."""
+        for level, array in self.values.items():
+            shutil.copyfile(str(array.filename), folder / f"{level}.npy")  # type: ignore[attr-defined]
+        save_file({"pooled": np.ascontiguousarray(self.pooled)}, folder / "small.safetensors")
+        config = {"method": "spade", "neighbors": self.neighbors, "sigma": self.sigma, "levels": self.levels}
         write_json(folder / "localizer.json", config)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> Spade:
         """Read what `save` wrote; maps stay on disk."""
-        small = load_file(folder / "small.safetensors")
-        values = {layer: np.load(folder / f"{layer}.npy", mmap_mode="r") for layer in config["ranks"]}
-        lengths = {layer: np.load(folder / f"{layer}-lengths.npy", mmap_mode="r") for layer in values}
-        bases = {
-            layer: Basis(small[f"{layer}.mean"], small[f"{layer}.axes"], rank)
-            for layer, rank in config["ranks"].items()
-        }
-        return cls(small["pooled"].numpy(), values, lengths, bases, config["neighbors"], config["sigma"])
+        pooled = load_file(folder / "small.safetensors")["pooled"]
+        values = {level: np.load(folder / f"{level}.npy", mmap_mode="r") for level in config["levels"]}
+        return cls(pooled, values, config["neighbors"], config["sigma"])
