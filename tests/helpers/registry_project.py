@@ -45,8 +45,7 @@ def make_project(folder: Path, categories: tuple[str, ...] = ("fabric",)) -> Pat
     write_rows(folder / "build/validation/manifest.csv", rows)
     write_rows(folder / "build/validation/problems.csv", [{"path": "x.png", "reason": "empty"}])
     write_json(folder / "build/validation/report.json", {"success": True, "data_hash": "d" * 64})
-    for page in ("index", "results"):
-        write(folder / f"build/validation/data_docs/{page}.html", "<html>docs</html>")
+    write(folder / "build/validation/data_docs/index.html", "<html>docs</html>")
     for stage, category in [("validate", None), ("extract", None), *(("adapt", c) for c in categories)]:
         name = stage if category is None else f"{stage}-{category}"
         write_json(

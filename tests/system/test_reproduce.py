@@ -183,7 +183,7 @@ def test_what_cannot_be_reproduced_says_why(project, tmp_path, monkeypatch):
     client.set_model_version_tag(NAME, "1", "panda.commit", "0123456789" * 4)
     with pytest.raises(UserError, match="commit 012345678901 is not in this repository"):
         reproduce(NAME, 1)
-    call("git", "clone", "-q", "--depth", "1", f"file://{project}", str(tmp_path / "shallow"))
+    call("git", "clone", "-q", "--depth", "1", f"file://{project}", "shallow", cwd=tmp_path)
     (tmp_path / "shallow/mlflow.db").symlink_to(project / "mlflow.db")
     monkeypatch.chdir(tmp_path / "shallow")
     with pytest.raises(UserError, match="this is a shallow clone: `git fetch --unshallow` and run again"):

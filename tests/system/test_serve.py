@@ -235,10 +235,8 @@ def test_rest_answers_base64_images_with_the_evaluated_scores(project, tmp_path,
         assert [before["score"], after["score"]] == [cases[0][1], cases[1][1]] and before["error"] == ""
         assert (wrong["score"], wrong["anomalous"], wrong["decision"]) == (None, None, "error")
         assert "row 1: not an image" in wrong["error"]
-        assert refused(address, {"inputs": encoded[:1] * 65}) == (
-            413,
-            "65 images: one request may hold at most 64 images"[:48],
-        )
+        code, message = refused(address, {"inputs": encoded[:1] * 65})
+        assert code == 413 and message.startswith("65 images: one request may hold at most 64 images, ")
 
 
 @pytest.mark.slow
@@ -254,7 +252,8 @@ def test_a_request_that_cannot_be_answered_is_refused_in_a_line(project, tmp_pat
             ({"inputs": ["A" * (65 * 2**20)]}, 413, "more than 64 MiB"),
         )
         for body, status, text in cases:
-            assert refused(address, body) == (status, text[:48]), text
+            code, message = refused(address, body)
+            assert code == status and message.startswith(text), message
         assert [row["decision"] for row in answer(address, {"inputs": [image, 3, None]})][1:] == ["error", "error"]
         with ThreadPoolExecutor(12) as pool:  # one is computed, three wait, the others are told to come again
             many = {"inputs": [image] * 64}
@@ -263,13 +262,13 @@ def test_a_request_that_cannot_be_answered_is_refused_in_a_line(project, tmp_pat
 
 
 def refused(address, body):
-    """Status and the beginning of the message of a refused request; the whole answer is short."""
+    """Status and message of a refused request; the whole answer is short."""
     try:
         answer(address, body)
     except urllib.error.HTTPError as error:
         text = error.read()
         assert len(text) < 700 and b"\\n" not in text, text
-        return error.code, json.loads(text)["message"][:48]
+        return error.code, json.loads(text)["message"]
     raise AssertionError("was answered")
 
 

@@ -70,7 +70,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
         "dvc.lock",
         "dvc.yaml",
         "data/manifest.csv",
-        "data/results.html",
+        "data/index.html",
         "data/problems.csv",
     } <= files
     assert {"fabric/report.html", "fabric/scores.csv", "fabric/roc.csv", "fabric/histogram.csv"} <= files

@@ -93,10 +93,9 @@ def log(client: MlflowClient, run: Run, params: Params, category: str, metrics: 
         run,
         {
             "": [Path(name) for name in ("params.yaml", "dvc.yaml", "dvc.lock", "data.dvc", "requirements.lock")],
-            # of the Data Docs the page that stands for itself: in MLflow's viewer, links between pages lead nowhere
             "data": [
                 MANIFEST,
-                *(VALIDATION / name for name in ("problems.csv", "report.json", "data_docs/results.html")),
+                *(VALIDATION / name for name in ("problems.csv", "report.json", "data_docs/index.html")),
             ],
             prefix: [
                 *(evaluation / name for name in _EVALUATED),
