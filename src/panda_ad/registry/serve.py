@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_BODY = 64 * 2**20
 """Bytes of a request."""
+_DROPPED = 16 * MAX_BODY
 MAX_WAITING = 4
 """Requests at a time, the one that is computed among them."""
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
@@ -79,10 +80,11 @@ def application(model: PyFuncModel) -> Starlette:
     async def answer(request: Request) -> Response:
         nonlocal waiting
         if waiting >= MAX_WAITING:
+            await _body(request, most=0)
             return refuse(429, f"{waiting} requests are being answered; try again in some seconds")
         waiting += 1
         try:
-            body = await _body(request)
+            body = await _body(request, MAX_BODY)
             if body is None:
                 return refuse(413, f"more than {MAX_BODY // 2**20} MiB; send fewer images in one request")
             content = request.headers.get("content-type", "application/json")
@@ -102,17 +104,21 @@ def application(model: PyFuncModel) -> Starlette:
     return Starlette(routes=[*pings, Route("/invocations", answer, methods=["POST"])])
 
 
-async def _body(request: Request) -> bytes | None:
-    """Return a request's body; None where it is more than MAX_BODY, of which the rest is not read."""
-    if int(request.headers.get("content-length") or 0) > MAX_BODY:
-        return None
+async def _body(request: Request, most: int) -> bytes | None:
+    """Return a request's body; None where it is more than `most` bytes.
+
+    What is too much is read and dropped, up to a limit: a client that is still sending would not see the answer.
+    """
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY:
-            return None
-        parts.append(part)
-    return b"".join(parts)
+        if size <= most:
+            parts.append(part)
+        else:
+            parts.clear()
+        if size > _DROPPED:
+            break
+    return b"".join(parts) if size <= most else None
 
 
 def _mistake(body: bytes, known: set[str]) -> str:
