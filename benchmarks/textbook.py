@@ -1,8 +1,10 @@
-"""PANDA as a textbook writes it, to measure against: no cache, one process, float32 throughout.
+"""PANDA as a textbook writes it and as its authors wrote it, to measure against: no cache, one process.
 
-Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers too,
-and evaluates: features of all training and test images by the whole network, leave-one-out and test kNN scores. The score
-is sample-wise early stopping over these evaluations (paper, section 3.3), the same as `ses` of panda-ad computes.
+Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers too; after it
+features of all training and test images are computed by the whole network and the test images scored by kNN.
+
+- `textbook` scores the training images too, leave-one-out, for sample-wise early stopping over these evaluations (paper, section 3.2).
+- `authors` is the loop of the authors' repository (panda.py): Resize by 256 / 224 (bicubic), CenterCrop, float32, no SES.
 
     python benchmarks/textbook.py DATA/cifar10 airplane --size 64 --epochs 15
 
@@ -14,35 +16,49 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.models import get_model
 
-import panda_ad.features.backbones
+from panda_ad.features.backbones import Backbone, load_backbone
 
 LEARNING_RATE = 1e-2  # the paper's
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run: `train` and `test` limit the images per class; `bf16` is for the textbook's forward passes (autocast)."""
+
+    root: Path
+    normal: str
+    size: int = 64
+    epochs: int = 15
+    train: int | None = None
+    test: int | None = None
+    bf16: bool = False
+    authors: bool = False
 
 
 class Images(Dataset):
     """Image files, decoded and transformed at each access."""
 
-    def __init__(self, paths: list[Path], size: int):
+    def __init__(self, paths: list[Path], run: Run, backbone: Backbone):
         self.paths = paths
+        entry = backbone.architecture
+        resize: list = [transforms.Resize((run.size, run.size))]
+        if run.authors:
+            larger = transforms.Resize(round(run.size * 256 / 224), transforms.InterpolationMode.BICUBIC)
+            resize = [larger, transforms.CenterCrop(run.size)]
         self.transform = transforms.Compose(
-            [
-                transforms.Resize((size, size)),
-                transforms.ToTensor(),
-                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-            ]
+            [*resize, transforms.ToTensor(), transforms.Normalize(entry.mean, entry.std)]
         )
 
     def __len__(self) -> int:
@@ -53,54 +69,52 @@ class Images(Dataset):
             return self.transform(image.convert("RGB"))  # (3, size, size) float32
 
 
-def load_network(name: str, weights: str) -> nn.Module:
-    """torchvision's ResNet without its classifier: (B, 3, H, W) -> (B, D). `embedded` is the ResNet-18 inside panda-ad."""
-    if name == "embedded":
-        state = {k: v.float() for k, v in load_file(panda_ad.features.backbones.EMBEDDED).items()}
-        network = get_model("resnet18", num_classes=state["fc.weight"].shape[0])
-        network.load_state_dict(state, strict=False)
-    else:
-        network = get_model(name, weights=weights)
-    network.fc = nn.Identity()
-    network.requires_grad_(False)
-    for part in (network.layer3, network.layer4):
-        part.requires_grad_(True)
-    return network.eval()  # batch-norm statistics stay fixed while training too
+class Whole(nn.Module):
+    """The whole network: (B, 3, H, W) -> (B, D) float32; batch-norm statistics stay fixed while training too."""
+
+    def __init__(self, backbone: Backbone, run: Run):
+        super().__init__()
+        self.frozen, self.adapted, self.bf16 = backbone.frozen, backbone.adapted, run.bf16 and not run.authors
+        self.adapted.requires_grad_(True)
+        self.layout = torch.contiguous_format if run.authors else torch.channels_last
+        self.to(memory_format=self.layout).eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.adapted(self.frozen(x.contiguous(memory_format=self.layout))[-1]).float()
 
 
 @torch.no_grad()
 def features(network: nn.Module, images: Images) -> np.ndarray:
-    """(N, D) float32."""
+    """Return features (N, D) float32."""
     return torch.cat([network(x) for x in DataLoader(images, batch_size=32)]).numpy()
 
 
 def knn_scores(gallery: np.ndarray, queries: np.ndarray, k: int, skip: int = 0) -> np.ndarray:
-    """Sum of squared L2 distances to the k nearest after leaving out the `skip` nearest (1: a training image itself), (N,)."""
+    """Return the sum of squared L2 distances to the k nearest after leaving out the `skip` nearest (1: a training image itself), (N,)."""
     index = faiss.IndexFlatL2(gallery.shape[1])
     index.add(gallery)
     return index.search(queries, k + skip)[0][:, skip:].sum(axis=1)
 
 
 def listing(root: Path, split: str, name: str, limit: int | None) -> list[Path]:
-    """Image files of one class, the first `limit` of them."""
+    """Return image files of one class, the first `limit` of them."""
     paths = sorted(p for p in (root / split / name).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     return paths[:limit]
 
 
-def textbook(
-    root: Path, normal: str, size: int, epochs: int, train: int | None, test: int | None, name: str, weights: str
-) -> dict:
-    """Run it; `train` and `test` limit the images per class. Returns AUROC of each evaluation, of SES, and seconds of each part."""
+def textbook(run: Run) -> dict:
+    """Run it; return AUROC of each evaluation, of SES, and seconds of each part."""
     torch.manual_seed(0)
     seconds = {"train": 0.0, "evaluate": 0.0}
     start, cpu = time.perf_counter(), time.process_time()
-    network = load_network(name, weights)
-    classes = sorted(p.name for p in (root / "test").iterdir() if p.is_dir())
-    train_images = Images(listing(root, "train", normal, train), size)
-    test_paths = [(p, c != normal) for c in classes for p in listing(root, "test", c, test)]
-    test_images = Images([p for p, _ in test_paths], size)
+    backbone = load_backbone("embedded")
+    network = Whole(backbone, run)
+    classes = sorted(p.name for p in (run.root / "test").iterdir() if p.is_dir())
+    train_images = Images(listing(run.root, "train", run.normal, run.train), run, backbone)
+    test_paths = [(p, c != run.normal) for c in classes for p in listing(run.root, "test", c, run.test)]
+    test_images = Images([p for p, _ in test_paths], run, backbone)
     labels = np.array([anomalous for _, anomalous in test_paths])
-
     aurocs, scaled = [], []
 
     def evaluate() -> np.ndarray:
@@ -108,14 +122,15 @@ def textbook(
         gallery = features(network, train_images)
         scores = knn_scores(gallery, features(network, test_images), k=2)
         aurocs.append(float(roc_auc_score(labels, scores)))
-        scaled.append(scores / knn_scores(gallery, gallery, k=2, skip=1).mean())
+        if not run.authors:
+            scaled.append(scores / knn_scores(gallery, gallery, k=2, skip=1).mean())
         seconds["evaluate"] += time.perf_counter() - began
         return gallery
 
     center = torch.from_numpy(evaluate().mean(axis=0))
-    parameters = [p for p in network.parameters() if p.requires_grad]
+    parameters = list(network.adapted.parameters())
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-5)
-    for _ in range(epochs):
+    for _ in range(run.epochs):
         began = time.perf_counter()
         for x in DataLoader(train_images, batch_size=32, shuffle=True):
             loss = (network(x) - center).pow(2).mean()
@@ -125,15 +140,16 @@ def textbook(
             optimizer.step()
         seconds["train"] += time.perf_counter() - began
         evaluate()
-    ses = float(roc_auc_score(labels, np.max(scaled, axis=0)))
     total, cpu = time.perf_counter() - start, time.process_time() - cpu
-    counts = {
-        "train": len(train_images),
-        "test": len(test_images),
-        "epochs": epochs,
-        "threads": torch.get_num_threads(),
+    counts = {"train": len(train_images), "test": len(test_images), "threads": torch.get_num_threads()}
+    return {
+        "seconds": total,
+        "cpu": cpu,
+        "parts": seconds,
+        **counts,
+        "auroc": aurocs,
+        "ses": float(roc_auc_score(labels, np.max(scaled, axis=0))) if scaled else None,
     }
-    return {"seconds": total, "cpu": cpu, "parts": seconds, **counts, "auroc": aurocs, "ses": ses}
 
 
 def main() -> None:
@@ -144,10 +160,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--train", type=int, help="at most so many training images")
     parser.add_argument("--test", type=int, help="at most so many test images per class")
-    parser.add_argument("--backbone", default="embedded")
-    parser.add_argument("--weights", default="DEFAULT")
-    a = parser.parse_args()
-    print(json.dumps(textbook(a.root, a.normal, a.size, a.epochs, a.train, a.test, a.backbone, a.weights)))
+    parser.add_argument("--bf16", action="store_true", help="forward passes in bfloat16 (autocast)")
+    parser.add_argument("--authors", action="store_true", help="the authors' loop")
+    print(json.dumps(textbook(Run(**vars(parser.parse_args())))))
 
 
 if __name__ == "__main__":
