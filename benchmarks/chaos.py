@@ -193,7 +193,10 @@ def trial(name: str, project: Path, snapshot: Path, known: Undisturbed, moment: 
     registry = name in ("publish", "promote")
     found: dict[str, list[str]] = {"killed": ["yes"]} if killed(COMMANDS[name], project, moment) else {}
     try:
-        found["torn"] = torn(state(project, registry), known)
+        now = state(project, registry)
+        if now == known.after:  # it was about to end: `score --log` would now rightly find nothing left to score
+            return found
+        found["torn"] = torn(now, known)
         call(COMMANDS[name], project)
     except Exception as e:  # a file that cannot be read is a finding too
         return found | {"failed": [str(e)]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import chaos
 
 
@@ -21,6 +23,15 @@ def test_a_command_that_loses_doubles_or_tears_is_seen(tmp_path, monkeypatch):
     found = chaos.trial("score", project, snapshot, known, moment=1.0)
     assert found["killed"] and found["torn"] == ["build/log"]
     assert found["lost"] == ["build/gone"] and set(found["wrong"]) == {"build/log", "build/result"}
+
+
+def test_a_command_killed_when_its_work_is_done_is_not_run_again(tmp_path, monkeypatch):
+    project, snapshot = tmp_path / "project", tmp_path / "snapshot"
+    for folder in (project, snapshot):
+        (folder / "build").mkdir(parents=True)
+    monkeypatch.setitem(chaos.COMMANDS, "score", ["sh", "-c", "echo x >> build/log; sleep 60"])
+    after = {"build/log": hashlib.sha256(b"x\n").hexdigest()}
+    assert chaos.trial("score", project, snapshot, chaos.Undisturbed({}, after, 2.0), moment=1.0) == {"killed": ["yes"]}
 
 
 def test_what_is_torn():
