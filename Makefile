@@ -24,7 +24,7 @@ build-anew:
 	@echo "this checkout has been moved: its environment is built anew"
 	@rm -rf $(VENV)
 
-.PHONY: help run test test-fast coverage chaos ui lint format lock
+.PHONY: help run test test-fast coverage chaos fuzz ui lint format lock
 run: $(VENV)/.ready       ## everything: environment, data, pipeline, registration, promotion; then says where to look
 	@$(HERE) panda-ad run
 
@@ -39,6 +39,9 @@ coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
 
 chaos: $(VENV)/.ready-dev       ## 200 kills at random moments, compared with undisturbed runs (an hour)
 	@$(HERE) python benchmarks/chaos.py --kills 200
+
+fuzz: $(VENV)/.ready-dev        ## 10,000 random inputs for each thing that comes from outside
+	@PANDA_FUZZ=$${PANDA_FUZZ:-10000} $(HERE) pytest -n 2 --timeout=0 tests/unit/test_fuzz.py
 
 ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
 	@$(HERE) panda-ad ui

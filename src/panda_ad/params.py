@@ -261,8 +261,12 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); run from the folder that holds params.yaml") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as e:  # dates that there are not, numbers of thousands of digits
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
     return parse_params(raw, str(path))
 
 

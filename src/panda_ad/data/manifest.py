@@ -168,11 +168,17 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
     import pandas as pd
 
     try:
-        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-        rows = rows.astype({"width": "int64", "height": "int64", "label": "int64"})
+        rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
+        if list(rows.columns) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        rows = rows.fillna("").astype({"width": "int64", "height": "int64", "label": "int64"})
+        odd = ~rows["split"].isin(("train", "calibration", "test")) | ~rows["label"].isin((0, 1))
+        odd |= (rows["width"] < 1) | (rows["height"] < 1)
+        if odd.any():
+            raise ValueError(f"row {int(odd.to_numpy().argmax()) + 1} has a split, label or size that there is not")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); the validate stage writes it") from None
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, OverflowError) as e:
         raise UserError(
             f"{path}: not a manifest ({' '.join(str(e).split())[:120]}); run the validate stage again"
         ) from None
