@@ -305,6 +305,26 @@ def test_the_new_version_is_recorded_with_dvc(project, drop, capfd, monkeypatch)
     assert "0 added" in capfd.readouterr().out and len(files()) == 28
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("remote", [True, False])
+def test_images_that_no_remote_has_are_told_where_to_get(remote, project, monkeypatch):
+    """A clone of a repository whose images were never pushed."""
+    from panda_ad.commands.run import fetch_images
+
+    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
+    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "add", "-q", "data"]):
+        call(*command, cwd=project)
+    shutil.rmtree(project / "data")
+    shutil.rmtree(project / ".dvc/cache")
+    if remote:
+        call("dvc", "remote", "add", "-d", "store", str(project / "remote"), cwd=project)
+    with pytest.raises(UserError) as e:
+        fetch_images("data.dvc")
+    message = str(e.value)
+    assert "\n" not in message and "dvc push data.dvc" in message and "dvc add data" in message
+    assert (f"the remote, store ({project / 'remote'}" if remote else "no remote is set") in message
+
+
 def test_images_labelled_good_are_shown_to_the_present_model(project, tmp_path, capfd, monkeypatch):
     """Gray parts; a bright spot is a defect. The batch holds two of each, all called good."""
     from panda_ad.stages import adapt, extract, index, validate

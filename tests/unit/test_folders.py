@@ -369,6 +369,16 @@ def test_a_file_replaced_by_another_of_its_size_and_time_is_read_again(make_para
     assert digests[1] != digests[2] and file.stat().st_mtime_ns == stat.st_mtime_ns
 
 
+def test_a_copied_file_is_compared_and_not_decoded_again(make_params, monkeypatch):
+    make_mvtec(Path("data"))
+    first = found_in(make_params).usable
+    for file in list(Path("data").rglob("*.png")):
+        shutil.copy2(file, "copy.png")
+        os.replace("copy.png", file)
+    monkeypatch.setattr("panda_ad.data.images.picture", lambda *_, **__: pytest.fail("decoded again"))
+    assert found_in(make_params).usable.equals(first)
+
+
 def test_a_file_that_grows_waits(monkeypatch):
     old, growing, new = (save(noise(i), Path(f"inbox/{i}.png")) for i in range(3))
     past = old.stat().st_mtime_ns - 3600 * 10**9

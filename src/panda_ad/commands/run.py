@@ -50,9 +50,8 @@ def fetch_images(tracked: str) -> None:
             text=True,
             check=False,
         )
-        remotes = ", ".join(
-            " (".join(line.split("\t")[:2]) + ")" for line in listed.stdout.splitlines() if line.strip()
-        )
+        lines = [line.split(None, 1) for line in listed.stdout.splitlines() if line.strip()]
+        remotes = ", ".join(f"{name} ({' '.join(place).removesuffix('(default)').strip()})" for name, *place in lines)
         where = f"the remote, {remotes}, lacks them" if remotes else "no remote is set (`dvc remote add -d NAME PLACE`)"
         raise UserError(
             f"{tracked}: its images are not here and could not be fetched: {where}, or it does not answer. Where they are, run "

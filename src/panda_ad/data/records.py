@@ -29,6 +29,8 @@ Record = dict[str, Any]
 """What one reading of a file found: sha256, width, height, problem; of an image also mode, pixels, thumb, doubt and, of 16-bit gray, values;
 of a mask marked and largest."""
 
+_Stored = tuple[list[list[int]], Record]
+"""Of each of its files size, times of change (of content, of the file) in ns, and inode; and what was found."""
 THUMB = 16
 """Side of the reduced picture that near copies are found by."""
 
@@ -106,21 +108,25 @@ def digest(root: Path, path: str) -> Record:
 
 
 class Records:
-    """Records of files read before, by kind, path, and what a changed or replaced file cannot keep (`_state`); safe to delete.
+    """Records of files read before, by kind and path; safe to delete.
+
+    A record holds while its file has the same size and times and is the same file. One of the same size and time of change that is another
+    file, or has another link to it (a replaced file, a copy, a restored one), is compared by content, which is cheaper than decoding.
 
     Kept for the files of the last run only, or, with `keep`, for those of runs before it too.
     """
 
     def __init__(self, root: Path, keep: bool = False, decoding: Decoding = images.DEFAULT):
-        self.root, self.keep, self.decoding = root, keep, decoding
+        self.root, self.keep = root, keep
         # Another way to decode would find other things: the cache is void when that code or Pillow changes.
         rules = b"".join(Path(file).read_bytes() for file in (images.__file__, damage_code, __file__))
         self.rules = hashlib.sha256(rules + f"{PIL.__version__} {decoding}".encode()).hexdigest()
-        self.path = CACHE / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
-        self.used: dict[str, Record] = {}
+        # by the root as it is written: a copy of the checkout that shares its .cache has the same records
+        self.path = CACHE / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.json"
+        self.used: dict[str, _Stored] = {}
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            self.stored: dict[str, Record] = stored["records"] if stored["rules"] == self.rules else {}
+            self.stored: dict[str, _Stored] = dict(stored["records"]) if stored["rules"] == self.rules else {}
         except (OSError, ValueError, KeyError, TypeError):
             self.stored = {}
 
@@ -135,38 +141,47 @@ class Records:
 
     def cached(self, kind: str, path: str) -> Record | None:
         """Return what an earlier run found in a file as it is now; None where none did."""
-        key = self._key(kind, path)
-        record = None if key is None else self.stored.get(key)
-        if key is not None and record is not None:
-            self.used[key] = record
+        states, stored = self._states(kind, path), self.stored.get(f"{kind} {path}")
+        if states is None or stored is None:
+            return None
+        then, record = stored
+        if states != then and not (
+            [state[:2] for state in states] == [state[:2] for state in then] and self._same(kind, path, record)
+        ):
+            return None
+        self.used[f"{kind} {path}"] = states, record
         return record
 
     def read(self, kind: str, path: str, read: Callable[[Path, str], Record]) -> Record:
         """Read a file and remember what was found."""
-        key = self._key(kind, path)  # before: a file that changes meanwhile is read again
+        states = self._states(kind, path)  # before: a file that changes meanwhile is read again
         record = read(self.root, path)
-        if key is not None:
-            self.used[key] = record
+        if states is not None:
+            self.used[f"{kind} {path}"] = states, record
         return record
 
     def put(self, kind: str, path: str, record: Record) -> None:
         """Remember what is known of a file already."""
-        if (key := self._key(kind, path)) is not None:
-            self.used[key] = record
+        if (states := self._states(kind, path)) is not None:
+            self.used[f"{kind} {path}"] = states, record
 
-    def _key(self, kind: str, path: str) -> str | None:
+    def _parts(self, kind: str, path: str) -> list[Path]:
+        file = Path(f"{self.root}/{path}")
+        return mask_parts(file) if kind == "mask" else [file]
+
+    def _states(self, kind: str, path: str) -> list[list[int]] | None:
         try:
-            file = Path(f"{self.root}/{path}")
-            states = [_state(part) for part in mask_parts(file)] if kind == "mask" else [_state(file)]
+            found = [part.stat() for part in self._parts(kind, path)]
         except OSError:
             return None
-        return json.dumps([kind, path, states])
+        return [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for stat in found]
 
-
-def _state(file: Path) -> list[int]:
-    """Size, time and identity: a copy with its time kept is another file, or has another time of change."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    def _same(self, kind: str, path: str, record: Record) -> bool:
+        """Whether the files hold what they held."""
+        try:
+            return images.digest([part.read_bytes() for part in self._parts(kind, path)]) == record.get("sha256")
+        except OSError:
+            return False
 
 
 def remember(root: Path, found: Iterable[tuple[str, str, Record]], decoding: Decoding = images.DEFAULT) -> None:
