@@ -262,11 +262,10 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); run from the folder that holds params.yaml") from None
     except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as e:  # dates that there are not, numbers of thousands of digits
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(e).split())[:300]}") from None
+        Exception
+    ) as e:  # PyYAML raises ten kinds beside its own: on dates that there are not, wrong tags, deep nesting, ...
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise UserError(f"{path}: not valid YAML: {reason}") from None
     return parse_params(raw, str(path))
 
 
@@ -281,7 +280,7 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
         # 'one number or a list': a number out of range is not told to be a list as well
         others = {text.partition(":")[0] for text, kind in problems.items() if kind != "list_type"}
         told = [text for text, kind in problems.items() if kind != "list_type" or text.partition(":")[0] not in others]
-        raise UserError(f"{source}: " + "; ".join(sorted(told))) from None
+        raise UserError(" ".join(f"{source}: {'; '.join(sorted(told))}".split())) from None
 
 
 def _problem(error, raw: dict) -> str:
@@ -302,4 +301,15 @@ def _problem(error, raw: dict) -> str:
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    return (f"{key}: " if key else "") + message + ("" if error["type"] == "value_error" else f", found {value!r}")
+    return (
+        (f"{key}: " if key else "") + message + ("" if error["type"] == "value_error" else f", found {_shown(value)}")
+    )
+
+
+def _shown(value: object) -> str:
+    """Write a value as an error names it, not too long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or a list in itself
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -30,7 +30,7 @@ def find_warnings(good: pd.DataFrame, params: Params) -> list[str]:
     for category in params.categories:
         part = good[good["category"] == category]
         for kind in (_modes, _sizes, _masks, _defects, _doubts, lambda p: _gray_range(p, params), _near_copies):
-            found += [f"{category}: {line}" for line in kind(part)]
+            found += [" ".join(f"{category}: {line}".split()) for line in kind(part)]
     return found
 
 

@@ -95,7 +95,7 @@ class _Folder:
             problem = "its name is not valid UTF-8: rename it"
         defect = printable(self.defect)
         names = printable(relative), self.category, self.split, self.label, defect, printable(mask_name)
-        return Entry(*names, stratum=defect, problem=problem)
+        return Entry(*names, stratum=defect, problem=" ".join(problem.split()))
 
 
 def image_root(params: Params) -> Path:
@@ -127,7 +127,7 @@ def list_entries(params: Params, root: Path) -> Listing:
             listing.warnings.append(
                 f"{category}: files that are no images to read were passed over: {describe(passed)}"
             )
-    return listing
+    return Listing(listing.entries, [printable(" ".join(line.split())) for line in listing.warnings])
 
 
 def category_folder(root: Path, category: str) -> Path:

@@ -242,7 +242,7 @@ def describe(files: Iterable[Path]) -> str:
         more = f" and {n - _NAMED} more" if n > _NAMED else ""
         named = f" ({', '.join(names[:_NAMED])}{more})" if suffix in UNREAD or not suffix else ""
         parts.append(f"{n} {suffix or 'without ending'}{named}")
-    return printable(", ".join(parts))
+    return printable(" ".join(", ".join(parts).split()))
 
 
 def printable(text: str) -> str:
