@@ -43,15 +43,10 @@ def fetch_images(tracked: str) -> None:
     try:
         dvc("pull", "--quiet", tracked)
     except UserError:
-        listed = subprocess.run(
-            [sys.executable, "-m", "dvc", "remote", "list"],
-            env=child_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        lines = [line.split(None, 1) for line in listed.stdout.splitlines() if line.strip()]
-        remotes = ", ".join(f"{name} ({' '.join(place).removesuffix('(default)').strip()})" for name, *place in lines)
+        from dvc.repo import Repo
+
+        with Repo() as repo:
+            remotes = ", ".join(f"{name} ({remote['url']})" for name, remote in repo.config["remote"].items())
         where = f"the remote, {remotes}, lacks them" if remotes else "no remote is set (`dvc remote add -d NAME PLACE`)"
         raise UserError(
             f"{tracked}: its images are not here and could not be fetched: {where}, or it does not answer. Where they are, run "
