@@ -22,6 +22,7 @@ from prefect_project import ROOT, call, clean_environment, lock_held, make_proje
 from panda_ad.commands.servers import server_settings
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import Group
+from panda_ad.system.surroundings import QUIET
 
 pytestmark = pytest.mark.slow
 
@@ -196,7 +197,7 @@ def test_a_server_killed_for_20_seconds_during_a_run_loses_nothing(prefect):
     time.sleep(15)
     port = prefect.address.rpartition(":")[2]
     environment = clean_environment() | {"PREFECT_HOME": str(prefect.project / ".prefect")}
-    environment |= server_settings(prefect.address)
+    environment |= QUIET | server_settings(prefect.address)
     with open(prefect.project / ".prefect/prefect-again.log", "wb") as log:
         command = [sys.executable, "-m", "flows.server", "127.0.0.1", port]
         prefect.groups["prefect"] = Group(command, env=environment, output=log)
