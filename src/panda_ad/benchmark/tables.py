@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from panda_ad.benchmark.protocols import METHODS, Settings
-from panda_ad.evaluation.image_metrics import _resampled, auroc, percentiles
+from panda_ad.evaluation.image_metrics import auroc, percentiles, resample_metric
 from panda_ad.system.files import write_text
 
 NAMES = {
@@ -155,7 +155,7 @@ def _draws(cells: Sequence[Cell], resamples: int) -> dict[str, np.ndarray]:
 
 def _bootstrap(cell: Cell, draws: Mapping[str, np.ndarray]) -> np.ndarray:
     """AUROC of a cell on each resample, (B,)."""
-    return _resampled(auroc, np.array(cell["labels"], np.int8), np.array(cell["scores"]), draws[cell["target"]])
+    return resample_metric(auroc, np.array(cell["labels"], np.int8), np.array(cell["scores"]), draws[cell["target"]])
 
 
 def to_csv(rows: Sequence[Row]) -> str:

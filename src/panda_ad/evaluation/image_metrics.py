@@ -22,7 +22,7 @@ _BLOCK = 2**21  # resample counts held at a time: bounds the bootstrap's memory 
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve: P(anomalous scores above normal) + P(they tie) / 2 (Mann-Whitney with midranks).
+    """Compute the area under the ROC curve: P(anomalous scores above normal) + P(they tie) / 2 (Mann-Whitney with midranks).
 
     Parameters
     ----------
@@ -38,19 +38,19 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Precision averaged over the anomalous images: sum of (recall step) x (precision there), without interpolation."""
+    """Compute average precision: sum over the anomalous images of (recall step) x (precision there), without interpolation."""
     return float(_average_precision(*_curve(labels, scores)[:2]))
 
 
 def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> float:
-    """False-positive rate at the highest threshold that finds at least a share `tpr` of the anomalous; no interpolation."""
+    """Compute the false-positive rate at the highest threshold that finds at least a share `tpr` of the anomalous; no interpolation."""
     if not 0 < tpr <= 1:
         raise UserError(f"fpr_at_tpr: tpr must lie in (0, 1], not {tpr}")
     return float(_fpr_at_tpr(*_curve(labels, scores)[:2], tpr))
 
 
 def recall_at_budget(budget: float) -> Metric:
-    """Return the metric: share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
+    """Return a metric: the share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
 
     def metric(labels: np.ndarray, scores: np.ndarray) -> float:
         normal = np.sort(scores[labels == 0])[::-1]
@@ -66,7 +66,7 @@ def youden(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
+    """Compute the ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
 
     One point per distinct score, thresholds descending, after the point (0, 0) with threshold infinity.
     """
@@ -77,7 +77,7 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
 def bootstrap_interval(
     metric: Metric, labels: np.ndarray, scores: np.ndarray, n: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a metric; normal and anomalous images are resampled apart, so their numbers stay.
+    """Compute the percentile bootstrap interval of a metric; normal and anomalous images are resampled apart, so their numbers stay.
 
     Parameters
     ----------
@@ -94,12 +94,12 @@ def bootstrap_interval(
         value, normal, anomalous = auroc(labels, scores), int((labels == 0).sum()), int((labels == 1).sum())
         if value in (0.0, 1.0) or min(normal, anomalous) < SMALL:
             return newcombe_interval(value, normal, anomalous, confidence)
-    values = np.concatenate([_resampled(metric, labels, scores, counts) for counts in _resamples(labels, n, seed)])
+    values = np.concatenate([resample_metric(metric, labels, scores, counts) for counts in _resamples(labels, n, seed)])
     return percentiles(values, confidence)
 
 
 def newcombe_interval(value: float, normal: int, anomalous: int, confidence: float) -> tuple[float, float]:
-    """Interval (low, high) of an AUROC `value` in [0, 1] from so many images of each class, both at least 1.
+    """Compute the interval (low, high) of an AUROC `value` in [0, 1] from so many images of each class, both at least 1.
 
     Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, Statistics in Medicine 2006,
     method 5: the t at which (value - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
@@ -120,7 +120,7 @@ def newcombe_interval(value: float, normal: int, anomalous: int, confidence: flo
 
 
 def binomial_interval(hits: int, n: int, confidence: float) -> tuple[float, float]:
-    """Interval (low, high) of a share of which `hits` of n >= 1 were seen (Clopper and Pearson, Biometrika 1934): never too narrow."""
+    """Compute the interval (low, high) of a share of which `hits` of n >= 1 were seen (Clopper and Pearson, Biometrika 1934): never too narrow."""
     from scipy.special import betaincinv
 
     tail = (1 - confidence) / 2
@@ -132,19 +132,19 @@ def binomial_interval(hits: int, n: int, confidence: float) -> tuple[float, floa
 def paired_bootstrap(
     metric: Metric, labels: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, n: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """metric(a) - metric(b) on n stratified resamples, the same images for both: (n,) float64."""
+    """Compute metric(a) - metric(b) on n stratified resamples, the same images for both: (n,) float64."""
     labels, scores_a = _checked(labels, scores_a)
     _, scores_b = _checked(labels, scores_b)
     return np.concatenate(
         [
-            _resampled(metric, labels, scores_a, c) - _resampled(metric, labels, scores_b, c)
+            resample_metric(metric, labels, scores_a, c) - resample_metric(metric, labels, scores_b, c)
             for c in _resamples(labels, n, seed)
         ]
     )
 
 
 def percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Central interval that holds a share `confidence` of the values."""
+    """Return the central interval that holds a share `confidence` of the values."""
     if not 0 < confidence < 1:
         raise UserError(f"confidence must lie in (0, 1), not {confidence}")
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -206,8 +206,14 @@ def _resamples(labels: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
         done += rows
 
 
-def _resampled(metric: Metric, labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Metric on each resample: counts (B, N) -> (B,). A known metric is taken from weighted curves, without sorting again."""
+def resample_metric(metric: Metric, labels: np.ndarray, scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Compute a metric on each of B resamples, (B,) float64.
+
+    Parameters
+    ----------
+    labels, scores : (N,) as in `auroc`.  counts : int32 (B, N), how often each image is drawn; each class at least once in every row.
+        A metric of this module is taken from weighted curves, without sorting again.
+    """
     if metric not in _OF_CURVE:
         return np.array([metric(np.repeat(labels, row), np.repeat(scores, row)) for row in counts])
     order, ends = _order(scores)

@@ -24,7 +24,7 @@ Masks = list[np.ndarray | None]
 
 
 def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
-    """Ground truth of manifest rows; None where no image has any. UserError where a mask is not the one that `validate` read.
+    """Read the ground truth of manifest rows; None where no image has any. UserError where a mask is not the one that `validate` read.
 
     A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
     """
@@ -44,7 +44,7 @@ def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
 
 
 def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """bool (H, W) -> bool `size`, not larger: true where any of the pixels behind is."""
+    """Reduce a mask, bool (H, W), to bool `size`, not larger: true where any of the pixels behind is."""
     return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
 
 
@@ -63,7 +63,7 @@ class MapsAsMasks(Sequence[np.ndarray]):
 
 
 def with_masks(maps: Sequence[np.ndarray] | np.ndarray, masks: Masks) -> tuple[list[np.ndarray], MapsAsMasks]:
-    """Masks, and heat maps to compare with them, of the images whose defects are marked."""
+    """Return masks, and heat maps to compare with them, of the images whose defects are marked."""
     known = [(heatmap, mask) for heatmap, mask in zip(maps, masks, strict=True) if mask is not None]
     marked = [mask for _, mask in known]
     return marked, MapsAsMasks([heatmap for heatmap, _ in known], marked)

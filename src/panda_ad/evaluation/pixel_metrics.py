@@ -24,7 +24,7 @@ Maps = Sequence[np.ndarray]
 
 
 def pixel_auroc(masks: Masks, maps: Maps) -> float:
-    """AUROC over all pixels of all images; ties count half.
+    """Compute AUROC over all pixels of all images; ties count half.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
 
 
 def au_pro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to a false-positive rate, divided by that rate (Bergmann et al., IJCV 2021, 4.2).
+    """Compute the area under the per-region overlap curve up to a false-positive rate, divided by that rate (Bergmann et al., IJCV 2021, 4.2).
 
     The overlap at a threshold is the share of a connected defect (8-neighborhood, per image) that scores at or above it,
     averaged over all defects of the set, so that small defects weigh as much as large ones; the false-positive rate is over all
@@ -66,7 +66,7 @@ def au_pro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
 
 
 def pixel_f1(masks: Masks, maps: Maps) -> float:
-    """Largest F1 = 2 TP / (2 TP + FP + FN) over all thresholds, pixels of all images together.
+    """Compute the largest F1 = 2 TP / (2 TP + FP + FN) over all thresholds, pixels of all images together.
 
     The best threshold is the score of some defective pixel: lowering it further, short of the next one, only adds false positives.
     """
@@ -81,7 +81,7 @@ def pixel_f1(masks: Masks, maps: Maps) -> float:
 def pixel_intervals(
     masks: Masks, maps: Maps, n: int = 1000, confidence: float = 0.95, seed: int = 0, limit: float = 0.3
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of the three metrics, by image (pixels of an image are not independent).
+    """Compute percentile bootstrap intervals of the three metrics, by image (pixels of an image are not independent).
 
     Images with and without defects are resampled apart. For the intervals only, scores are binned at 2,000 quantiles (half of
     them of the defective pixels, half of the normal ones), which moves a metric by less than 0.001; the metrics above stay exact.
