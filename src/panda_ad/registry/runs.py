@@ -65,8 +65,8 @@ def run_of(client: MlflowClient, experiment: str, inputs: RunInputs, name: str) 
     return found
 
 
-def _find(client: MlflowClient, experiment: str, hash: str) -> Run | None:
-    runs = client.search_runs([experiment], f"tags.`{TAG}` = '{hash}'", order_by=["attributes.start_time ASC"])
+def _find(client: MlflowClient, experiment: str, key: str) -> Run | None:
+    runs = client.search_runs([experiment], f"tags.`{TAG}` = '{key}'", order_by=["attributes.start_time ASC"])
     return min(runs, key=lambda r: (r.info.start_time, r.info.run_id), default=None)
 
 
