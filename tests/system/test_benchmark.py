@@ -108,7 +108,7 @@ def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):
     shared = ("steps", "snapshot_auroc", "train_means", "seconds")
     assert [cells["disc ses"][k] for k in shared] == [cells["disc compactness"][k] for k in shared]
     text = (tmp_path / "out" / "shapes.md").read_text()
-    assert "32 x 32 px" in text and "embedded" in text and "PANDA-EWC" in text
+    assert "32 x 32 px" in text and "efficientnet_lite0" in text and "PANDA-EWC" in text
     assert (tmp_path / "out" / "shapes.csv").read_text().count("\n") == len(METHODS) + 1
 
 
@@ -251,7 +251,7 @@ def test_table_is_a_run_in_mlflow(run, tmp_path, monkeypatch):
     (logged,) = client.search_runs([experiment.experiment_id])
     assert (logged.info.run_name, logged.info.status) == ("shapes", "FINISHED")
     assert logged.data.metrics["auroc_none"] == pytest.approx(row.mean / 100)
-    assert logged.data.params["backbone.name"] == "embedded" and logged.data.params["dataset"] == "shapes"
+    assert logged.data.params["backbone.name"] == "efficientnet_lite0" and logged.data.params["dataset"] == "shapes"
     assert {f.path for f in client.list_artifacts(logged.info.run_id)} == {"shapes.csv", "shapes.md"}
 
 

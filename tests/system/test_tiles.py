@@ -243,7 +243,7 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
     """From the loaded bundle, without the detector's own path: tiles cut, passed and joined here."""
     detector = load_bundle(plants[1] / "build/bundle/fabric")
     image = read_image(plants[1] / "data" / read_rows(plants[1] / "build/features/fabric/rows.csv")[0]["path"])
-    x = preprocess(image, (160, 160))
+    x = preprocess(image, (160, 160), detector.network.backbone.architecture)
     maps = []
     sigma, sharp = detector.localizer.sigma, replace(detector.localizer, sigma=0.0, tiles=1)
     for y0, x0 in [(y, x) for y in (0, 32, 64, 96) for x in (0, 32, 64, 96)]:

@@ -124,7 +124,7 @@ def test_published_weights_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", offline)
     with pytest.raises(UserError) as e:
         load_backbone("wide_resnet50_2")
-    for word in ("wide_resnet50_2-", str(tmp_path), "TORCH_HOME", "embedded"):
+    for word in ("wide_resnet50_2-", str(tmp_path), "TORCH_HOME", "efficientnet_lite0"):
         assert word in str(e.value)
 
 

@@ -97,6 +97,7 @@ def test_adapt_trains_on_outliers_at_the_resolution_of_its_images(plant, side, s
     image = Image.fromarray(noise(2, (side, side)))
     if side > 32:
         image = image.resize((32, 32), Image.Resampling.BILINEAR)
-    x = preprocess(np.array(image), (64, 64))[None]
-    expected = frozen_activations(view.activations.backbone, x, view.activations.precision)[1].numpy()[0]
+    backbone = view.activations.backbone
+    x = preprocess(np.array(image), (64, 64), backbone.architecture)[None]
+    expected = frozen_activations(backbone, x, view.activations.precision)[-1].numpy()[0]
     np.testing.assert_array_equal(view[[2]][0], expected)

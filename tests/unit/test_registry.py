@@ -46,7 +46,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
     client, run = connect(), the_run()
     assert (out["run_id"], out["model_name"], out["version"]) == (run.info.run_id, NAME, 1)
     assert run.info.status == "FINISHED" and run.info.end_time
-    assert run.info.run_name == f"ses {run.data.tags['panda.inputs'][:8]}, embedded, 32 x 32"
+    assert run.info.run_name == f"ses {run.data.tags['panda.inputs'][:8]}, efficientnet_lite0, 32 x 32"
     assert run.data.params["adapt.method"] == "ses" and run.data.params["categories"] == '["fabric"]'
     assert run.data.metrics["fabric/image_auroc"] == out["metrics"]["image_auroc"]
     assert run.data.metrics["fabric/seconds/adapt"] == 1.5 and run.data.metrics["peak_mb/extract"] == 300

@@ -109,6 +109,6 @@ def architecture(name: str) -> Architecture:
         return timm_architecture(name)
     if name not in ARCHITECTURES:
         raise UserError(
-            f"backbone.name: there is no network {name!r}; use embedded, {', '.join(ARCHITECTURES)}, or timm/<name of a network of timm's>"
+            f"backbone.name: there is no network {name!r}; use {', '.join(ARCHITECTURES)}, timm/<name of a network of timm's>, or embedded"
         )
     return ARCHITECTURES[name]

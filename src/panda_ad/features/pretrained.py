@@ -16,7 +16,7 @@ from panda_ad.features.architectures import TIMM, State, package_of
 
 EMBEDDED = Path(__file__).parent / "weights" / "resnet18-tiny-imagenet-64px-fp16.safetensors"
 _PACKAGE_VERSION = "0.1.0"
-_INSTEAD = "or set backbone.name: embedded, which needs no download"
+_INSTEAD = "or set backbone.name: efficientnet_lite0, whose weights are installed with panda-ad"
 
 
 def is_file(weights: str) -> bool:
@@ -36,7 +36,7 @@ def state_of_file(path: Path) -> State:
         return state
     except FileNotFoundError:
         raise UserError(
-            f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: embedded"
+            f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: efficientnet_lite0 with weights: DEFAULT"
         ) from None
     except (ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as e:
         raise UserError(f"backbone.weights: {path} cannot be used: {' '.join(str(e).split())[:200]}") from None
