@@ -42,6 +42,10 @@ COLUMNS = [
 ]
 
 
+_NEEDED = [name for name in COLUMNS if name not in ("pixels", "mask_sha256")]
+"""Columns that readers of a manifest need."""
+
+
 def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
     """Read every image of the categories, usable or not.
 
@@ -169,8 +173,8 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
 
     try:
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
-        if list(rows.columns) != COLUMNS:
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        if missing := [name for name in _NEEDED if name not in rows.columns]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
         rows = rows.fillna("").astype({"width": "int64", "height": "int64", "label": "int64"})
         odd = ~rows["split"].isin(("train", "calibration", "test")) | ~rows["label"].isin((0, 1))
         odd |= (rows["width"] < 1) | (rows["height"] < 1)
