@@ -98,7 +98,7 @@ function histogram(element, model) {
   const rows = groups.map(group => {
     const name = make("span", { class: "kind" }, make("i", { class: "swatch" }), make("span", { text: group.name, title: group.name }));
     name.firstChild.style.setProperty("--swatch", `var(${group.color})`);
-    const chart = make("div", { class: "row-chart", role: "img" }, bars(group, scale, bins));
+    const chart = make("div", { class: "row-chart", role: "img" }, rowBars(group, scale, bins));
     const count = make("span", { class: "row-count" });
     element.append(name, chart, count);
     const pick = event => {
@@ -127,7 +127,7 @@ function histogram(element, model) {
   };
 }
 
-function bars(group, scale, bins) {
+function rowBars(group, scale, bins) {
   const counts = new Array(bins).fill(0);
   for (const s of group.scores) counts[Math.min(bins - 1, Math.floor(scale.toBin(s)))]++;
   const most = Math.max(1, ...counts), svg = document.createElementNS(SVG, "svg"), path = document.createElementNS(SVG, "path");
