@@ -65,6 +65,7 @@ def params() -> Params:
     values["backbone"] |= {"input_size": 32, "precision": "fp32"}
     values["adapt"] |= {"epochs": 1, "snapshots": 2, "fisher_samples": 4}
     values["evaluate"]["bootstrap"] = 50
+    values["gallery"]["normalize"] = False  # distances as in the paper
     return parse_params(values)
 
 
