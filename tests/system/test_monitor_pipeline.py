@@ -80,7 +80,9 @@ def test_scoring_logs_each_image_once_and_the_log_agrees_with_the_verdicts(proje
     shutil.copy("inbox/fabric/1-000.png", "inbox/fabric/zz-same.png")
     code, _, said = run("score", "inbox", "--model", MODEL, "--log", "--out", "first.csv")
     assert code == 2 and "1 of 7 files could not be read" in said
-    rows = list(csv.DictReader(open("first.csv", newline="")))  # noqa: SIM115
+    every = list(csv.DictReader(open("first.csv", newline="")))  # noqa: SIM115
+    rows = [r for r in every if r["decision"] != "unreadable"]
+    assert [r["path"] for r in every if r not in rows] == ["inbox/fabric/broken.png"]
     window = read_window("fabric", NAME, "1")
     assert window.paths == [r["path"] for r in rows] and len(rows) == 5
     assert [repr(s) for s in window.sample.scores.tolist()] == [r["score"] for r in rows]
@@ -102,9 +104,12 @@ def test_a_name_that_is_not_utf8_is_scored_logged_and_written_in_a_form_that_is(
     code, said, errors = run("score", "inbox", "--model", MODEL, "--log", *out)
     assert code == 2 and r"halb_\xe4.png" in errors and errors.encode()
     written = Path("verdicts.csv").read_text(encoding="utf-8") if out else said
-    names = [row["path"] for row in csv.DictReader(written.splitlines())]
+    rows = list(csv.DictReader(written.splitlines()))
+    assert [row["path"] for row in rows if row["decision"] == "unreadable"] == [r"inbox/fabric/halb_\xe4.png"]
+    names = [row["path"] for row in rows if row["decision"] != "unreadable"]
     assert names == ["inbox/fabric/1-001.png", r"inbox/fabric/teil_\xe4.png"] == read_window("fabric", NAME, "1").paths
-    assert run("score", "inbox", "--model", MODEL, "--log")[1].count("\n") == 1, "the log knows them"
+    again = run("score", "inbox", "--model", MODEL, "--log")[1]
+    assert again.count("\n") == 2 and again.count("unreadable") == 1, "the log knows the others"
 
 
 def test_a_killed_run_has_logged_nothing_and_the_next_scores_the_same(project, monkeypatch):
