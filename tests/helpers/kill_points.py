@@ -1,6 +1,6 @@
 """Run stages in children that are killed at their n-th change to the file system; a program of its own, so that it can fork.
 
-python tests/kill_points.py undisturbed|killed     (in a project's folder)
+python tests/helpers/kill_points.py undisturbed|killed     (in a project's folder)
 """
 
 from __future__ import annotations

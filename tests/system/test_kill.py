@@ -46,7 +46,7 @@ def outputs(folder: Path) -> dict[str, str]:
 
 def run_stages(folder: Path, how: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(REPO / "tests/kill_points.py"), how],
+        [sys.executable, str(REPO / "tests/helpers/kill_points.py"), how],
         cwd=folder,
         env=clean_environment(),
         capture_output=True,
