@@ -1,7 +1,7 @@
-"""Collapse watch: does adaptation still tell images apart? (paper, section 3.2: 'catastrophic collapse')
+"""Watch whether features collapse in training (paper, section 3.2: 'catastrophic collapse').
 
-The compactness loss has a useless minimum, f(x) = c for every image. It is watched on the normal training images alone; no
-anomaly is needed.
+The compactness loss has a useless minimum, f(x) = c for every image.
+The watch reads the normal training images alone; no anomaly is needed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ MIN_RANK = 0.5
 MIN_VARIANCE = 0.25
 """Collapsed: effective rank below this share of the pretrained features', or variance below this share.
 
-On three CIFAR-10 classes (embedded backbone, 512 images) AUROC was highest at 0.8 of the variance, back where it began at about
-0.5, and 1 to 2 points below its best at 0.11 to 0.16; the rank had then fallen to between 0.75 and 0.92 only.
+On three CIFAR-10 classes (embedded backbone, 512 images) AUROC was highest at 0.8 of the variance, back where it began
+at about 0.5, and 1 to 2 points below its best at 0.11 to 0.16; the rank had then fallen to between 0.75 and 0.92 only.
 """
 
 SAMPLE = 256
 """Training images looked at; a fixed, seeded choice where there are more."""
 
 LOOKS = 10
-"""Most looks at the features in training, at equal intervals and at most one an epoch, so that looking stays cheaper than training."""
+"""Most looks at the features in training, at equal intervals and at most one an epoch.
+
+Looking must stay cheaper than training.
+"""
 
 
 def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
@@ -40,8 +43,8 @@ def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
     -------
     center_distance : mean of ||f(x) - c||, in feature units.
     feature_variance : trace of the covariance / D.
-    effective_rank : exp of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli, EUSIPCO 2007), 1 to
-        min(N - 1, D); 0 where all features are equal.
+    effective_rank : exp of the entropy of the covariance's normalized eigenvalues (Roy and Vetterli, EUSIPCO 2007),
+        1 to min(N - 1, D); 0 where all features are equal.
     """
     x = features.double()
     centered = x - x.mean(dim=0)
@@ -59,7 +62,10 @@ def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
 
 
 def collapsed(now: dict[str, float], start: dict[str, float]) -> bool:
-    """Return whether features have collapsed since `start`, both as `feature_statistics` gives them; NaN counts as collapsed."""
+    """Return whether features have collapsed since `start`.
+
+    Both arguments are as `feature_statistics` gives them; NaN counts as collapsed.
+    """
     return not (
         now["effective_rank"] >= MIN_RANK * start["effective_rank"]
         and now["feature_variance"] >= MIN_VARIANCE * start["feature_variance"]
@@ -93,7 +99,13 @@ class Watch:
         self.snapshots = {0: state} if 0 in keep else {}
 
     def look(self, figures: dict[str, float], features: Tensor, state: dict[str, Tensor]) -> bool:
-        """Add `figures` (step, epoch, loss, ...) and what `features` (N, D) show to the history; return whether they have collapsed.
+        """Add a row to the history and return whether the features have collapsed.
+
+        Parameters
+        ----------
+        figures : step, epoch, loss, ...
+        features : (N, D), of the same training images at every look.
+        state : of the adapted layers.
 
         Raises
         ------

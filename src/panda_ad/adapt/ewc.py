@@ -11,10 +11,12 @@ from panda_ad.errors import UserError
 
 
 class ElasticPenalty:
-    """lambda / 2 * sum_i F_i (theta_i - theta*_i)^2 over the adapted layers' parameters, theta* their values at construction.
+    """lambda / 2 * sum_i F_i (theta_i - theta*_i)^2 over the adapted layers' parameters theta.
 
-    The gradient, lambda F (theta - theta*), is added in place instead of going through autograd, which would pass over the
-    parameters three more times per step.
+    theta* are the parameters' values at construction.
+
+    The gradient, lambda F (theta - theta*), is added in place.
+    Going through autograd would pass over the parameters three more times per step.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ class ElasticPenalty:
 
     @torch.no_grad()
     def value(self) -> float:
-        """The penalty at the parameters' present values."""
+        """Return the penalty at the parameters' present values."""
         return float(
             sum(
                 (w * (p - a).square()).sum()

@@ -1,7 +1,8 @@
 """Diagonal of the Fisher information of the pretrained classifier, what EWC weighs parameters by (paper, section 3.2).
 
-F_i = E_x E_y [(d log p(y | x) / d theta_i)^2] over the adapted layers' parameters theta. With labelled source images y is their label (the
-'empirical' Fisher, as the authors'); without, y is drawn from the classifier's own p(y | x), the definition.
+F_i = E_x E_y [(d log p(y | x) / d theta_i)^2] over the adapted layers' parameters theta.
+With labeled source images y is their label (the 'empirical' Fisher, as the authors').
+Without labels y is drawn from the classifier's own p(y | x), as the definition has it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SOURCE_CLASSES = EMBEDDED.with_name("tiny_imagenet_wnids.txt")
 
 
 def chosen_rows(n: int, samples: int, seed: int) -> np.ndarray:
-    """The images the estimate uses: all, or a seeded choice of `samples`; ascending row numbers."""
+    """Return the ascending row numbers of the images the estimate uses: all, or a seeded choice of `samples`."""
     if n <= samples:
         return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, samples, replace=False))
@@ -47,8 +48,9 @@ def estimate_fisher(
 ) -> dict[str, Tensor]:
     """Mean over images of the squared gradient of one image's log-likelihood.
 
-    One image at a time: a batch's gradient squared is not the sum of squares, and per-sample gradients by `torch.func.vmap` took
-    4 to 8 times as long on a CPU, the parameters' traffic being the cost.
+    One image at a time: a batch's gradient squared is not the sum of squares.
+    Per-sample gradients by `torch.func.vmap` took 4 to 8 times as long on a CPU, since the parameters'
+    traffic is the cost.
 
     Parameters
     ----------
@@ -67,7 +69,8 @@ def estimate_fisher(
     """
     if backbone.classifier is None:
         raise UserError(
-            "adapt.method ewc: the weights hold no classifier to estimate the Fisher diagonal with; set adapt.fisher to a saved file, or use ses"
+            "adapt.method ewc: the weights hold no classifier to estimate the Fisher diagonal with; "
+            "set adapt.fisher to a saved file, or use ses"
         )
     layers = copy.deepcopy(backbone.adapted).eval().requires_grad_(True)
     device = next(layers.parameters()).device
@@ -97,7 +100,10 @@ def cached_fisher(
     samples: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """`estimate_fisher`, kept in `folder`, if any, under a name made from everything it depends on: weights, activations, labels, seed."""
+    """Return `estimate_fisher`'s result, kept in `folder`, if any.
+
+    The file's name is made from everything the result depends on: weights, activations, labels, seed.
+    """
     if backbone.classifier is None or folder is None:
         return estimate_fisher(backbone, activations, labels, samples=samples, seed=seed)
     rows = chosen_rows(len(activations), samples, seed)
@@ -130,8 +136,9 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    path : `.safetensors` as `save_fisher` writes, or the authors' `fisher_diagonal.pth` (ResNet-152): a torch-saved mapping from
-        the whole network's parameter names, or a list in the order of its parameters. Entries of other layers are dropped.
+    path : `.safetensors` as `save_fisher` writes, or the authors' `fisher_diagonal.pth` (ResNet-152).
+        The latter is a torch-saved mapping from the whole network's parameter names, or a list in their order.
+        Entries of other layers are dropped.
 
     Raises
     ------
@@ -148,7 +155,7 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
         )
     except FileNotFoundError:
         raise UserError(
-            f"{source}: no such file; give a saved Fisher file or a folder of labelled source images, or null"
+            f"{source}: no such file; give a saved Fisher file or a folder of labeled source images, or null"
         ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as e:
         raise UserError(f"{source}: cannot be read ({' '.join(str(e).split())[:120]})") from None
@@ -164,7 +171,8 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
         }  # adapted layers; without fc; with fc
         if len(raw) not in whole:
             raise UserError(
-                f"{source}: holds {len(raw)} tensors, a {backbone.name} has {frozen + len(names)} without its classifier"
+                f"{source}: holds {len(raw)} tensors, "
+                f"a {backbone.name} has {frozen + len(names)} without its classifier"
             )
         raw = dict(zip(names, raw[whole[len(raw)] :][: len(names)], strict=True))
     if not isinstance(raw, Mapping):
@@ -175,7 +183,7 @@ def load_fisher(path: Path | str, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def source_labels(folders: Sequence[str], backbone: Backbone, where: str) -> np.ndarray:
-    """Return class numbers of labelled source images from the names of their folders.
+    """Return class numbers of labeled source images from the names of their folders.
 
     Parameters
     ----------
@@ -185,8 +193,9 @@ def source_labels(folders: Sequence[str], backbone: Backbone, where: str) -> np.
 
     Returns
     -------
-    (N,) int64. The embedded classifier's classes are known by WordNet id, and some of them suffice; for others there must be as
-    many folders as outputs, numbered in sorted order (torchvision's ImageFolder convention, that of ImageNet weights).
+    (N,) int64. The embedded classifier's classes are known by WordNet id, and some of them suffice.
+    For other classifiers there must be as many folders as outputs, numbered in sorted order (torchvision's ImageFolder
+    convention, that of ImageNet weights).
 
     Raises
     ------
@@ -206,7 +215,8 @@ def source_labels(folders: Sequence[str], backbone: Backbone, where: str) -> np.
         order = found
     else:
         raise UserError(
-            f"adapt.fisher: {where} has {len(found)} class folders, the backbone's classifier has {outputs} classes; give one folder per class, or null"
+            f"adapt.fisher: {where} has {len(found)} class folders, the backbone's classifier has {outputs} classes; "
+            "give one folder per class, or null"
         )
     number = {name: i for i, name in enumerate(order)}
     return np.array([number[name] for name in folders], dtype=np.int64)

@@ -18,7 +18,16 @@ from panda_ad.params import METHODS, AdaptParams
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a method trains and how fast, and after which steps weights are kept (0: the pretrained ones) and features looked at."""
+    """A method's training in numbers.
+
+    Attributes
+    ----------
+    epochs : passes over the training images.
+    learning_rate : of SGD.
+    steps : batches in all epochs.
+    keep : steps after which weights are kept; 0 is the pretrained ones.
+    looks : steps after which features are looked at.
+    """
 
     epochs: int
     learning_rate: float
@@ -38,7 +47,7 @@ def plan_training(params: AdaptParams, images: int) -> Plan:
 
 
 def check_images(params: AdaptParams, normal: Any, outliers: Any) -> None:
-    """Raise UserError where there is nothing to train on: no normal images, or no outliers for a method that needs them."""
+    """Raise UserError where there are no normal images, or no outliers for a method that needs them."""
     if len(normal) == 0:
         raise UserError("adapt: there are no normal training images")
     if METHODS[params.method].outliers and (outliers is None or len(outliers) == 0):

@@ -1,7 +1,7 @@
 """Snapshots of the adapted layers as what a bundle keeps of them: float16 differences from the pretrained weights.
 
-Adapted weights lie within about 1e-3 of the pretrained ones, so in float16 they would lose the adaptation, while float16
-*differences* keep 11 bits of it at half the size.
+Adapted weights lie within about 1e-3 of the pretrained ones, so in float16 they would lose the adaptation.
+Float16 *differences* keep 11 bits of it at half the size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ _SCALE = "scale"
 
 
 def snapshot_steps(total: int, snapshots: int) -> list[int]:
-    """Return the steps after which SES keeps a snapshot: equally spaced from 0 (pretrained) to `total`; the last one for `snapshots` 1."""
+    """Return the steps after which SES keeps a snapshot.
+
+    They are equally spaced from 0 (pretrained) to `total`; with one snapshot it is the last step.
+    """
     if snapshots == 1:
         return [total]
     return sorted({round(total * s / (snapshots - 1)) for s in range(snapshots)})
@@ -39,8 +42,8 @@ def _adapts(name: str) -> bool:
 def pack_snapshots(base: Mapping[str, Tensor], snapshots: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return snapshots as float16 differences from `base`.
 
-    Each snapshot has one power of two, its `scale`, that brings its largest difference near the top of float16's range, so that
-    small differences are not flushed to zero. Packing what `unpack_snapshots` gave loses nothing more.
+    Each snapshot has one power of two, its `scale`, that brings its largest difference near the top of float16's range,
+    so that small differences are not flushed to zero. Packing what `unpack_snapshots` gave loses nothing more.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
-"""Fine-tuning of the adapted layers on a category's normal images (paper, sections 3.2 to 3.4), by any of `params.METHODS`.
+"""Fine-tuning of the adapted layers on a category's normal images (paper, sections 3.2 to 3.4).
 
-A network's adapted layers are any module from frozen activations to pooled features; that is all that training knows of it.
+The methods are those of `params.METHODS`.
+Training knows only one thing of a network's adapted layers: they map frozen activations to pooled features.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ class Adapted:
     ----------
     snapshots : state dicts of the adapted layers, float32, without `num_batches_tracked`; [] for method none.
     steps : training steps behind each snapshot; 0 is as pretrained.
-    history : per look: step, epoch, loss, penalty (ewc), gradient_norm, clipped (share of steps), center_distance, feature_variance,
-        effective_rank. Step 0 has the features' figures only; loss, norm and share are means over the steps since the look before.
-    collapsed_at : first look at which the features had collapsed, or None. Not judged with outliers, which keep features apart.
+    history : per look: step, epoch, loss, penalty (ewc), gradient_norm, clipped (share of steps), center_distance,
+        feature_variance, effective_rank. Step 0 has the features' figures only.
+        Loss, norm and share are means over the steps since the look before.
+    collapsed_at : first look at which the features had collapsed, or None.
+        Not judged with outliers, which keep features apart.
     classifier : oe's linear classifier {weight (1, D), bias (1,)}, on features that are not L2-normalized; else None.
     provenance : what was done, JSON.
     """
@@ -70,9 +73,11 @@ def adapt(
     Parameters
     ----------
     layers : (B, C, h, w) float32 -> pooled features (B, D).
-    activations, outliers : array-likes of float16 (N, C, h, w), indexed by integer arrays; `outliers` for method oe only.
+    activations, outliers : array-likes of float16 (N, C, h, w), indexed by integer arrays.
+        `outliers` is for method oe only.
     seed : of shuffling and of oe's classifier. Equal seeds give equal weights on one machine.
-    normalize : train on L2-normalized features, where scoring compares such. Not for oe, whose classifier sees them as they come.
+    normalize : train on L2-normalized features, where scoring compares such.
+        Not for oe, whose classifier takes features without normalization.
     fisher : for ewc: parameter name -> F_i.
 
     Raises
@@ -116,7 +121,10 @@ def descend(
     params: AdaptParams,
     plan: Plan,
 ) -> Iterator[dict[str, float]]:
-    """Train by SGD with momentum, the gradient's norm clipped (paper, section 4); yield a history row at each of `plan.looks`."""
+    """Train by SGD with momentum, the gradient's norm clipped (paper, section 4).
+
+    Yields a history row at each of `plan.looks`.
+    """
     loss_of = getattr(losses, METHODS[params.method].loss)
     parameters = [*network.parameters(), *(classifier.parameters() if classifier is not None else ())]
     device, bf16 = parameters[0].device, params.precision == "bf16"
