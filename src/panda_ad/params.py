@@ -25,6 +25,8 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
+    """Where the images are, how they are laid out, and how they are read (`data`)."""
+
     root: str
     layout: Literal["mvtec", "folders", "cifar10", "cifar100", "fashion_mnist", "flowers102"]
     normal_classes: dict[str, list[str]]
@@ -45,6 +47,8 @@ class Data(_Section):
 
 
 class BackboneParams(_Section):
+    """The pretrained network, its input and the cache of its frozen activations (`backbone`)."""
+
     name: str
     weights: str
     input_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
@@ -89,6 +93,8 @@ METHODS = {
 
 
 class AdaptParams(_Section):
+    """How the adapted layers are fine-tuned; null means the paper's value of the method (`adapt`)."""
+
     method: Literal[*METHODS]  # type: ignore[valid-type]
     epochs: PositiveInt | None
     batch_size: PositiveInt
@@ -112,6 +118,8 @@ class AdaptParams(_Section):
 
 
 class GalleryParams(_Section):
+    """The nearest-neighbor score and the features it compares with (`gallery`)."""
+
     k: PositiveInt
     normalize: bool
     whiten: bool
@@ -120,6 +128,8 @@ class GalleryParams(_Section):
 
 
 class LocalizeParams(_Section):
+    """How heat maps are made (`localize`)."""
+
     method: Literal["none", "spade", "patch_memory"]
     neighbors: PositiveInt
     memory_fraction: Annotated[float, Field(gt=0, le=1)]
@@ -135,11 +145,15 @@ class LocalizeParams(_Section):
 
 
 class VerdictParams(_Section):
+    """What an image's score is made of, and the false-alarm rate of its threshold (`verdict`)."""
+
     score: Literal["features", "heatmap", "both"]
     false_alarm_rate: Fraction
 
 
 class EvaluateParams(_Section):
+    """Confidence intervals and pictures of the evaluation (`evaluate`)."""
+
     bootstrap: Annotated[int, Field(ge=10)]
     confidence: Fraction
     report_images: PositiveInt
@@ -166,6 +180,8 @@ class GateParams(_Section):
 
 
 class MonitorParams(_Section):
+    """How many scored images are watched for drift, and what counts as drift (`monitor`)."""
+
     window: PositiveInt
     min_images: Annotated[int, Field(ge=4)]
     significance: Fraction
@@ -227,16 +243,19 @@ class Params(_Section):
 
 
 _RESERVED = {"data", "seconds", "peak_mb"}
-"""What an MLflow run keeps of the whole data set and of stages that run once, in folders and groups of figures of these names."""
+"""Names an MLflow run uses itself, for the whole data set and for stages that run once; no category may have one."""
 
 
 def plain_name(category: str) -> str:
-    """Return a category as part of metric names and artifact paths, where MLflow allows fewer characters than a folder's name."""
+    """Return a category as part of metric names and artifact paths; MLflow allows fewer characters than folders do."""
     return re.sub(r"[^\w\- ]", "_", category)
 
 
 def _unusable(category: str) -> str:
-    """Return why a name can be no category's, '' where it can: it becomes part of commands, paths, DVC's stages and MLflow's addresses."""
+    """Return why a name can be no category's, '' where it can.
+
+    It becomes part of commands, paths, DVC's stages and MLflow's addresses.
+    """
     if not category or category != category.strip():
         return "it is empty, or begins or ends with a blank"
     if category[0] in ".-" or category.lower().endswith(".dvc"):
@@ -284,7 +303,10 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
 
 
 def _problem(error, raw: dict) -> str:
-    """One validation error as 'key: what is wrong'. The branches of a union are told apart only by pydantic, not the user."""
+    """Return one validation error as 'key: what is wrong'.
+
+    The branches of a union are left out: only pydantic tells them apart.
+    """
     keys: list[str] = []
     value: object = raw
     for part in error["loc"]:

@@ -1,6 +1,7 @@
 """Networks that can be a backbone: one entry per family, and any convolutional network of timm's by name.
 
-An entry says where a network is from and under which licence, how its input is made, where the frozen layers end and which levels are looked at.
+An entry says where a network is from and under which license, and how its input is made.
+It also says where the frozen layers end and which levels are looked at.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Architecture:
     name : value of `backbone.name`.
     source : where the network and its published weights are from.
     licence : of these weights.
-    build : number of classes -> the network, as modules run in order; those after the last adapted level are the classifier.
+    build : number of classes -> the network, as modules run in order.
+        The modules after the last adapted level are the classifier.
     frozen_levels : outputs that are looked at in the frozen layers; these end with the last of them.
     adapted_levels : outputs that are looked at in the adapted layers.
-    feature_levels : levels whose means over positions, joined, are the pooled features: the last frozen one, or adapted ones.
+    feature_levels : levels whose means over positions, joined, are the pooled features.
+        They are the last frozen level, or adapted ones.
     map_levels : outputs that heat maps compare.
     mean, std : of the input's channels, on [0, 1].
     interpolation : of the resize to the input size, bilinear or bicubic.
@@ -109,6 +112,7 @@ def architecture(name: str) -> Architecture:
         return timm_architecture(name)
     if name not in ARCHITECTURES:
         raise UserError(
-            f"backbone.name: there is no network {name!r}; use {', '.join(ARCHITECTURES)}, timm/<name of a network of timm's>, or embedded"
+            f"backbone.name: there is no network {name!r}; "
+            f"use {', '.join(ARCHITECTURES)}, timm/<name of a network of timm's>, or embedded"
         )
     return ARCHITECTURES[name]

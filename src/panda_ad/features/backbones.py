@@ -1,7 +1,7 @@
 """Pretrained feature extractors (paper, section 3.1), split where PANDA splits them.
 
-The *frozen layers* stay as they are, the *adapted layers* are fine-tuned; `architectures.py` says where a network is divided,
-`pretrained.py` has its weights.
+The *frozen layers* stay as they are, the *adapted layers* are fine-tuned.
+`architectures.py` says where a network is divided, `pretrained.py` has its weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ __all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint
 
 _EMBEDDED_NAME = "resnet18"
 MICRO_BATCH = 8
-"""Images per forward pass when scoring. Fixed, and padded up to, so that an image's score never depends on its company."""
+"""Images per forward pass when scoring.
+
+The number is fixed, and smaller batches are padded up to it, so that an image's score never depends on its batch.
+"""
 
 
 class _Layers(nn.Module):
@@ -63,7 +66,8 @@ class AdaptedLayers(_Layers):
 
     Attributes
     ----------
-    feature_levels : levels whose means are the pooled features; a name that is none of `levels` is the input, the last frozen level.
+    feature_levels : levels whose means are the pooled features.
+        A name that is not in `levels` is the input, the last frozen level.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], levels: tuple[str, ...], feature_levels: tuple[str, ...]):
@@ -92,13 +96,22 @@ class Backbone(nn.Module):
     ----------
     name : of its architecture.
     architecture : what is known of that.
-    classifier : the pretrained classifier, last adapted level (B, C, h, w) -> (B, classes); None where the weights hold none. Only the Fisher
-        estimate uses it.
-    fingerprint : sha256 over every tensor but the classifier's, hex; equal weights have equal fingerprints whatever file they came from.
+    classifier : the pretrained classifier, last adapted level (B, C, h, w) -> (B, classes).
+        None where the weights hold none. Only the Fisher estimate uses it.
+    fingerprint : sha256 over every tensor but the classifier's, hex.
+        Equal weights have equal fingerprints whatever file they came from.
     """
 
     def __init__(self, name: str, state: Mapping[str, Tensor]):
-        """Build from a state dict (any float dtype). Raises ValueError where it does not fit `name`, UserError for an unknown one."""
+        """Build from a state dict (any float dtype).
+
+        Raises
+        ------
+        ValueError
+            The state dict does not fit `name`.
+        UserError
+            There is no network of that name.
+        """
         super().__init__()
         self.name, self.architecture = name, architecture(name)
         state = {
@@ -124,7 +137,7 @@ class Backbone(nn.Module):
         return last
 
     def tensors(self) -> dict[str, Tensor]:
-        """The network's state dict without the classifier, contiguous float32: what a bundle stores."""
+        """Return the network's state dict without the classifier, contiguous float32: what a bundle stores."""
         parts = {**self.frozen.state_dict(), **self.adapted.state_dict()}
         return {k: v.contiguous() for k, v in parts.items() if not _counts(k)}
 
@@ -143,7 +156,10 @@ def _divided(net: nn.Sequential, entry: Architecture) -> tuple[dict[str, nn.Modu
 
 
 def _network(entry: Architecture, state: Mapping[str, Tensor]) -> tuple[nn.Sequential, bool]:
-    """The network with the weights of `state`, and whether the classifier has any there. ValueError where they do not fit."""
+    """Return the network with the weights of `state`, and whether `state` has the classifier's.
+
+    Raises ValueError where they do not fit.
+    """
     classes = state["fc.weight"].shape[0] if "fc.weight" in state else 0
     with torch.device("meta"):
         net = entry.build(classes or 1)
@@ -177,7 +193,8 @@ def load_backbone(name: str, weights: str = "DEFAULT") -> Backbone:
     Parameters
     ----------
     name : `embedded`, a name of `architectures.ARCHITECTURES`, or `timm/<name>`.
-    weights : `DEFAULT`, a name of torchvision's weight enum (`IMAGENET1K_V1`, ...), or a path to `.safetensors`, `.pth`, `.pt`.
+    weights : `DEFAULT`, a name of torchvision's weight enum (`IMAGENET1K_V1`, ...), or a path.
+        The path ends in `.safetensors`, `.pth` or `.pt`.
 
     Raises
     ------
@@ -228,7 +245,9 @@ def resolve_precision(precision: str) -> torch.dtype:
 
 @torch.inference_mode()
 def in_micro_batches(function, x: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to `x` (N, ...) in passes of exactly MICRO_BATCH rows (the last padded with zeros), and concatenate.
+    """Apply `function` to `x` (N, ...) in passes of exactly MICRO_BATCH rows, and concatenate.
+
+    The last pass is padded with zeros.
 
     A convolution's kernel, and with it the last bits of its result, depends on the batch size; a fixed one makes the
     result for an image the same alone and in any batch.

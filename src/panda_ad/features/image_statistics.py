@@ -1,6 +1,7 @@
 """What a photograph is like, whatever it shows: light, contrast, focus, color. One number each, none needs a network.
 
-Values are the decoded sRGB bytes divided by 255, not linear light. Luma is Y = 0.2126 R + 0.7152 G + 0.0722 B (Rec. 709).
+Values are the decoded sRGB bytes divided by 255, not linear light.
+Luma is Y = 0.2126 R + 0.7152 G + 0.0722 B (Rec. 709).
 Contrast, sharpness and color are ratios, so that a dimmer lamp alone moves brightness and nothing else.
 """
 
@@ -62,7 +63,10 @@ NAMES: tuple[str, ...] = tuple(s.name for s in STATISTICS)
 
 
 def as_float16(values: np.ndarray) -> np.ndarray:
-    """Rounded to float16; what lies beyond its range, as whitened features of a part that never varied may, at its end: infinity has no distance."""
+    """Return the values rounded to float16, those beyond its range at its end: infinity has no distance.
+
+    Whitened features of a part that never varied may lie beyond it.
+    """
     limit = np.finfo(np.float16).max
     return values.clip(-limit, limit).astype(np.float16)
 
@@ -81,13 +85,14 @@ class Reference:
 
 
 def image_statistics(rgb: np.ndarray) -> dict[str, float]:
-    """Statistics of one image.
+    """Return the statistics of one image.
 
     brightness   mean of luma Y, in [0, 1]
     contrast     standard deviation of Y / mean of Y (RMS contrast, Peli 1990), >= 0
-    sharpness    ln(V(1) / V(4)), V(s) the variance of Y's Laplacian of Gaussian at s pixels, as s^2 LoG (Lindeberg 1998).
-                 The variance of a Laplacian is the usual measure of focus (Pech-Pacheco et al. 2000); the coarse one in the
-                 denominator takes out contrast and uneven light. No unit; a flat image has 0.
+    sharpness    ln(V(1) / V(4)), V(s) the variance of Y's Laplacian of Gaussian at s pixels, as s^2 LoG (Lindeberg
+                 1998). The variance of a Laplacian is a common measure of focus (Pech-Pacheco et al. 2000).
+                 The coarse one in the denominator takes out contrast and uneven light.
+                 No unit; a flat image has 0.
     red_green    (mean R - mean G) / mean of R, G and B
     yellow_blue  ((mean R + mean G) / 2 - mean B) / mean of R, G and B
     saturation   mean of (max - min over R, G, B) / mean of max, in [0, 1]
@@ -119,12 +124,15 @@ def image_statistics(rgb: np.ndarray) -> dict[str, float]:
 
 
 def statistics_matrix(images: Sequence[dict[str, float]]) -> np.ndarray:
-    """Statistics of N images as float64 (N, S), columns as in `NAMES`."""
+    """Return statistics of N images as float64 (N, S), columns as in `NAMES`."""
     return np.array([[image[name] for name in NAMES] for image in images], np.float64).reshape(len(images), len(NAMES))
 
 
 def _reduced(rgb: np.ndarray) -> np.ndarray:
-    """float32 (h, w, 3) on [0, 1], at most LONGEST pixels a side: means of whole blocks, what is left at the edges cut off."""
+    """Return float32 (h, w, 3) on [0, 1], at most LONGEST pixels a side.
+
+    Its pixels are means of whole blocks; what is left at the edges is cut off.
+    """
     factor = -(-max(rgb.shape[:2]) // LONGEST)
     if factor == 1:
         return rgb.astype(np.float32) / np.float32(255)

@@ -1,4 +1,7 @@
-"""Images as fitting and scoring read them: pixels, frozen activations and pretrained features, from a cache or computed at once."""
+"""Images as fitting and scoring read them: pixels, frozen activations and pretrained features.
+
+They come from a cache, or are computed at once.
+"""
 
 from __future__ import annotations
 
@@ -121,6 +124,6 @@ class DecodedImages:
         found = self.network.activations(self.network.preprocess(chosen))
         return {level: found[level] for level in levels}
 
-    def pretrained(self, index: Index) -> np.ndarray | None:
+    def pretrained(self, _index: Index) -> np.ndarray | None:
         """See `Images`: unknown."""
         return None

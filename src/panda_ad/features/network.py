@@ -1,4 +1,7 @@
-"""A backbone with the adapted layers of each snapshot: images become activations, activations become features and maps."""
+"""A backbone with the adapted layers of each snapshot.
+
+Images become activations, activations become features and maps.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ class Network:
         return features, {level: known[level] for level in levels}
 
     def maps(self, activations: Activations, levels: Sequence[str]) -> dict[str, np.ndarray]:
-        """Maps of some levels under the last snapshot, float16 (N, C, h, w) each."""
+        """Return maps of some levels under the last snapshot, float16 (N, C, h, w) each."""
         wanted = set(levels) - set(self.frozen_levels)
         known = dict(activations)
         if wanted:

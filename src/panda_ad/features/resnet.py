@@ -1,7 +1,8 @@
-"""ResNets (He et al., CVPR 2016) and Wide-ResNets (Zagoruyko and Komodakis, BMVC 2016), with torchvision's names of modules and parameters.
+"""ResNets (He et al., CVPR 2016) and Wide-ResNets (Zagoruyko and Komodakis, BMVC 2016).
 
-torchvision's classes compute the same; importing them, though, imports PyTorch's compiler, which takes as long as PyTorch itself, and every
-stage and command would pay for it. The stride of a bottleneck is that of its 3x3 convolution, as in torchvision ('ResNet v1.5').
+Modules and parameters have torchvision's names, and torchvision's classes compute the same.
+Importing them, though, imports PyTorch's compiler, which takes as long as PyTorch itself, at every stage and command.
+The stride of a bottleneck is that of its 3x3 convolution, as in torchvision ('ResNet v1.5').
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _downsample(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    """What brings a block's input to the shape of its output; None where it has that."""
+    """Return what brings a block's input to the shape of its output; None where it has that shape."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
@@ -43,6 +44,7 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, h, w) to (B, outputs, h / stride, w / stride)."""
         out = self.bn1(self.conv1(x)).relu_()
         out = self.bn2(self.conv2(out))
         out += x if self.downsample is None else self.downsample(x)
@@ -50,7 +52,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 1x1 convolution to `width` channels, a 3x3 one, a 1x1 one to `outputs`, beside the identity; shapes as of BasicBlock."""
+    """A 1x1 convolution to `width` channels, a 3x3 one, a 1x1 one to `outputs`, beside the identity.
+
+    Shapes are those of BasicBlock.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, width: int):
         super().__init__()
@@ -60,6 +65,7 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(inputs, outputs, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, h, w) to (B, outputs, h / stride, w / stride)."""
         out = self.bn1(self.conv1(x)).relu_()
         out = self.bn2(self.conv2(out)).relu_()
         out = self.bn3(self.conv3(out))

@@ -1,7 +1,8 @@
-"""Networks of timm (Wightman, https://github.com/huggingface/pytorch-image-models, Apache-2.0) by name, as sequences of modules.
+"""Networks of timm by name, as sequences of modules.
 
-Its feature extractors know which modules run in which order and at which stride; networks that are no such sequence (transformers, networks
-with several branches) are refused.
+timm: Wightman, https://github.com/huggingface/pytorch-image-models, Apache-2.0.
+Its feature extractors know which modules run in which order and at which stride.
+Networks that are no such sequence (transformers, networks with several branches) are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from panda_ad.features.architectures import TIMM, Architecture, State
 
 @functools.lru_cache(maxsize=4)
 def timm_architecture(name: str) -> Architecture:
-    """Return the entry of `timm/<name>`: frozen up to a stride of 8, adapted beyond. UserError where timm has none that fits."""
+    """Return the entry of `timm/<name>`: frozen up to a stride of 8, adapted beyond.
+
+    Raises
+    ------
+    UserError
+        timm has no network of that name, or one that cannot be divided.
+    """
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):
         close = ", ".join(timm.list_models(f"*{short[:8]}*")[:5])
@@ -43,7 +50,7 @@ def timm_architecture(name: str) -> Architecture:
         if facts.hf_hub_id
         else (facts.url or "no published weights"),
         licence=facts.license or "not stated",
-        build=lambda classes: nn.Sequential(_in_order(timm.create_model(short, features_only=True))),
+        build=lambda _classes: nn.Sequential(_in_order(timm.create_model(short, features_only=True))),
         frozen_levels=frozen,
         adapted_levels=adapted,
         feature_levels=adapted[-1:],
@@ -83,12 +90,12 @@ def timm_state(name: str, state: State | None) -> State:
 
 
 def _flat(key: str) -> str:
-    """A parameter's name alike in a whole network (`stages.0.conv`) and in its feature extractor (`stages_0.conv`)."""
+    """Return a parameter's name alike in a network (`stages.0.conv`) and its feature extractor (`stages_0.conv`)."""
     return key.replace(".", "_")
 
 
 def _in_order(net: nn.Module) -> OrderedDict[str, nn.Module]:
-    """The modules of one of timm's feature extractors in the order in which they run, by the names of its levels."""
+    """Return the modules of one of timm's feature extractors by the names of its levels, in the order they run in."""
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for name, module in net.named_children():
         if name == "blocks" and isinstance(module, nn.Sequential):  # EfficientNets and MobileNets
