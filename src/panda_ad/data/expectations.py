@@ -89,7 +89,7 @@ def empty_mask_reason(mask: object, largest: int) -> str:
 
 
 def _copies(rows: pd.DataFrame) -> dict[Any, str]:
-    """All copies but the first (train before test), or all, where they are labelled differently."""
+    """All copies but the first (train before test), or all, where they are labeled differently."""
     found: dict[Any, str] = {}
     for _, group in rows.groupby(["category", "pixels"], sort=False):
         ordered = group.assign(order=(group["split"] == "test").astype(int)).sort_values(["order", "path"])

@@ -1,4 +1,4 @@
-"""Images beside the data set: outliers, brought to the resolution of the normal images, and labelled source images.
+"""Images beside the data set: outliers, brought to the resolution of the normal images, and labeled source images.
 
 Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned: on CIFAR-10's
 airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at 32 px (docs/results.md).

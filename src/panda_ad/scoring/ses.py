@@ -1,6 +1,6 @@
 """Sample-wise early stopping, SES (paper, section 3.2: 'PANDA-SES').
 
-No labelled anomalies exist to stop training by. Heads are kept at fixed intervals, and each image is scored by the one under
+No labeled anomalies exist to stop training by. Heads are kept at fixed intervals, and each image is scored by the one under
 which it stands out most from normal images.
 """
 

@@ -89,7 +89,7 @@ def adapt_images(
 
 
 def fisher_diagonal(activations: Activations, items: Sequence[Item], params: Params) -> dict[str, Tensor]:
-    """Return the Fisher diagonal that `adapt.fisher` asks for: of a file, of labelled source images, or of the training images."""
+    """Return the Fisher diagonal that `adapt.fisher` asks for: of a file, of labeled source images, or of the training images."""
     samples, seed, backbone = params.adapt.fisher_samples, params.seed, activations.backbone
     kept, labels = activations.root.parent / "fisher", None
     if params.adapt.fisher is not None:
