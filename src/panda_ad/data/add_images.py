@@ -33,9 +33,11 @@ class Request:
     category : one of the parameters'.
     paths : files, or folders of images (searched recursively; files that are no images are passed over).
     label : what the files are said to show. Defects go to test, never to train.
-    kind : of defect, default 'defect'; for good images of a category with several normal classes (layout `folders`) the class.
+    kind : of defect, default 'defect'.
+        For good images of a category with several normal classes (layout `folders`) it is the class.
     split : of good images, default train.
-    masks : folder with a mask for each image, <stem>_mask.* or <stem>.*; images that are there without one get theirs. None: no masks.
+    masks : folder with a mask for each image, <stem>_mask.* or <stem>.*; None: no masks.
+        Images of the set without a mask get theirs.
     """
 
     category: str
@@ -58,7 +60,8 @@ class Additions:
     refused : (file, reason).
     doubtful : (file, a sign that it is only part of a picture), of those added.
     passed_over : what was found in the folders beside images, in words; '' for nothing.
-    quarantine : folder with copies of the refused files and reasons.csv; None where none was refused, or all were copied before.
+    quarantine : folder with copies of the refused files and reasons.csv.
+        None where none was refused, or all were copied before.
     quarantined_before : of the refused, how many an earlier quarantine holds.
     """
 
@@ -84,8 +87,9 @@ class _Target:
 def add_images(params: Params, request: Request) -> Additions:
     """Copy the usable ones of some files into the data set, the others into quarantine/<time> beside its root.
 
-    The same picture twice, by the file's or by the decoded pixels' sha256, is added once. A new image's name is its old one and 16 hex
-    digits of its content's sha256, so that doing it again, or again after a kill, adds nothing twice.
+    The same picture twice, by the file's or by the decoded pixels' sha256, is added once.
+    A new image's name is its old one and 16 hex digits of its content's sha256.
+    So doing it again, or again after a kill, adds nothing twice.
 
     Raises
     ------
@@ -162,7 +166,7 @@ class _Batch:
                 self._contents.add(path, self._target.label, record)
 
     def _add_twin(self, file: Path, record: Record, path: str, label: int) -> None:
-        """A file with the content of an image that is there: it may bring the mask that was missing."""
+        """Take in a file with the content of an image of the set: it may bring the mask that was missing."""
         if label != self._target.label:
             self.found.refused.append((file, f"the same picture as {path}, which has the other label"))
         elif self._wants_masks and file in self._given and path in self._unmasked:
@@ -198,7 +202,8 @@ def _target(params: Params, request: Request) -> _Target:
         )
     if category not in params.categories:
         raise UserError(
-            f"--category: {category!r} is not one of categories in params.yaml ({', '.join(params.categories)}); add it there first"
+            f"--category: {category!r} is not one of categories in params.yaml "
+            f"({', '.join(params.categories)}); add it there first"
         )
     if kind is not None and (
         not kind.strip() or kind.startswith(".") or not kind.isprintable() or set(kind) & set('/\\:*?"<>|')
@@ -278,7 +283,7 @@ def _masks_of(files: list[Path], folder: Path) -> dict[Path, Path]:
 
 
 def _mask(path: Path | None, image: Record) -> tuple[bytes, Record, str]:
-    """A mask's bytes, what they hold, and '' or what is wrong with it."""
+    """Return a mask's bytes, what they hold, and '' or what is wrong with it."""
     if path is None:
         return b"", {}, "has no mask"
     try:
@@ -322,5 +327,8 @@ class _Contents:
 
 
 def _name(file: Path, sha256: str) -> str:
-    """Of characters that every file system takes, and without dots: what pairs images with masks ends the stem at the last one."""
+    """Return a file name of characters that every file system takes, and without dots.
+
+    What pairs images with masks ends the stem at the last dot.
+    """
     return f"{plain_stem(file).replace('.', '_')}-{sha256[:16]}{image_suffix(file)}"

@@ -1,7 +1,8 @@
 """Signs that a picture which decodes is only part of one.
 
-Decoders fill what is missing in silence: a JPEG whose data ends early becomes gray below, a copy that broke off black. A picture may look
-like that by nature, so these are doubts, to be shown beside what is made of the image, and no reason to refuse it.
+Decoders fill what is missing in silence: a JPEG whose data ends early becomes gray below, a copy that broke off black.
+A picture may look like that by nature. So these are doubts, to be shown beside what is made of the image, and no reason
+to refuse it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MARGIN = 4
 
 
 def doubt(data: bytes, rgb: np.ndarray) -> str:
-    """Say why a file that decodes to `rgb`, uint8 (H, W, 3), may be only part of a picture; '' where nothing speaks for it."""
+    """Say why a file that decodes to `rgb`, uint8 (H, W, 3), may be only part of a picture; '' without a sign."""
     zeros = len(data) - len(data.rstrip(b"\0"))
     if zeros >= max(64, len(data) // _ZEROS):
         return f"the last {100 * zeros // len(data)} % of the file are zeros, as of a copy that broke off"
@@ -37,7 +38,10 @@ def doubt(data: bytes, rgb: np.ndarray) -> str:
 
 
 def _gray_part(rgb: np.ndarray) -> float:
-    """Share of the picture's lines, up from the last stored block (in whatever corner it is now), that are the gray of missing blocks."""
+    """Return the share of the picture's lines, up from the last stored block, that are the gray of missing blocks.
+
+    That block may be in any corner of the upright picture. The share is -1 where the block is not gray.
+    """
     for turned in (rgb, rgb[::-1], rgb[:, ::-1], rgb[::-1, ::-1]):
         if (turned[-_BLOCK:, -_BLOCK:] == 128).all() and not (turned == 128).all():
             gray = (turned == 128).all(axis=2)
@@ -46,9 +50,9 @@ def _gray_part(rgb: np.ndarray) -> float:
 
 
 def _filled(data: bytes) -> bool:
-    """Whether JPEG data holds a long run of one byte.
+    """Return whether JPEG data holds a long run of one byte.
 
-    Huffman codes of a flat area repeat too, but make bytes of zero or longer patterns, since no code consists of ones alone.
+    Huffman codes of a flat area repeat too, but make bytes of zero or longer patterns: no code consists of ones alone.
     """
     values = np.frombuffer(data, np.uint8, offset=max(0, data.find(b"\xff\xda")))
     samples = values[::_RUN]
@@ -57,7 +61,7 @@ def _filled(data: bytes) -> bool:
 
 
 def _data_left_over(data: bytes) -> bool:
-    """Whether a JPEG decodes without the bytes before its end marker, reduced eightfold, which is faster."""
+    """Return whether a JPEG decodes without the bytes before its end marker, reduced eightfold, which is faster."""
     start = data.find(b"\xff\xda")
     end = data.find(b"\xff\xd9", data.rfind(b"\xff\xda", 0, start + 65536))
     if start < 0 or end - start < 4 * _MARGIN or b"MPF\0" in data[:start]:

@@ -21,22 +21,28 @@ _PAGE = """<!DOCTYPE html>
 <title>Data validation of {{ dataset }}</title>
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 0 auto; max-width: 1100px; padding: 0 1.5rem 3rem; }
-table { border-collapse: collapse; margin: .5rem 0; } td, th { border: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; margin: .5rem 0; }
+td, th { border: 1px solid #ddd; padding: .3rem .6rem; text-align: left; vertical-align: top; }
 th { background: #f3f4f6; } td.number { text-align: right; } td { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 1.5rem 0 .3rem; }
 .passed { color: #15803d; } .failed { color: #b91c1c; } .missing { color: #92590a; }
 </style>
 </head>
 <body>
-<h1>Data validation of {{ dataset }}: <span class="{{ 'failed' if fatal else 'passed' }}">{{ 'failed' if fatal else 'passed' }}</span>
+{%- set outcome = 'failed' if fatal else 'passed' %}
+<h1>Data validation of {{ dataset }}: <span class="{{ outcome }}">{{ outcome }}</span>
 {%- if problems and not fatal %}, bad files left out{% endif %}</h1>
 <p>{{ usable }} rows of usable images, {{ problems|length }} bad files, {{ shortages|length }} shortages.</p>
 <h2>Expectations</h2>
 <table>
-<tr><th scope="col">outcome</th><th scope="col">expectation</th><th scope="col">rows that break it</th><th scope="col">in Great Expectations</th></tr>
+<tr><th scope="col">outcome</th><th scope="col">expectation</th>
+<th scope="col">rows that break it</th><th scope="col">in Great Expectations</th></tr>
 {%- for e in expectations %}
-<tr>{% if e.success %}<td class="passed">✓ met</td>{% elif e.needed %}<td class="failed">✗ broken</td>{% else %}<td class="missing">! missing</td>{% endif -%}
-<td>{{ e.description }}</td><td class="number">{{ e.unexpected if e.unexpected is not none }}</td><td><code>{{ e.name }}</code></td></tr>
+<tr>{% if e.success %}<td class="passed">✓ met</td>
+{%- elif e.needed %}<td class="failed">✗ broken</td>
+{%- else %}<td class="missing">! missing</td>{% endif -%}
+<td>{{ e.description }}</td><td class="number">{{ e.unexpected if e.unexpected is not none }}</td>
+<td><code>{{ e.name }}</code></td></tr>
 {%- endfor %}
 </table>
 {%- if shortages or problems %}

@@ -20,7 +20,10 @@ FEW_DEFECTS = 5
 MIN_LEVELS = 64
 """16-bit gray that fills fewer of 256 levels is worth a warning."""
 NEAR = 0.2
-"""A test image this much nearer to a training image than training images are to each other (median) is nearly a copy."""
+"""A test image this much nearer to a training image than training images are to each other is nearly a copy.
+
+The distance among training images is the median of each one's distance to its nearest.
+"""
 _MOST_PAIRS = 50_000_000
 
 
@@ -57,7 +60,10 @@ def _masks(part: pd.DataFrame) -> Iterator[str]:
     defective = part[(part["label"] == 1) & (part["split"] == "test")]
     without = defective.loc[defective["mask"] == "", "path"]
     if 0 < len(without) < len(defective):
-        yield f"{len(without)} of {len(defective)} defective images have no mask, pixel figures leave them out: {first(without)}"
+        yield (
+            f"{len(without)} of {len(defective)} defective images have no mask, "
+            f"pixel figures leave them out: {first(without)}"
+        )
 
 
 def _defects(part: pd.DataFrame) -> Iterator[str]:
@@ -91,7 +97,10 @@ def _gray_range(part: pd.DataFrame, params: Params) -> Iterator[str]:
 
 
 def _near_copies(part: pd.DataFrame) -> Iterator[str]:
-    """The same picture saved again, in train and test: far nearer to each other than images of different parts are."""
+    """Find the same picture saved again, in train and test.
+
+    Such pictures are far nearer to each other than images of different parts are.
+    """
     train, test = part[part["split"] != "test"], part[part["split"] == "test"]
     if len(train) < 3 or test.empty or len(train) * (len(train) + len(test)) > _MOST_PAIRS:
         return
@@ -102,7 +111,10 @@ def _near_copies(part: pd.DataFrame) -> Iterator[str]:
     near = np.flatnonzero(distances < NEAR * usual)
     pairs = [f"{test['path'].iloc[i]} of {train['path'].iloc[index[i]]}" for i in near]
     if pairs:
-        yield f"{len(pairs)} test images are nearly copies of training images (the same picture saved again?): {first(pairs)}"
+        yield (
+            f"{len(pairs)} test images are nearly copies of training images "
+            f"(the same picture saved again?): {first(pairs)}"
+        )
 
 
 def _thumbs(rows: pd.DataFrame) -> np.ndarray:
@@ -112,7 +124,10 @@ def _thumbs(rows: pd.DataFrame) -> np.ndarray:
 
 
 def _nearest(x: np.ndarray, y: np.ndarray, itself: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (N,) from each row of x to the nearest of y, and its index; `itself`: x is y, and no row is its own neighbor."""
+    """Return the distance (N,) from each row of x to the nearest of y, and its index.
+
+    With `itself`, x is y, and no row is its own neighbor.
+    """
     distances, indices = np.empty(len(x), np.float32), np.empty(len(x), np.intp)
     block = max(1, 4_000_000 // len(y))
     center = y.mean(axis=0)

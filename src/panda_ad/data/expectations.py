@@ -1,6 +1,7 @@
 """The data set's contract: one table of expectations, each with what it says of a row that breaks it.
 
-Great Expectations decides which rows break which expectation (`validation`); the first in this table gives the row's reason.
+Great Expectations decides which rows break which expectation (`validation`).
+The first broken one in this table gives the row's reason.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class ImageRule:
     Attributes
     ----------
     description : in words.
-    expectation, arguments : Great Expectations' class without its 'Expect', and what it is made with. Empty cells do not count.
+    expectation : Great Expectations' class without its 'Expect'.
+    arguments : what it is made with. Empty cells do not count.
     reasons : from the rows that break it to {index: reason} of those that must go.
     split : the split it is said of; '' of all.
     """
@@ -152,7 +154,10 @@ def image_rules() -> list[ImageRule]:
 
 
 def count_rules(params: Params, training_images: Mapping[str, int]) -> Iterator[CountRule]:
-    """Yield the expectations of each category's usable images; `training_images` is how many of them train and calibrate."""
+    """Yield the expectations of each category's usable images.
+
+    `training_images` is how many of them train and calibrate.
+    """
     few, fraction = params.data.min_train, params.data.calibration_fraction
     for category in params.categories:
         normal = ", ".join(params.data.normal_classes.get(category, [category]))
@@ -183,6 +188,7 @@ def count_rules(params: Params, training_images: Mapping[str, int]) -> Iterator[
             1,
             1,
             test,
-            f"no usable anomalous test images of {category}: model, threshold and heat maps are made, how many defects they find is not known",
+            f"no usable anomalous test images of {category}: model, threshold and heat maps are made, "
+            "how many defects they find is not known",
             needed=False,
         )

@@ -4,11 +4,12 @@ What is decided here, for every caller (pipeline, command line, REST):
 
 - Formats: PNG, JPEG, BMP, TIFF, WebP and PGM/PPM; nothing else is even tried.
 - EXIF orientation is applied; other EXIF fields are not even read. Color profiles are ignored.
-- 16-bit gray is scaled from its full range, round(v / 257), or from `Decoding.gray_range`: a camera that fills only part of it
-  (10 or 12 bits in a 16-bit file) else comes out dark. It is one range for all images, since stretching each by its own would hide
-  brightness defects. 12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
-- Palette, gray, CMYK, YCbCr and 1-bit become RGB; transparency is laid over white (in masks: over black, 'not marked'), or ignored
-  where all is transparent.
+- 16-bit gray is scaled from its full range, round(v / 257), or from `Decoding.gray_range`.
+  An image of a camera that fills only part of it (10 or 12 bits in a 16-bit file) else comes out dark.
+  It is one range for all images, since stretching each by its own would hide brightness defects.
+  12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
+- Palette, gray, CMYK, YCbCr and 1-bit become RGB. Transparency is laid over white (in masks: over black, 'not marked'),
+  or ignored where all is transparent.
 - Floating-point and 32-bit images have no known range, and animations and multi-page files no one picture: refused.
 """
 
@@ -139,7 +140,8 @@ def decode(data: bytes, name: str, decoding: Decoding = DEFAULT) -> np.ndarray:
     Raises
     ------
     UserError
-        Empty, truncated, too large, not an image, or of a kind refused (see the module's text); names `name` and the reason.
+        Empty, truncated, too large, not an image, or of a kind refused (see the module's text).
+        The message names `name` and the reason.
     """
     return picture(data, name, WHITE, decoding).rgb
 
@@ -150,7 +152,8 @@ def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE, de
         raise UserError(f"{name}: the file is empty")
     if len(data) > decoding.max_bytes:
         raise UserError(
-            f"{name}: more than the {decoding.max_bytes // 2**20} MiB an image file may have; data.max_megapixels raises that"
+            f"{name}: more than the {decoding.max_bytes // 2**20} MiB an image file may have; "
+            "data.max_megapixels raises that"
         )
     if decoding.max_megapixels * 1_000_000 > (Image.MAX_IMAGE_PIXELS or 0):
         Image.MAX_IMAGE_PIXELS = decoding.max_megapixels * 1_000_000
@@ -241,7 +244,10 @@ def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int
 
 
 def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = DEFAULT) -> bytes:
-    """Read a file, one byte more than `decode` takes at most (so that it refuses a larger one unread). Raises UserError."""
+    """Read a file, at most one byte more than `decode` takes, so that `decode` refuses a larger one.
+
+    Raises UserError where the file cannot be read.
+    """
     try:
         if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
             raise UserError(f"{name or path}: cannot be read (not a file)")
@@ -252,7 +258,10 @@ def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = D
 
 
 def read_image(path: Path | str, sha256: str | None = None, decoding: Decoding = DEFAULT) -> np.ndarray:
-    """Read and decode an image file: uint8 (H, W, 3). Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex)."""
+    """Read and decode an image file: uint8 (H, W, 3).
+
+    Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex).
+    """
     data = read_bytes(path, decoding=decoding)
     _require([data], sha256, path)
     return decode(data, str(path), decoding)
@@ -279,7 +288,9 @@ def pixel_count(file: Path | bytes) -> int:
 
 
 def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in lists of BATCH, shorter where their images (`pixels` each) would take more than BATCH_PIXELS to hold decoded at a time.
+    """Yield items in lists of BATCH, or fewer where their images would take more than BATCH_PIXELS.
+
+    `pixels` gives how many pixels an item's image has when decoded.
 
     32 small files may be 10 GB of pixels. An image larger than BATCH_PIXELS is a list of its own.
     """
@@ -308,7 +319,10 @@ def mask_levels(parts: Sequence[bytes], name: str) -> np.ndarray:
 
 
 def decode_mask(data: bytes, name: str) -> np.ndarray:
-    """Decode a mask: bool (H, W), true where the largest channel reaches half of its range. Raises UserError as `decode` does."""
+    """Decode a mask: bool (H, W), true where the largest channel reaches half of its range.
+
+    Raises UserError as `decode` does.
+    """
     return mask_levels([data], name) >= 128
 
 
@@ -318,7 +332,10 @@ def mask_bytes(path: Path, name: str | None = None) -> list[bytes]:
 
 
 def read_mask(path: Path | str, sha256: str | None = None) -> np.ndarray:
-    """Read a mask, a file or a folder of files: bool (H, W), true where marked. Raises UserError as `read_image` does."""
+    """Read a mask, a file or a folder of files: bool (H, W), true where marked.
+
+    Raises UserError as `read_image` does.
+    """
     parts = mask_bytes(Path(path))
     _require(parts, sha256, path)
     return mask_levels(parts, str(path)) >= 128

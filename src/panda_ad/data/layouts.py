@@ -1,14 +1,16 @@
-"""From folders of images to a list of entries: which image is in which category and split, with what label and mask.
+"""From folders of images to a list of entries: each image's category, split, label and mask.
 
 Two layouts (parameter `data.layout`):
 
-- `mvtec`: `<category>/train/good/*`, `<category>/test/good/*`, `<category>/test/<defect>/*` and, optional, masks (`mask_files`).
-  `<category>/validation/good/*` (MVTec LOCO) are training images too.
-- `folders`: `train/<class>/*` and `test/<class>/*`. A category is one class, or the classes of `data.normal_classes`: it trains on
-  those in train/, and tests on all of test/, where every other class is anomalous. torchvision's sets are read as this.
+- `mvtec`: `<category>/train/good/*`, `<category>/test/good/*`, `<category>/test/<defect>/*` and, optional, masks
+  (`mask_files`). `<category>/validation/good/*` (MVTec LOCO) are training images too.
+- `folders`: `train/<class>/*` and `test/<class>/*`. A category is one class, or the classes of `data.normal_classes`.
+  It trains on those in train/, and tests on all of test/, where every other class is anomalous.
+  torchvision's sets are read as this.
 
-What lies where the layout has no place for it becomes an entry with its `problem`, and files that are no images are counted in a
-warning, so that nothing is left out in silence. Names are compared as people read them, whatever their Unicode form.
+What lies where the layout has no place for it becomes an entry with its `problem`, and files that are no images are
+counted in a warning, so that nothing is left out in silence.
+Names are compared as people read them, whatever their Unicode form.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Entry:
 
     Attributes
     ----------
-    path, mask : POSIX, relative to the data's root; mask '' where there is none, a folder where it is several files to join.
+    path, mask : POSIX, relative to the data's root.
+        `mask` is '' where there is none, a folder where it is several files to join.
     category, defect : names; defect 'good' for normal images.
     split : 'train' or 'test'.  label : 0 normal, 1 anomalous.
     stratum : the folder that `limit_test` draws from in proportion.
@@ -71,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """The entries of a data set in the order of categories, then of paths, and one line on each thing that was passed over."""
+    """The entries of a data set in the order of categories, then of paths, and a line on each thing passed over."""
 
     entries: list[Entry] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -89,7 +92,7 @@ class _Folder:
     defect: str
 
     def entry(self, path: Path, mask: Path | None = None, problem: str = "") -> Entry:
-        """Return one of its files as an entry; names that are not UTF-8 are a problem, since no table could hold them."""
+        """Return one of its files as an entry; a name that is not UTF-8 is a problem, since no table could hold it."""
         relative, mask_name = _relative(self.root, path), _relative(self.root, mask) if mask else ""
         if any(printable(text) != text for text in (relative, mask_name)):
             problem = "its name is not valid UTF-8: rename it"
@@ -99,7 +102,7 @@ class _Folder:
 
 
 def image_root(params: Params) -> Path:
-    """Return the folder that manifest paths are relative to; a torchvision set is unpacked first where it is not yet."""
+    """Return the folder that manifest paths are relative to; a torchvision set is unpacked first if it is not yet."""
     if params.data.layout in torchvision_sets.SETS:
         return torchvision_sets.unpack(params.data.layout, Path(params.data.root))
     return Path(params.data.root)
@@ -135,7 +138,7 @@ def category_folder(root: Path, category: str) -> Path:
     return next((p for p in visible(root) if same_name(p.name, category) and p.is_dir()), root / category)
 
 
-def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
+def _mvtec(_params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
     folder = category_folder(root, category)
     if not folder.is_dir():
         found = [p.name for p in visible(root) if (p / "train").is_dir() or (p / "test").is_dir()]
@@ -163,7 +166,7 @@ def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnin
 
 
 def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Entry]:
-    """The images of one of a category's train, validation and test folders."""
+    """Yield the images of one of a category's train, validation and test folders."""
     kinds = [child for child in visible(split.path) if child.is_dir()]
     where = split.path.name
     if split.split == "test":
@@ -190,7 +193,7 @@ def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Ent
 
 
 def _images(folder: _Folder, passed: list[Path], masks: MaskFiles | None = None) -> Iterator[Entry]:
-    """A folder's images, with their masks where there are any."""
+    """Yield a folder's images, with their masks where there are any."""
     files = []
     for path in visible(folder.path):
         if path.is_dir():
@@ -207,7 +210,7 @@ def _images(folder: _Folder, passed: list[Path], masks: MaskFiles | None = None)
         yield folder.entry(path, mask, problem)
 
 
-def _folders(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
+def _folders(params: Params, root: Path, category: str, passed: list[Path], _warnings: list[str]) -> Iterator[Entry]:
     normal = [nfc(name) for name in params.data.normal_classes.get(category, [category])]
     classes = {split: [p for p in visible(root / split) if p.is_dir()] for split in ("train", "test")}
     for name in normal:

@@ -1,8 +1,8 @@
 """Refuse links that DVC and this package would follow differently.
 
-DVC records a link to a folder as an empty folder, records a whole set through a link, and at the next checkout deletes what is behind it:
-the files of a share. What is read, what is versioned and what is restored must be the same files. A link to a file is none of these:
-DVC records what it points to, and puts a copy in its place.
+DVC records a link to a folder as an empty folder. It records a whole set through a link, and at the next checkout
+deletes what is behind it: the files of a share. What is read, what is versioned and what is restored must be the same
+files. A link to a file is safe: DVC records what it points to, and puts a copy in its place.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def refuse_links(root: Path) -> None:
             if folder.is_symlink():
                 link, target = folder.relative_to(here), os.path.realpath(folder)
                 raise UserError(
-                    f"{link}: is a link to {target}, and `dvc checkout` would delete the files there: remove the link alone "
-                    f"(`rm {link}`), then copy the images here, or set data.root: {target} (read from there, not versioned)"
+                    f"{link}: is a link to {target}, and `dvc checkout` would delete the files there: "
+                    f"remove the link alone (`rm {link}`), then copy the images here, "
+                    f"or set data.root: {target} (read from there, not versioned)"
                 )
     _refuse_below(str(root))
 
@@ -42,12 +43,14 @@ def _refuse_below(folder: str) -> None:
             if entry.is_symlink():
                 if entry.is_dir():
                     raise UserError(
-                        f"{entry.path}: is a link to the folder {os.path.realpath(entry.path)}, which DVC records as an empty one: new "
-                        f"images there would go unseen. Copy the folder in its place, or set data.root to the folder that holds the real ones"
+                        f"{entry.path}: is a link to the folder {os.path.realpath(entry.path)}, which DVC records as "
+                        "an empty one: new images there would go unseen. Copy the folder in its place, "
+                        "or set data.root to the folder that holds the real ones"
                     )
                 if not os.path.exists(entry.path):
                     raise UserError(
-                        f"{entry.path}: is a link to {os.readlink(entry.path)}, which does not exist: remove or mend it"
+                        f"{entry.path}: is a link to {os.readlink(entry.path)}, which does not exist: "
+                        "remove it, or let it point to a file"
                     )
             elif entry.is_dir():
                 _refuse_below(entry.path)

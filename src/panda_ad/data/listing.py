@@ -1,7 +1,10 @@
-"""Which entries of a folder are images, wherever folders are listed: data sets, files to score, drop folders, files to add.
+"""Which entries of a folder are images, wherever folders are listed.
 
-Hidden entries and those that file servers and operating systems leave behind do not exist. Of the other files, images are told by
-their ending or, where they have none that says anything, by their first bytes. What is not an image is passed over and counted.
+These are data sets, files to score, drop folders and files to add.
+
+Hidden entries and those that file servers and operating systems leave behind do not exist. Other files are known as
+images by their ending or, where they have none that says anything, by their first bytes.
+What is not an image is passed over and counted.
 """
 
 from __future__ import annotations
@@ -91,12 +94,18 @@ _SYSTEM = frozenset(
         "found.000",
     ]
 ) | {"system volume information", "network trash folder", "temporary items"}
-"""Files and folders of NAS and operating systems (hidden ones, as .Trash-1000 and ._000.png, are passed over by their dot)."""
+"""Files and folders that file servers and operating systems leave behind.
+
+Hidden ones, as .Trash-1000 and ._000.png, are passed over by their dot.
+"""
 _NAMED = 3
 
 
 def visible(folder: Path) -> list[Path]:
-    """Return a folder's entries in the order of their names, none where there is no such folder. UserError where it cannot be listed."""
+    """Return a folder's entries in the order of their names, none where there is no such folder.
+
+    Raises UserError where it cannot be listed.
+    """
     try:
         names = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -152,7 +161,9 @@ class Found:
 
 
 def find_images(paths: Iterable[Path]) -> Found:
-    """Sort files: those given by name count as images, folders are searched with all below them, links to folders followed once.
+    """Sort files into images and others.
+
+    Those given by name count as images. Folders are searched with all below them, links to folders followed once.
 
     Raises
     ------
@@ -210,8 +221,8 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
 def settled(files: Iterable[Path], seconds: float) -> tuple[list[Path], list[Path]]:
     """Divide files into those that nobody writes to, and those that may still be being copied.
 
-    Files changed within `seconds` (or in the future, by a server's clock) are looked at again after as long: what has not changed by then
-    is complete. Files that have gone count as neither.
+    Files changed within `seconds` (or in the future, by a server's clock) are looked at again after as long.
+    What has not changed by then is complete. Files that have gone count as neither.
     """
     files = list(files)
     before = {file: _state(file) for file in files}
@@ -224,7 +235,7 @@ def settled(files: Iterable[Path], seconds: float) -> tuple[list[Path], list[Pat
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:
-    """Size, and times of change of content and of the file; None where it has gone."""
+    """Return size, and times of change of content and of the file; None where it has gone."""
     try:
         stat = file.stat()
     except OSError:
@@ -233,7 +244,10 @@ def _state(file: Path) -> tuple[int, int, int] | None:
 
 
 def describe(files: Iterable[Path]) -> str:
-    """Count files once per ending, and name those that may be pictures: '30 .json, 1 .heic (phone.heic), 1 without ending (x)'."""
+    """Count files once per ending, and name those that may be pictures.
+
+    An example: '30 .json, 1 .heic (phone.heic), 1 without ending (x)'.
+    """
     files = list(files)
     counts = Counter(f.suffix.lower() for f in files)
     parts = []
@@ -246,5 +260,5 @@ def describe(files: Iterable[Path]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with bytes that are not UTF-8 (which Python keeps as lone surrogates) written as \\x escapes."""
+    r"""Return the text with bytes that are not UTF-8 (which Python keeps as lone surrogates) written as \x escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")

@@ -1,8 +1,8 @@
 """The manifest: one row per category and image, from files read once each.
 
-Columns (COLUMNS): path, sha256 (of the file), width, height (upright, pixels), mode (Pillow's, as stored), category, split
-(train, calibration, test), label (0 normal, 1 anomalous), defect ('good' or its name), mask ('' or path), pixels (sha256 of the
-decoded RGB pixels: equal for the same picture in another file format), mask_sha256.
+Columns (COLUMNS): path, sha256 (of the file), width, height (upright, pixels), mode (Pillow's, as stored), category,
+split (train, calibration, test), label (0 normal, 1 anomalous), defect ('good' or its name), mask ('' or path), pixels
+(sha256 of the decoded RGB pixels: equal for the same picture in another file format), mask_sha256.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
 
     Returns
     -------
-    rows : COLUMNS (split train or test), and what validation needs beyond them: `misplaced` and `unreadable` ('' or the reason),
-        `mask_width`, `mask_height`, `mask_marked` (pixels) and `mask_largest` (0..255), NaN where there is nothing to measure,
-        `doubt` ('' or a sign of damage), `thumb` ('' or see `records`), `low` and `high` (values of 16-bit gray, else NaN).
+    rows : COLUMNS (split train or test), and what validation needs beyond them: `misplaced` and `unreadable` ('' or the
+        reason), `mask_width`, `mask_height`, `mask_marked` (pixels) and `mask_largest` (0..255), NaN where there is
+        nothing to measure, `doubt` ('' or a sign of damage), `thumb` ('' or see `records`), `low` and `high` (values of
+        16-bit gray, else NaN).
     warnings : one line each.
     """
     import pandas as pd
@@ -61,12 +62,10 @@ def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
     root, decoding = image_root(params), Decoding.of(params.data)
     with Records(root, decoding=decoding) as cache:
         listing = list_entries(params, root)
-        entries = _limit(listing.entries, params, root, cache)
+        entries = _limit(listing.entries, params, cache)
         placed = [e for e in entries if not e.problem]
-        read = read_all(
-            root, {e.path for e in placed}, "image", functools.partial(inspect_image, decoding=decoding), cache
-        )
-        masks = read_all(root, {e.mask for e in placed if e.mask}, "mask", inspect_mask, cache)
+        read = read_all({e.path for e in placed}, "image", functools.partial(inspect_image, decoding=decoding), cache)
+        masks = read_all({e.mask for e in placed if e.mask}, "mask", inspect_mask, cache)
     rows = [_row(e, read.get(e.path, {}), masks.get(e.mask, {})) for e in entries]
     measures = ["mask_width", "mask_height", "mask_marked", "mask_largest", "low", "high"]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "misplaced", "unreadable", "doubt", "thumb", *measures])
@@ -95,7 +94,6 @@ def existing_images(params: Params, category: str) -> list[tuple[Entry, Record]]
     with Records(root, keep=True, decoding=decoding) as cache:
         entries = list_entries(params.model_copy(update={"categories": [category]}), root).entries
         read = read_all(
-            root,
             {e.path for e in entries if not e.problem},
             "image",
             functools.partial(inspect_image, decoding=decoding),
@@ -105,11 +103,14 @@ def existing_images(params: Params, category: str) -> list[tuple[Entry, Record]]
 
 
 def draw_key(seed: int, purpose: str, content: str) -> str:
-    """A seeded random order that is a property of each image's content: adding images does not reorder the others."""
+    """Return a key that sorts images in a seeded random order.
+
+    It is a property of each image's content: adding images does not reorder the others.
+    """
     return hashlib.sha256(f"{seed}:{purpose}:{content}".encode()).hexdigest()
 
 
-def _limit(entries: list[Entry], params: Params, root: Path, cache: Records) -> list[Entry]:
+def _limit(entries: list[Entry], params: Params, cache: Records) -> list[Entry]:
     """Keep at most limit_train and limit_test images of each category, the latter in proportion to its strata."""
     limits = {"train": params.data.limit_train, "test": params.data.limit_test}
     groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
@@ -117,7 +118,7 @@ def _limit(entries: list[Entry], params: Params, root: Path, cache: Records) -> 
         if not e.problem and (e.split == "test" or not e.label):
             groups[e.category, e.split].append(e)
     over = {key: group for key, group in groups.items() if (limit := limits[key[1]]) is not None and len(group) > limit}
-    digests = read_all(root, {e.path for group in over.values() for e in group}, "file", digest, cache)
+    digests = read_all({e.path for group in over.values() for e in group}, "file", digest, cache)
     dropped = set()
     for (category, split), group in over.items():
         strata: dict[str, list[Entry]] = defaultdict(list)
@@ -131,7 +132,7 @@ def _limit(entries: list[Entry], params: Params, root: Path, cache: Records) -> 
 
 
 def apportion(sizes: dict[str, int], limit: int) -> dict[str, int]:
-    """Share `limit` seats in proportion to `sizes` (largest remainders), at least one each where there are enough seats."""
+    """Share `limit` seats in proportion to `sizes` (largest remainders), at least one each if there are enough."""
     total = sum(sizes.values())
     if limit >= total:
         return dict(sizes)
@@ -146,7 +147,7 @@ def apportion(sizes: dict[str, int], limit: int) -> dict[str, int]:
 
 
 def split_calibration(rows: pd.DataFrame, fraction: float, seed: int) -> pd.DataFrame:
-    """Hold ceil(fraction * n) of each category's training images out for calibration: those that come first by `draw_key`."""
+    """Hold ceil(fraction * n) of each category's training images out for calibration: the first by `draw_key`."""
     rows = rows.copy()
     for _, train in rows[rows["split"] == "train"].groupby("category", sort=False):
         keys = train["sha256"].map(lambda content: draw_key(seed, "calibration", content))

@@ -1,8 +1,8 @@
 """Which mask belongs to which image of a category in the layout `mvtec`.
 
-Masks lie in `ground_truth/<defect>/` (the folder may be called otherwise, see MASK_FOLDERS, and names may differ from those in test/ by
-case) or in `ground_truth/` itself, and are called `<stem>_mask.*` or `<stem>.*`. A folder `<stem>/` holds several masks of one image
-(MVTec LOCO), which are joined.
+Masks lie in `ground_truth/<defect>/` or in `ground_truth/` itself, and are called `<stem>_mask.*` or `<stem>.*`.
+The folder may be called otherwise (see MASK_FOLDERS), and names may differ from those in test/ by case.
+A folder `<stem>/` holds several masks of one image (MVTec LOCO), which are joined.
 """
 
 from __future__ import annotations
@@ -46,14 +46,22 @@ class MaskFiles:
                     passed.append(path)
 
     def claim_direct(self, images: Mapping[str, Sequence[Path]]) -> None:
-        """Count for each mask directly in the folder the images it may belong to; `images`: per kind of defect, good ones left out."""
+        """Count for each mask directly in the folder the images it may belong to.
+
+        Parameters
+        ----------
+        images : per kind of defect; good ones are left out.
+        """
         for kind, files in images.items():
             if kind.casefold() != "good" and not self._folders_of(kind):
                 for stem in {nfc(f.stem) for f in files}:
                     self._claimed.update(_lookup(self._direct, stem))
 
     def of(self, kind: str, images: Sequence[Path]) -> dict[Path, tuple[Path | None, str]]:
-        """Return each image's mask (a file, or a folder of files to join; None where it has none) and '' or what is wrong with it."""
+        """Return each image's mask and '' or what is wrong with it.
+
+        A mask is a file, or a folder of files to join; None where the image has none.
+        """
         own = self._folders_of(kind)
         masks = self._read(kind, own) if own else self._direct
         names = Counter(nfc(f.stem) for f in images)
@@ -67,7 +75,8 @@ class MaskFiles:
         if len(found) > 1:
             return (
                 None,
-                f"has several masks, {' and '.join(str(p) for p in found)}: keep one, or put them into a folder {image.stem}/",
+                f"has several masks, {' and '.join(str(p) for p in found)}: "
+                f"keep one, or put them into a folder {image.stem}/",
             )
         if same > 1:
             return (
@@ -82,7 +91,7 @@ class MaskFiles:
         return mask, ""
 
     def unused(self) -> Iterator[tuple[Path, str]]:
-        """Yield the masks that no image has asked for, and folders of masks that no defect is called like, each with the reason."""
+        """Yield the masks that no image has asked for, and mask folders named like no defect, each with the reason."""
         for name, folders in self._folders.items():
             if name.casefold() != "good" and name.casefold() not in {k.casefold() for k in self.kinds}:
                 for folder in folders:

@@ -1,7 +1,8 @@
 """Images beside the data set: outliers, brought to the resolution of the normal images, and labeled source images.
 
-Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned: on CIFAR-10's
-airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at 32 px (docs/results.md).
+Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned.
+On CIFAR-10's airplane, 64 px outliers against 32 px images left outlier exposure 10 points below the same outliers at
+32 px (docs/results.md).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from panda_ad.features.cache import Item
 
 
 def folder_files(folder: Path, key: str) -> list[Path]:
-    """Return the image files below a folder, sorted. UserError names the parameter `key` where there is no such folder."""
+    """Return the image files below a folder, sorted. UserError names the parameter `key` if there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{key}: no folder {folder}")
     return image_files([folder])
@@ -33,18 +34,18 @@ def plain_item(path: Path) -> Item:
 
 
 def is_gray(rgb: np.ndarray) -> bool:
-    """Whether the channels of an image, uint8 (H, W, 3), are equal everywhere."""
+    """Return whether the channels of an image, uint8 (H, W, 3), are equal everywhere."""
     return bool((rgb == rgb[:, :, :1]).all())
 
 
 def outlier_item(path: Path, size: tuple[int, int], gray: bool) -> Item:
-    """An outlier image for the activation cache, reduced to the resolution of the normal images.
+    """Return an outlier image for the activation cache, reduced to the resolution of the normal images.
 
     Parameters
     ----------
     path : its file.
-    size : (height, width) of the normal images, pixels. Where the outlier has more, it is reduced to that, antialiased; where it has less,
-        nothing is invented: it stays.
+    size : (height, width) of the normal images, pixels. A larger outlier is reduced to that, antialiased.
+        A smaller one stays: nothing is invented.
     gray : whether the normal images are gray; the outlier is then made gray too.
 
     Returns
@@ -56,7 +57,7 @@ def outlier_item(path: Path, size: tuple[int, int], gray: bool) -> Item:
 
 
 def read_outlier(path: Path, size: tuple[int, int], gray: bool) -> np.ndarray:
-    """uint8 (H, W, 3) of an outlier as `outlier_item` describes. UserError where it cannot be decoded."""
+    """Read an outlier, uint8 (H, W, 3), as `outlier_item` describes. UserError where it cannot be decoded."""
     image = Image.fromarray(read_image(path))
     height, width = min(image.height, size[0]), min(image.width, size[1])
     if (height, width) != (image.height, image.width):
@@ -65,12 +66,13 @@ def read_outlier(path: Path, size: tuple[int, int], gray: bool) -> np.ndarray:
 
 
 def coarseness(files: Sequence[Path], size: tuple[int, int], network: tuple[int, int]) -> float:
-    """How many times coarser outliers are than normal images, as the network sees both: 1 where not.
+    """Return how many times coarser outliers are than normal images, as the network sees both: 1 where not.
 
     Parameters
     ----------
     files : the outliers.
-    size, network : (height, width) of the normal images, and of the network's input, which hides any resolution beyond its own.
+    size : (height, width) of the normal images, pixels.
+    network : (height, width) of the network's input, which hides any resolution beyond its own.
 
     Returns
     -------

@@ -16,11 +16,14 @@ REASONS = "reasons.csv"
 
 
 def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path | None, int]:
-    """Copy the refused files into a folder named by the time, with reasons.csv: path, reason, the name of the copy, and its sha256.
+    """Copy the refused files into a folder named by the time, with reasons.csv.
+
+    Its columns are path, reason, copy (the copy's name) and sha256.
 
     Returns
     -------
-    The folder, None where there was nothing to copy, and how many of the files were left out, since an earlier one holds their content.
+    The folder, None where there was nothing to copy, and how many of the files were left out.
+    A file is left out where an earlier folder holds its content.
     """
     copied = _copied(parent)
     digests = {path: digest_if_readable(path) for path, _ in refused}
@@ -33,12 +36,12 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
     )
     with atomic_folder(folder) as temporary:
         rows = []
-        for n, (path, reason) in enumerate(new, 1):
-            copy = f"{n:04d}-{plain_stem(path)}{image_suffix(path)}"
+        for n, (path, why) in enumerate(new, 1):
+            copy, reason = f"{n:04d}-{plain_stem(path)}{image_suffix(path)}", why
             try:
                 shutil.copyfile(path, temporary / copy)
             except OSError as e:  # it could not be read in the first place
-                copy, reason = "", f"{reason}; no copy was made ({e.strerror})"
+                copy, reason = "", f"{why}; no copy was made ({e.strerror})"
             rows.append([printable(str(path)), printable(" ".join(reason.split())), printable(copy), digests[path]])
         with open(temporary / REASONS, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
@@ -48,7 +51,7 @@ def quarantine(parent: Path, refused: Sequence[tuple[Path, str]]) -> tuple[Path 
 
 
 def _copied(parent: Path) -> set[str]:
-    """sha256 of the copies that are there; folders from before reasons.csv had that column hold unknown ones."""
+    """Return sha256 of the copies that are there; folders from before reasons.csv had that column hold unknown ones."""
     found = set()
     for path in parent.glob(f"*/{REASONS}"):
         with open(
@@ -63,11 +66,11 @@ def _copied(parent: Path) -> set[str]:
 
 
 def plain_stem(file: Path) -> str:
-    """A file's name without its ending, of characters that every file system takes, and not too many."""
+    """Return a file's name without its ending, of characters that every file system takes, and not too many."""
     return re.sub(r"[^\w.-]+", "_", file.stem).strip("._-")[:40] or "image"
 
 
 def image_suffix(file: Path) -> str:
-    """A file's ending where it is one of an image, in lower case; else ''."""
+    """Return a file's ending in lower case where it is one of an image, else ''."""
     suffix = file.suffix.lower()
     return suffix if suffix in SUFFIXES else ""

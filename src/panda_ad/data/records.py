@@ -26,8 +26,11 @@ from panda_ad.system.files import atomic_file
 CACHE = Path(".cache") / "manifest"
 
 Record = dict[str, Any]
-"""What one reading of a file found: sha256, width, height, problem; of an image also mode, pixels, thumb, doubt and, of 16-bit gray, values;
-of a mask marked and largest."""
+"""What one reading of a file found.
+
+Every record has sha256, width, height and problem. One of an image has also mode, pixels, thumb, doubt and, for 16-bit
+gray, values; one of a mask has marked and largest.
+"""
 
 _Stored = tuple[list[list[int]], Record]
 """Of each of its files size, times of change (of content, of the file) in ns, and inode; and what was found."""
@@ -110,8 +113,9 @@ def digest(root: Path, path: str) -> Record:
 class Records:
     """Records of files read before, by kind and path; safe to delete.
 
-    A record holds while its file has the same size and times and is the same file. One of the same size and time of change that is another
-    file, or has another link to it (a replaced file, a copy, a restored one), is compared by content, which is cheaper than decoding.
+    A record holds while its file has the same size and times and is the same file. One of the same size and time of
+    change that is another file, or has another link to it (a replaced file, a copy, a restored one), is compared by
+    content, which is cheaper than decoding.
 
     Kept for the files of the last run only, or, with `keep`, for those of runs before it too.
     """
@@ -177,7 +181,7 @@ class Records:
         return [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for stat in found]
 
     def _same(self, kind: str, path: str, record: Record) -> bool:
-        """Whether the files hold what they held."""
+        """Return whether the files hold what they held."""
         try:
             return images.digest([part.read_bytes() for part in self._parts(kind, path)]) == record.get("sha256")
         except OSError:
@@ -185,16 +189,19 @@ class Records:
 
 
 def remember(root: Path, found: Iterable[tuple[str, str, Record]], decoding: Decoding = images.DEFAULT) -> None:
-    """Keep what reading files under `root` found, each (kind: 'image' or 'mask', path, record), so that no run reads them again."""
+    """Keep what reading files under `root` found, so that no run reads them again.
+
+    Parameters
+    ----------
+    found : (kind: 'image' or 'mask', path, record) of each.
+    """
     with Records(root, keep=True, decoding=decoding) as cache:
         for kind, path, record in found:
             cache.put(kind, path, record)
 
 
-def read_all(
-    root: Path, paths: set[str], kind: str, read: Callable[[Path, str], Record], cache: Records
-) -> dict[str, Record]:
-    """`read` each file once, by as many threads as there are cores (decoding releases Python's lock)."""
+def read_all(paths: set[str], kind: str, read: Callable[[Path, str], Record], cache: Records) -> dict[str, Record]:
+    """Read each file once with `read`, by as many threads as there are cores (decoding releases Python's lock)."""
     from tqdm import tqdm
 
     cached = {path: record for path in paths if (record := cache.cached(kind, path)) is not None}

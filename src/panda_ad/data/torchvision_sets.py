@@ -1,8 +1,9 @@
 """torchvision's CIFAR10, CIFAR100, FashionMNIST and Flowers102, unpacked once to class-per-folder images.
 
-They are read by `torchvision.datasets` from `data.root` (where torchvision keeps the originals, and puts them if it can download
-them) and written, without loss, to `.cache/datasets/<name>/{train,test}/<class>/<index>.png`; Flowers102's files are JPEG already
-and are copied. From there on they are a data set in the layout `folders`.
+They are read by `torchvision.datasets` from `data.root`, where torchvision keeps the originals, and puts them if it can
+download them. They are written, without loss, to `.cache/datasets/<name>/{train,test}/<class>/<index>.png`.
+Flowers102's files are JPEG already and are copied.
+From there on they are a data set in the layout `folders`.
 
 Splits are the published ones; Flowers102 trains on its train and val parts together (20 images per class).
 """
@@ -39,12 +40,14 @@ SETS = {
 
 
 def class_folder(name: str) -> str:
-    """A class's name as folder and category: 'T-shirt/top' -> 'T-shirt-top', "colt's foot" -> 'colts foot'."""
+    """Return a class's name as folder and category: 'T-shirt/top' -> 'T-shirt-top', "colt's foot" -> 'colts foot'."""
     return re.sub(r"[/\\:%@]+", "-", name).replace("'", "").replace('"', "").lstrip(".")
 
 
 def unpack(layout: str, root: Path) -> Path:
-    """The folder `.cache/datasets/<layout>` with the whole set in it, written now where it is missing or its source has changed.
+    """Return the folder `.cache/datasets/<layout>` with the whole set in it.
+
+    It is written now where it is missing or its source has changed.
 
     Raises
     ------
@@ -93,12 +96,13 @@ def _images(layout: str, root: Path, split: str) -> Iterable[tuple[str, Any]]:
         reason = " ".join(str(e).split())[:120] or type(e).__name__
         raise UserError(
             f"data.layout {layout}: torchvision cannot read or download {name} ({reason}); "
-            f"put {', '.join(files)} into {root / folder} (unpacked from the original archive), or set data.root to where it is"
+            f"put {', '.join(files)} into {root / folder} (unpacked from the original archive), "
+            "or set data.root to where it is"
         ) from None
 
 
 def _flowers(parts: list[Any]) -> Iterator[tuple[str, Path]]:
-    # torchvision offers the files' paths under private names only, and decoding 8,000 photos to write them as PNG takes 5 GB.
+    # torchvision offers the files' paths under private names only; to decode 8,000 photos and write PNG takes 5 GB
     for part in parts:
         for file, label in zip(part._image_files, part._labels, strict=True):
             yield class_folder(part.classes[label]), Path(file)

@@ -1,4 +1,4 @@
-"""Validate a data set: Great Expectations decides by the table in `expectations`, whose reasons say in words what is wrong."""
+"""Validate a data set: Great Expectations decides by the table in `expectations`, whose reasons are in words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Validation:
 
     Attributes
     ----------
-    rows : every row of `collect`, `problem` filled in for each bad one, good training rows split into train and calibration.
+    rows : every row of `collect`, `problem` filled in for each bad one.
+        Good training rows are split into train and calibration.
     problems : (path, reason) of each bad file; leaving them out is enough.
     left_out : those of `problems` that a published set has by nature, which stop nothing.
     shortages : (folder, reason) of what stays wrong without them: too few images.
@@ -64,7 +65,7 @@ class Validation:
         return usable.astype({"width": "int64", "height": "int64"}).reset_index(drop=True)
 
     def fatal(self, params: Params) -> list[tuple[str, str]]:
-        """Return (path, reason) of what stops the pipeline: shortages always, bad files where they are not quarantined."""
+        """Return (path, reason) of what stops the pipeline: shortages always, bad files if they are not quarantined."""
         if params.data.on_invalid == "quarantine":
             return self.shortages
         return self.shortages + [problem for problem in self.problems if problem not in set(self.left_out)]
@@ -95,7 +96,8 @@ def validate(rows: pd.DataFrame, params: Params, warnings: list[str] | None = No
     warnings = [*(warnings or []), *(reason for rule, reason in failures if not rule.needed)]
     if left_out:
         warnings.append(
-            f"{len(left_out)} files of {params.data.layout} are copies of others in it and are left out (problems.csv lists them)"
+            f"{len(left_out)} files of {params.data.layout} are copies of others in it and are left out "
+            "(problems.csv lists them)"
         )
     warnings += find_warnings(good, params)
     return Validation(rows, problems, sorted(left_out), shortages, warnings, outcomes + found)
@@ -188,7 +190,7 @@ class _Suite:
 
 
 def _gx_rows(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows as Great Expectations reads them: '' as missing, numbers as float64, and their index as a column."""
+    """Return the rows as Great Expectations reads them: '' as missing, numbers as float64, their index as a column."""
     import numpy as np
 
     frame = rows.drop(columns="thumb").assign(row=rows.index)
@@ -203,7 +205,10 @@ def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _load_when_used(name: str) -> None:
-    """Put off the import of a module until an attribute of it is asked for: importlib's recipe 'Implementing lazy imports'."""
+    """Put off the import of a module until an attribute of it is used.
+
+    This is importlib's recipe 'Implementing lazy imports'.
+    """
     spec = None if name in sys.modules else importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
         return
