@@ -37,8 +37,8 @@ def image_figures(
 
     Returns
     -------
-    figures : AUROC, average precision and false-positive rate at 95 % recall (where both classes are present), threshold, false-alarm
-        rate (with good images), recall (with defective ones), and how many images there are of each.
+    figures : AUROC, average precision and false-positive rate at 95 % recall (where both classes are present),
+        threshold, false-alarm rate (with good images), recall (with defective ones), and the number of images of each.
     intervals : of all of them that are estimates. Ranking figures by bootstrap, rates by Clopper and Pearson.
 
     Raises
@@ -66,7 +66,9 @@ def image_figures(
 def component_figures(
     labels: np.ndarray, feature_scores: np.ndarray, map_scores: np.ndarray | None
 ) -> dict[str, float]:
-    """Compute the AUROC that either component of the score would give alone; empty without good or without defective images.
+    """Compute the AUROC that either component of the score would give alone.
+
+    The result is empty without good or without defective images.
 
     Parameters
     ----------
@@ -112,7 +114,8 @@ def cautions(good: int, defective: int, confidence: float) -> list[str]:
     lines = []
     if not defective:
         lines.append(
-            "No defective test images: what this model catches has not been measured. Add some under test/ when there are any."
+            "No defective test images: what this model catches has not been measured. "
+            "Add some under test/ when there are any."
         )
     elif defective < FEW:
         low = image_metrics.binomial_interval(defective, defective, confidence)[0]
@@ -129,14 +132,18 @@ def cautions(good: int, defective: int, confidence: float) -> list[str]:
         high = image_metrics.binomial_interval(0, good, confidence)[1]
         images = "1 good test image" if good == 1 else f"{good} good test images"
         lines.append(
-            f"Only {images}: even if none raised an alarm, the true share of false alarms could be as high as {100 * high:.0f} % "
+            f"Only {images}: even if none raised an alarm, "
+            f"the true share of false alarms could be as high as {100 * high:.0f} % "
             f"({100 * confidence:g} % interval)."
         )
     return lines
 
 
 def roc_table(labels: np.ndarray, scores: np.ndarray) -> pd.DataFrame:
-    """Tabulate the ROC curve, a row per distinct score: false_positive_rate, true_positive_rate. Empty without both classes."""
+    """Tabulate the ROC curve, a row per distinct score: false_positive_rate, true_positive_rate.
+
+    The table is empty without both classes.
+    """
     columns = ("false_positive_rate", "true_positive_rate")
     if len(set(labels.tolist())) < 2:
         return pd.DataFrame(columns=columns, dtype=np.float64)
@@ -149,8 +156,8 @@ def histogram_table(labels: np.ndarray, scores: np.ndarray, threshold: float, bi
 
     Returns
     -------
-    A row per bin and class: score (lower edge), upper (its other edge), images, label ('good' or 'defect'), threshold. Bins without images
-    are left out, and so is a class without any.
+    A row per bin and class: score (lower edge), upper (its other edge), images, label ('good' or 'defect'), threshold.
+    Bins without images are left out, and so is a class without any.
     """
     columns = ["score", "upper", "images", "label", "threshold"]
     if not len(scores):

@@ -1,7 +1,7 @@
 """Image metrics on raw scores, and their bootstrap intervals.
 
-All of them are functions of one curve: how many anomalous (`tp`) and normal (`fp`) images score at or above each distinct
-score. Tied scores enter together, so no result depends on the order of the images.
+All of them are functions of one curve: how many anomalous (`tp`) and normal (`fp`) images score at or above each
+distinct score. Tied scores enter together, so no result depends on the order of the images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _BLOCK = 2**21  # resample counts held at a time: bounds the bootstrap's memory 
 
 
 def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Compute the area under the ROC curve: P(anomalous scores above normal) + P(they tie) / 2 (Mann-Whitney with midranks).
+    """Compute the area under the ROC curve.
+
+    It is P(anomalous scores above normal) + P(they tie) / 2 (Mann-Whitney with midranks).
 
     Parameters
     ----------
@@ -38,19 +40,28 @@ def auroc(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Compute average precision: sum over the anomalous images of (recall step) x (precision there), without interpolation."""
+    """Compute average precision: the sum over the anomalous images of (recall step) x (precision there).
+
+    There is no interpolation.
+    """
     return float(_average_precision(*_curve(labels, scores)[:2]))
 
 
 def fpr_at_tpr(labels: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> float:
-    """Compute the false-positive rate at the highest threshold that finds at least a share `tpr` of the anomalous; no interpolation."""
+    """Compute the false-positive rate at the highest threshold that finds at least a share `tpr` of the anomalous.
+
+    There is no interpolation.
+    """
     if not 0 < tpr <= 1:
         raise UserError(f"fpr_at_tpr: tpr must lie in (0, 1], not {tpr}")
     return float(_fpr_at_tpr(*_curve(labels, scores)[:2], tpr))
 
 
 def recall_at_budget(budget: float) -> Metric:
-    """Return a metric: the share of the anomalous above the lowest threshold that alarms at most a share `budget` of these normal images."""
+    """Return a metric: the share of the anomalous above a threshold.
+
+    The threshold is the lowest that alarms at most a share `budget` of these normal images.
+    """
 
     def metric(labels: np.ndarray, scores: np.ndarray) -> float:
         normal = np.sort(scores[labels == 0])[::-1]
@@ -61,14 +72,18 @@ def recall_at_budget(budget: float) -> Metric:
 
 
 def youden(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Return Youden's J of the decisions score > 0: share of the anomalous above 0 less the share of the normal above 0, in [-1, 1]."""
+    """Return Youden's J of the decisions score > 0, in [-1, 1].
+
+    It is the share of the anomalous above 0 less the share of the normal above 0.
+    """
     return float((scores[labels == 1] > 0).mean() - (scores[labels == 0] > 0).mean())
 
 
 def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the ROC curve: false-positive rate, true-positive rate and threshold (score >= threshold), each (T + 1,) float64.
+    """Compute the ROC curve: false-positive rate, true-positive rate and threshold, each (T + 1,) float64.
 
-    One point per distinct score, thresholds descending, after the point (0, 0) with threshold infinity.
+    There is one point per distinct score (score >= threshold), thresholds descending.
+    Before them is the point (0, 0) with threshold infinity.
     """
     tp, fp, thresholds = _curve(labels, scores)
     return np.r_[0, fp / fp[-1]], np.r_[0, tp / tp[-1]], np.r_[np.inf, thresholds]
@@ -77,17 +92,24 @@ def roc_curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
 def bootstrap_interval(
     metric: Metric, labels: np.ndarray, scores: np.ndarray, n: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Compute the percentile bootstrap interval of a metric; normal and anomalous images are resampled apart, so their numbers stay.
+    """Compute the percentile bootstrap interval of a metric.
+
+    Normal and anomalous images are resampled apart, so their numbers stay.
 
     Parameters
     ----------
-    metric : `auroc`, `average_precision`, `fpr_at_tpr` (vectorized), or any function of labels and scores (one call per resample).
-    n : resamples.  confidence : coverage, in (0, 1).  seed : of the resampling; the same seed gives the same interval.
+    metric : `auroc`, `average_precision`, `fpr_at_tpr` (vectorized), or any function of labels and scores.
+        The latter is called once per resample.
+    labels, scores : (N,) as in `auroc`.
+    n : resamples.
+    confidence : coverage, in (0, 1).
+    seed : of the resampling; the same seed gives the same interval.
 
     Returns
     -------
-    (low, high). Where the classes are fully separated every resample is as the sample is, and where one has fewer than `SMALL` images
-    resampling sees too little of their spread: AUROC's interval is then Newcombe's. That of any other metric is as narrow as it comes out.
+    (low, high). Where the classes are fully separated, every resample gives the sample's own value, and where one has
+    fewer than `SMALL` images, resampling sees too little of their spread: AUROC's interval is then Newcombe's.
+    That of any other metric is as narrow as it comes out.
     """
     labels, scores = _checked(labels, scores)
     if metric is auroc:
@@ -99,10 +121,11 @@ def bootstrap_interval(
 
 
 def newcombe_interval(value: float, normal: int, anomalous: int, confidence: float) -> tuple[float, float]:
-    """Compute the interval (low, high) of an AUROC `value` in [0, 1] from so many images of each class, both at least 1.
+    """Compute the interval (low, high) of an AUROC `value` in [0, 1] from numbers of images, both at least 1.
 
-    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, Statistics in Medicine 2006,
-    method 5: the t at which (value - t)^2 = z^2 var(t), with the variance of Hanley and McNeil (Radiology 1982) for groups of equal size.
+    Source: Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2,
+    Statistics in Medicine 2006, method 5. The ends are the t at which (value - t)^2 = z^2 var(t), with the variance of
+    Hanley and McNeil (Radiology 1982) for groups of equal size.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm
@@ -120,7 +143,10 @@ def newcombe_interval(value: float, normal: int, anomalous: int, confidence: flo
 
 
 def binomial_interval(hits: int, n: int, confidence: float) -> tuple[float, float]:
-    """Compute the interval (low, high) of a share of which `hits` of n >= 1 were seen (Clopper and Pearson, Biometrika 1934): never too narrow."""
+    """Compute the interval (low, high) of a share from `hits` out of n >= 1.
+
+    Clopper and Pearson, Biometrika 1934: the interval is never too narrow.
+    """
     from scipy.special import betaincinv
 
     tail = (1 - confidence) / 2
@@ -211,8 +237,9 @@ def resample_metric(metric: Metric, labels: np.ndarray, scores: np.ndarray, coun
 
     Parameters
     ----------
-    labels, scores : (N,) as in `auroc`.  counts : int32 (B, N), how often each image is drawn; each class at least once in every row.
-        A metric of this module is taken from weighted curves, without sorting again.
+    labels, scores : (N,) as in `auroc`.
+    counts : int32 (B, N), how often each image is drawn; each class at least once in every row.
+    metric : one of this module is taken from weighted curves, without sorting again.
     """
     if metric not in _OF_CURVE:
         return np.array([metric(np.repeat(labels, row), np.repeat(scores, row)) for row in counts])

@@ -17,16 +17,25 @@ from panda_ad.params import Params
 from panda_ad.scoring.verdict import resize_map
 
 PIXEL_SIDE = 384
-"""Pixel metrics are taken at the image's own size, or reduced so that its longer side is this many pixels, to bound memory."""
+"""Longest side of the masks that pixel metrics compare, pixels.
+
+Metrics are taken at the image's own size where that is smaller; larger images are reduced, to bound memory.
+"""
 
 Masks = list[np.ndarray | None]
 """Per image a bool (H, W), empty where it is good; None where it is defective and nobody has marked where."""
 
 
 def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
-    """Read the ground truth of manifest rows; None where no image has any. UserError where a mask is not the one that `validate` read.
+    """Read the ground truth of manifest rows; None where no image has any.
 
-    A mask that is reduced marks each pixel that a defect touches: at a half, thin or small ones would fall apart or vanish.
+    A mask that is reduced marks each pixel that a defect touches.
+    A pixel marked from one half on would make thin or small defects fall apart or vanish.
+
+    Raises
+    ------
+    UserError
+        A mask is not the one that `validate` read.
     """
     if not (rows["mask"] != "").any():
         return None
@@ -50,7 +59,10 @@ def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class MapsAsMasks(Sequence[np.ndarray]):
-    """Heat maps, N times float32 (h, w), each brought to the shape of its mask when it is asked for: together they take more than memory."""
+    """Heat maps, N times float32 (h, w), each brought to the shape of its mask when it is asked for.
+
+    Together they take more than memory.
+    """
 
     maps: Sequence[np.ndarray] | np.ndarray
     masks: Sequence[np.ndarray]

@@ -1,10 +1,10 @@
 """Pixel metrics over a test set: AUROC, AU-PRO and best F1, exact over all thresholds, and their intervals.
 
-Masks are bool: a ground-truth pixel is defective where its mask's value is at least half (`data.images.read_mask` binarizes).
+Masks are bool: a pixel is defective where its mask's value is at least half (`data.images.read_mask` binarizes).
 
 For each metric it is enough to know, per defective pixel, how many normal pixels score above it and how many score the
-same. So only the defective pixels are held, and the normal ones pass by in sorted blocks of 16 million: nothing is binned, and
-memory stays bounded by the number of defective pixels.
+same. So only the defective pixels are held, and the normal ones pass by in sorted blocks of 16 million.
+Nothing is binned, and memory stays bounded by the number of defective pixels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
     Raises
     ------
     UserError
-        Sizes differ, a value is not finite, or there is no defective or no normal pixel at all. So do all functions here.
+        Sizes differ, a value is not finite, or there is no defective or no normal pixel at all.
+        All functions of this module raise it for these.
     """
     _check(masks, maps)
     scores = np.concatenate([m[mask] for mask, m in zip(masks, maps, strict=True)])
@@ -45,14 +46,18 @@ def pixel_auroc(masks: Masks, maps: Maps) -> float:
 
 
 def au_pro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
-    """Compute the area under the per-region overlap curve up to a false-positive rate, divided by that rate (Bergmann et al., IJCV 2021, 4.2).
+    """Compute AU-PRO: the area under the per-region overlap curve up to a false-positive rate, divided by that rate.
 
-    The overlap at a threshold is the share of a connected defect (8-neighborhood, per image) that scores at or above it,
-    averaged over all defects of the set, so that small defects weigh as much as large ones; the false-positive rate is over all
-    normal pixels of all images. The curve is linear between neighboring thresholds, and is cut at `limit` by interpolation.
+    Source: Bergmann et al., IJCV 2021, section 4.2.
 
-    Each defective pixel raises the overlap by its weight 1 / (size of its defect x number of defects) while the false-positive rate
-    goes from `a` (normal pixels above it) to `b` (above or tied), so the area is a sum over defective pixels in closed form.
+    The overlap at a threshold is the share of a connected defect (8-neighborhood, per image) at or above it.
+    It is averaged over all defects of the set, so that small defects weigh as much as large ones.
+    The false-positive rate is over all normal pixels of all images.
+    The curve is linear between neighboring thresholds, and is cut at `limit` by interpolation.
+
+    Each defective pixel raises the overlap by its weight 1 / (size of its defect x number of defects), while the
+    false-positive rate goes from `a` (normal pixels above it) to `b` (above or tied).
+    So the area is a sum over defective pixels in closed form.
     """
     if not 0 < limit <= 1:
         raise UserError(f"au_pro: the limit must lie in (0, 1], not {limit}")
@@ -68,7 +73,7 @@ def au_pro(masks: Masks, maps: Maps, limit: float = 0.3) -> float:
 def pixel_f1(masks: Masks, maps: Maps) -> float:
     """Compute the largest F1 = 2 TP / (2 TP + FP + FN) over all thresholds, pixels of all images together.
 
-    The best threshold is the score of some defective pixel: lowering it further, short of the next one, only adds false positives.
+    The best threshold is the score of some defective pixel: a lower one, short of the next, only adds false positives.
     """
     _check(masks, maps)
     scores = np.concatenate([m[mask] for mask, m in zip(masks, maps, strict=True)])
@@ -83,8 +88,9 @@ def pixel_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Compute percentile bootstrap intervals of the three metrics, by image (pixels of an image are not independent).
 
-    Images with and without defects are resampled apart. For the intervals only, scores are binned at 2,000 quantiles (half of
-    them of the defective pixels, half of the normal ones), which moves a metric by less than 0.001; the metrics above stay exact.
+    Images with and without defects are resampled apart. For the intervals only, scores are binned at 2,000 quantiles
+    (half of them of the defective pixels, half of the normal ones), which moves a metric by less than 0.001.
+    The metrics above stay exact.
 
     Returns
     -------
@@ -136,7 +142,10 @@ def _components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def _normal_counts(unique: np.ndarray, masks: Masks, maps: Maps) -> tuple[np.ndarray, np.ndarray, int]:
-    """Normal pixels above and equal to each of the ascending scores (U,): (U,) int64 twice, and how many there are in all."""
+    """Count the normal pixels above and equal to each of the ascending scores (U,), and all normal pixels.
+
+    The first two are (U,) int64.
+    """
     above, tied = np.zeros(len(unique), np.int64), np.zeros(len(unique), np.int64)
     total = 0
     for block in _normal_blocks(masks, maps):
@@ -161,7 +170,10 @@ def _normal_blocks(masks: Masks, maps: Maps) -> Iterator[np.ndarray]:
 
 
 def _edges(masks: Masks, maps: Maps) -> np.ndarray:
-    """Ascending, distinct bin edges: quantiles of the defective and of the normal pixels, from at most a few million of each."""
+    """Return ascending, distinct bin edges: quantiles of the defective and of the normal pixels.
+
+    Each comes from at most a few million pixels.
+    """
     parts = []
     for defective in (True, False):
         pixels = sum(int((mask == defective).sum()) for mask in masks)

@@ -30,7 +30,8 @@ def build_report(report: Report) -> str:
 
     Raises
     ------
-    ValueError : arrays of different lengths, a score that is not finite, or a picture whose path is not in `report.paths`.
+    ValueError
+        Arrays of different lengths, a score that is not finite, or a picture whose path is not in `report.paths`.
     """
     data = _data(report)
     good = int((np.asarray(report.labels) == 0).sum())
@@ -89,10 +90,13 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _rate_intervals(m: int, confidence: float) -> list[list[float]]:
-    """Return the interval of the true false-alarm rate with l - 1 of m calibration scores above the threshold, for l = 1 .. m + 1.
+    """Return the interval of the true false-alarm rate for each place of the threshold, l = 1 .. m + 1.
 
-    With the threshold at the l-th largest of m exchangeable scores, the rate follows Beta(l, m + 1 - l) (order statistics;
-    Vovk, Conditional validity of inductive conformal predictors, 2012). Above them all (l = m + 1) it is 1.
+    At place l, l - 1 of m calibration scores lie above the threshold.
+
+    With the threshold at the l-th largest of m exchangeable scores, the rate follows Beta(l, m + 1 - l).
+    Source: order statistics; Vovk, Conditional validity of inductive conformal predictors, 2012.
+    Above them all (l = m + 1) it is 1.
     """
     from scipy.special import betaincinv
 

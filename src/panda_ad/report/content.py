@@ -29,7 +29,13 @@ class Neighbor(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """The worst spot at the image's own resolution: uint8 (h, w, 3), and its box (x0, y0, x1, y1) in shares of the image, in [0, 1]."""
+    """The part of an image with the peak of its heat map, at the image's own resolution.
+
+    Attributes
+    ----------
+    rgb : uint8 (h, w, 3).
+    box : its place (x0, y0, x1, y1) in shares of the image, in [0, 1].
+    """
 
     rgb: np.ndarray
     box: tuple[float, float, float, float]
@@ -47,7 +53,8 @@ class ReportImage:
     heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localization.
     mask : bool (h'', w''), ground truth covering the whole image; None where there is none.
     neighbors : of the nearest normal images, nearest first; five are shown.
-    components : (whole image, worst spot), whose sum the score is, in standard deviations of normal images; None where it is no sum.
+    components : (feature score, map score), whose sum the score is, in standard deviations of normal images.
+        None where the score is no sum.
     """
 
     path: str
@@ -65,7 +72,15 @@ class ReportImage:
 
 @dataclass(frozen=True)
 class DefectRow:
-    """Figures of one kind of defect against all good test images: image AUROC with its interval, and pixel figures; None where unknown."""
+    """Figures of one kind of defect against all good test images; None where unknown.
+
+    Attributes
+    ----------
+    defect : the kind.
+    n : test images of it.
+    auroc, interval : image AUROC, and its (low, high).
+    pixel_auroc, au_pro : pixel figures of the same images.
+    """
 
     defect: str
     n: int

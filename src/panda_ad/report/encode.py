@@ -26,8 +26,8 @@ def encode_images(images: Sequence[ReportImage]) -> dict[str, Any]:
     Returns
     -------
     images : per image thumb (base64 JPEG), width and height (pixels of the thumbnail), heat (base64 gray JPEG) or None,
-        outline (SVG path on a grid of `outlineSize`) or None, spot (as `thumb`, and its place in shares of the image) or None,
-        neighbors [index into normals], components (as in `ReportImage`).
+        outline (SVG path on a grid of `outlineSize`) or None, spot (as `thumb`, and its place in shares of the image)
+        or None, neighbors [index into normals], components (as in `ReportImage`).
     normals : each neighbor once: path and thumb.
     heat : (low, high) of the heat maps' color scale, or None without heat maps.
     """
@@ -58,10 +58,10 @@ def encode_images(images: Sequence[ReportImage]) -> dict[str, Any]:
 
 
 def heat_scale(images: Sequence[ReportImage]) -> tuple[float, float] | None:
-    """(low, high) of the colors, one scale for all images so that they compare; None without heat maps.
+    """Return (low, high) of the colors, one scale for all images so that they compare; None without heat maps.
 
-    Low is what 95 % of the good images' area stays below (of all images where none is good), high the 90th percentile of the
-    images' maxima.
+    Low is what 95 % of the good images' area stays below (of all images where none is good).
+    High is the 90th percentile of the images' maxima.
     """
     maps = [(image.label, np.nan_to_num(image.heatmap)) for image in images if image.heatmap is not None]
     if not maps:
@@ -73,9 +73,11 @@ def heat_scale(images: Sequence[ReportImage]) -> tuple[float, float] | None:
 
 
 def outline(mask: np.ndarray) -> tuple[str, int, int] | None:
-    """Boundary of a bool (h, w) mask as an SVG path of closed loops in a box of the returned (width, height); None if empty.
+    """Return the boundary of a bool (h, w) mask as an SVG path, and the (width, height) of its box; None if empty.
 
-    The mask is reduced to a grid of `OUTLINE` pixels, each marked that a defect touches. Numbers are whole: half pixels of that grid.
+    The path consists of closed loops.
+    The mask is reduced to a grid of `OUTLINE` pixels, each marked that a defect touches.
+    Numbers are whole: half pixels of that grid.
     """
     if not mask.any():
         return None
@@ -95,7 +97,10 @@ def outline(mask: np.ndarray) -> tuple[str, int, int] | None:
 
 
 def jpeg(rgb: np.ndarray, side: int | None = None) -> str:
-    """uint8 (h, w, 3), at most `side` pixels a side, as base64 JPEG (WebP takes 30 times as long to write for a fifth of the bytes)."""
+    """Return uint8 (h, w, 3), reduced to at most `side` pixels a side, as base64 JPEG.
+
+    WebP takes 30 times as long to write for a fifth of the bytes.
+    """
     return _encoded(_shrunk(rgb, side))
 
 

@@ -1,7 +1,7 @@
 """One HTML page that opens offline, from a template, scripts and data.
 
-Everything is inlined; a content security policy with the hashes of the page's own scripts and styles lets nothing else run
-or load, so that a hostile file name stays text even if an escape were forgotten.
+Everything is inlined. A content security policy with the hashes of the page's own scripts and styles lets nothing else
+run or load, so that a hostile file name stays text even if an escape were forgotten.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _figure(value: float | None) -> str:
 
 
 def _whole(value: int) -> str:
-    """A count, thousands set apart."""
+    """Return a count, thousands set apart."""
     return f"{value:,}"
 
 
@@ -94,5 +94,5 @@ def _percent(value: float) -> str:
 
 
 def _plain(value: object) -> str:
-    """A provenance value as text; lists and mappings as JSON."""
+    """Return a provenance value as text; lists and mappings as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
