@@ -130,7 +130,10 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
 
 
 def _weights(detector: Detector) -> dict[str, Tensor]:
-    """Return weights.safetensors: groups backbone, snapshots (differences to the pretrained layers), classifier, whitening."""
+    """Return the tensors of weights.safetensors.
+
+    Their groups are backbone, snapshots (differences to the pretrained layers), classifier and whitening.
+    """
     backbone, network = detector.network.backbone, detector.network
     tensors = {f"backbone.{k}": _smallest(v) for k, v in backbone.tensors().items()}
     adapted = [layers.state_dict() for layers, step in zip(network.adapted, network.steps, strict=True) if step > 0]

@@ -4,7 +4,7 @@
 2  `whiten`.
 3  tiles.
 4  `score`, `scales`, usual.safetensors.
-5  the words of today: pixel_statistics.safetensors, snapshots in weights.safetensors; one format, whatever the model uses.
+5  today's names: pixel_statistics.safetensors, snapshots in weights.safetensors; one format, whatever the model uses.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ class Threshold:
     ----------
     value : the threshold, in units of the score.
     rate : the false-alarm rate asked for, in (0, 1).
-    expected : the mean of the true false-alarm rate over draws of the calibration set, k / (M + 1); more than `rate` where n is not `enough`.
-    interval : (low, high) in which the true false-alarm rate lies with 95 % confidence, given so many calibration scores.
+    expected : the mean of the true false-alarm rate over draws of the calibration set, k / (M + 1).
+        It is more than `rate` where n is not `enough`.
+    interval : (low, high) in which the true false-alarm rate lies with 95 % confidence, given that many scores.
     n : calibration scores.
     enough : whether n suffices to keep the rate (n + 1 >= 1 / rate).
     message : empty if it does, else one line that says what is missing and what the threshold does instead.
@@ -58,7 +59,7 @@ def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def threshold_rank(count: int, rate: float) -> int:
-    """Return k, where the threshold is the k-th largest of `count` calibration scores: max(1, floor(rate (count + 1)))."""
+    """Return k = max(1, floor(rate (count + 1))): the threshold is the k-th largest of `count` calibration scores."""
     return max(1, _allowed(count, rate))
 
 
@@ -68,10 +69,17 @@ def calibration_needed(rate: float) -> int:
 
 
 def alarms_chance(alarms: int, images: int, calibration: int, rate: float) -> float:
-    """Return the chance of so many alarms or more on good images, by a threshold that `calibration` scores set for `rate`.
+    """Return the chance of so many alarms or more on good images, with a threshold set for `rate`.
 
-    The true false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k) distributed, so that the number of alarms
-    is beta-binomial. A binomial test at the nominal rate would take the calibration's own error for a finding.
+    The true false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k) distributed.
+    So the number of alarms is beta-binomial.
+    A binomial test at the nominal rate would take the calibration's own error for a finding.
+
+    Parameters
+    ----------
+    alarms, images : alarms seen, and the good images that were scored.
+    calibration : number of scores that set the threshold.
+    rate : the false-alarm rate asked for, in (0, 1).
     """
     from scipy.stats import betabinom  # seconds to import, for the gate and monitoring alone
 
@@ -84,12 +92,15 @@ def _allowed(count: int, rate: float) -> int:
 
 
 def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) -> Threshold:
-    """Lowest threshold whose expected false-alarm rate is at most `rate`; score > value there means p-value <= rate.
+    """Return the lowest threshold whose expected false-alarm rate is at most `rate`.
 
-    With k = floor(rate (M + 1)), the value is the k-th largest calibration score. Whatever the (continuous) distribution of the
-    scores, the true false-alarm rate of that rule is Beta(k, M + 1 - k) distributed over draws of the calibration set (mean
-    k / (M + 1)); its central quantiles are the interval. With k = 0 no threshold among the scores keeps the rate: the largest score is
-    taken, and `enough` and `message` say so.
+    Score > value then means p-value <= rate.
+
+    With k = floor(rate (M + 1)), the value is the k-th largest calibration score.
+    Whatever the (continuous) distribution of the scores, the true false-alarm rate of that rule is Beta(k, M + 1 - k)
+    distributed over draws of the calibration set (mean k / (M + 1)); its central quantiles are the interval.
+    With k = 0 no threshold among the scores keeps the rate: the largest score is taken, and `enough` and `message` say
+    so.
 
     Parameters
     ----------
@@ -111,7 +122,8 @@ def threshold(calibration: np.ndarray, rate: float, confidence: float = 0.95) ->
     message = ""
     if not enough:
         message = (
-            f"{n} calibration images are too few for a false-alarm rate of {rate:g}: at least {calibration_needed(rate)} are needed; "
+            f"{n} calibration images are too few for a false-alarm rate of {rate:g}: "
+            f"at least {calibration_needed(rate)} are needed; "
             f"the threshold is their largest score, whose expected rate is {1 / (n + 1):.3g}"
         )
     return Threshold(float(ordered[n - k]), float(rate), k / (n + 1), (low, high), n, enough, message)

@@ -23,7 +23,8 @@ class DetectorConfig(BaseModel):
     whiten : whether they are whitened after that.
     score : the feature score, the map score, or the sum of both in robust units.
     false_alarm_rate : share of good parts that may raise an alarm, in (0, 1).
-    heatmap_range : where an overlay's color starts and where it is full, in units of the heat map; None without a localizer.
+    heatmap_range : where an overlay's color starts and where it is full, in units of the heat map.
+        None without a localizer.
     gray_range : 16-bit gray values that are black and white in all its images; None: 0 and 65535.
     max_megapixels : larger images are refused.
     provenance : facts on how the model was made.

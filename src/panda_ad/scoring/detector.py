@@ -76,7 +76,7 @@ class Detector:
         return tuple(level for level in self.network.frozen_levels if level in wanted)
 
     def threshold(self, rate: float | None = None) -> Threshold:
-        """Return the threshold for a false-alarm rate, by default the bundle's. A change of rate needs no retraining."""
+        """Return the threshold for a false-alarm rate, by default the bundle's; another rate needs no retraining."""
         return threshold(self.calibration, self.config.false_alarm_rate if rate is None else rate)
 
     def score(self, images: Sequence[np.ndarray], heatmaps: bool = False) -> list[Verdict]:
@@ -187,7 +187,7 @@ class Detector:
         return np.concatenate(parts)
 
     def components(self, scores: Scores) -> np.ndarray | None:
-        """Return what each score is the sum of, (N, 2) float64, as in `Verdict.components`; None unless it is 'both'."""
+        """Return the components of each score, (N, 2) float64, as in `Verdict.components`; None unless it is 'both'."""
         if self.scales is None or scores.map_score is None:
             return None
         return np.stack([self.scales[0](scores.feature_score), self.scales[1](scores.map_score)], axis=1)

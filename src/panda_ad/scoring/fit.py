@@ -1,7 +1,8 @@
 """Fit a detector: galleries of normal features, a localizer, and calibration, in bounded memory.
 
-Whatever describes normal images (SES's means, the scales of the two scores, the heat maps' pixel statistics) comes from training images
-scored by a model of the other folds: an image that has shaped a model looks too normal to it.
+Whatever describes normal images (SES's means, the robust scales of the two scores, the pixel statistics of heat maps)
+comes from training images scored by a model of the other folds.
+An image that has shaped a model looks too normal to it.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def fit_detector(
     calibration : other normal images, which set the threshold and nothing else.
     params : how to score.
     config : what the model is of (dataset, category, method, provenance); `params` decides the rest.
-    classifier : outlier exposure's linear layer {weight (1, D), bias (1,)}; its features are neither normalized nor whitened,
-        as they were in its training.
+    classifier : outlier exposure's linear layer {weight (1, D), bias (1,)}.
+        Its features are neither normalized nor whitened, as they were in its training.
 
     Raises
     ------

@@ -1,4 +1,7 @@
-"""The one division of training images that all out-of-fold figures use: SES's means, robust scales and pixel statistics."""
+"""The one division of training images that all out-of-fold figures use.
+
+These figures are SES's means, robust scales and pixel statistics.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Exact k-nearest-neighbor search among the features of normal images (paper, section 3.3) and its compression.
 
-faiss finds candidates in float32; distances that count are computed again in float64, pair by pair, so that an image's score is the
-same number in whatever batch it arrives.
+faiss finds candidates in float32. Their distances are computed again in float64, pair by pair, so that an image's score
+is the same number in whatever batch it arrives.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Gallery:
         return len(self.features)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest gallery features.
+        """Find the k nearest gallery features.
 
         Parameters
         ----------
@@ -63,7 +63,8 @@ class Gallery:
 
         Returns
         -------
-        squared L2 distances (N, k) float64, ascending, and gallery indices (N, k) int64; equal distances by ascending index.
+        squared L2 distances (N, k) float64, ascending, and gallery indices (N, k) int64.
+        Equal distances are in the order of their indices.
 
         Raises
         ------
@@ -73,12 +74,15 @@ class Gallery:
         return self._search(queries, k, None)
 
     def score(self, queries: np.ndarray, k: int) -> np.ndarray:
-        """Sum of squared L2 distances to the k nearest, (N,) float64: the anomaly score of DN2 and PANDA."""
+        """Return the sum of squared L2 distances to the k nearest, (N,) float64: the anomaly score of DN2 and PANDA."""
         distances, _ = self.search(queries, k)
         return np.asarray(distances.sum(axis=1))
 
     def leave_one_out(self, k: int) -> np.ndarray:
-        """Score (M,) float64 of each gallery feature against all others; only itself is left out, not its exact duplicates."""
+        """Score each gallery feature against all others, (M,) float64.
+
+        Only itself is left out, not its exact duplicates.
+        """
         distances, _ = self._search(self.features, k, np.arange(len(self)))
         return np.asarray(distances.sum(axis=1))
 
@@ -86,7 +90,8 @@ class Gallery:
         available = len(self) - (own is not None)
         if not 1 <= k <= available:
             raise UserError(
-                f"gallery.k: {k} neighbors are asked for, the gallery has {available}; lower gallery.k or give more normal images"
+                f"gallery.k: {k} neighbors are asked for, the gallery has {available}; "
+                "lower gallery.k or give more normal images"
             )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.features.shape[1]:
@@ -99,7 +104,10 @@ class Gallery:
         return distances, indices
 
     def _block(self, queries: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """`_search` for a few queries: candidates from faiss, and more of them where float32 cannot tell that they suffice."""
+        """Run `_search` for a few queries.
+
+        faiss gives candidates, and more of them where float32 cannot tell that they suffice.
+        """
         n, m, dimension = len(queries), len(self), queries.shape[1]
         distances, indices = np.empty((n, k)), np.empty((n, k), dtype=np.int64)
         centered = queries - self._mean
@@ -139,7 +147,10 @@ class Gallery:
     def _rank(
         self, queries: np.ndarray, candidates: np.ndarray, k: int, own: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest of each query's candidates (N, C), which ascend, by float64 distance and then by index."""
+        """Return the k nearest of each query's candidates (N, C), by float64 distance and then by index.
+
+        The candidates' indices ascend.
+        """
         difference = self.features[candidates].astype(np.float64)  # (N, C, D)
         difference -= queries[:, None]
         exact = np.square(difference, out=difference).sum(axis=2)
@@ -197,8 +208,8 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     Parameters
     ----------
     features : (M, D) float32.
-    method : `none`; `kmeans`: `size` centers (paper, table of gallery sizes); `coreset`: greedy k-center choice of `size` features
-        (Sener and Savarese, ICLR 2018).
+    method : `none`; `kmeans`: `size` centers (paper, table of gallery sizes);
+        `coreset`: greedy k-center choice of `size` features (Sener and Savarese, ICLR 2018).
     size : K; a gallery not larger than that is kept whole.
 
     Returns

@@ -1,7 +1,7 @@
 """Sample-wise early stopping, SES (paper, section 3.2: 'PANDA-SES').
 
-No labeled anomalies exist to stop training by. Heads are kept at fixed intervals, and each image is scored by the one under
-which it stands out most from normal images.
+No labeled anomalies exist to stop training by. Adapted layers are kept at fixed intervals, and each image is scored by
+the snapshot under which it stands out most from normal images.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from panda_ad.errors import UserError
 
 
 def ses_scores(scores: np.ndarray, train_means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """max over snapshots s of score_s(x) / mean_s.
+    """Return the maximum over snapshots s of score_s(x) / mean_s.
 
-    Scores shrink as features become compact; dividing by the mean score of normal training images under the same head makes them
-    comparable. The means must be leave-one-out: a training image that finds itself scores too low.
+    Scores shrink as features become compact.
+    Dividing by the mean score of normal training images under the same snapshot makes them comparable.
+    The means must be leave-one-out: a training image that finds itself scores too low.
 
     Parameters
     ----------
-    scores : (S, N) kNN scores of N images under each of S heads.
-    train_means : (S,) mean leave-one-out score of the normal training images under each head.
+    scores : (S, N) kNN scores of N images under each of S snapshots.
+    train_means : (S,) mean leave-one-out score of the normal training images under each snapshot.
 
     Returns
     -------

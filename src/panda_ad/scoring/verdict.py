@@ -19,10 +19,11 @@ class Verdict:
     p_value : share of good parts expected to score at least as high, in (0, 1] (conformal).
     anomalous : whether the score is above the threshold for the false-alarm budget.
     heatmap : float32 (H, W) at the image's size, higher is more anomalous; None if not asked for or not built.
-    region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive; None without a heat map.
+    region : the part of the heat map that stands out most, (x0, y0, x1, y1) in pixels, end exclusive.
+        None without a heat map.
     features : float32 (D,), pooled, under the last snapshot.
-    components : (feature score, map score) in robust standard deviations above the normal median, whose sum is the score;
-        None unless the score is 'both'.
+    components : (feature score, map score) in robust standard deviations above the normal median, whose sum is the
+        score; None unless the score is 'both'.
     """
 
     score: float
@@ -69,7 +70,10 @@ def resize_map(heatmap: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def region(heatmap: np.ndarray) -> tuple[int, int, int, int]:
-    """Box around the connected part that holds the peak and lies above the middle between median and peak: (x0, y0, x1, y1)."""
+    """Return the box (x0, y0, x1, y1) around the connected part of a heat map that holds the peak.
+
+    The part lies above the middle between median and peak. The box's end is exclusive, in pixels.
+    """
     from scipy import ndimage
 
     peak = np.unravel_index(int(heatmap.argmax()), heatmap.shape)

@@ -27,7 +27,10 @@ class Whitening:
     matrix: np.ndarray
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Features (N, D) float32 -> whitened (N, D) float32. Row by row, so that the sums' order does not depend on the batch."""
+        """Whiten features (N, D) float32 -> (N, D) float32.
+
+        It is done row by row, so that the sums' order does not depend on the batch.
+        """
         out = np.empty(features.shape, np.float32)
         for i, row in enumerate(features):
             np.dot(row.astype(np.float32) - self.mean, self.matrix, out=out[i])
@@ -35,12 +38,13 @@ class Whitening:
 
 
 def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> Whitening:
-    """Whitening by the covariance of normal training features, in float64.
+    """Fit whitening to the covariance of normal training features, in float64.
 
-    Squared distances between whitened features are Mahalanobis distances. The covariance C is shrunk towards a multiple of the
-    identity, (1 - s) C + s (trace C / D) I, as Ledoit and Wolf (2004) propose, without which fewer images than dimensions could not
-    be whitened. Directions with less variance than `FLOOR` times the largest, or than float32 resolves, count as having that much:
-    there a feature that normal images never change does not decide by its rounding errors.
+    Squared distances between whitened features are Mahalanobis distances. The covariance C is shrunk towards a multiple
+    of the identity, (1 - s) C + s (trace C / D) I, as Ledoit and Wolf (2004) propose.
+    Without that, fewer images than dimensions could not be whitened.
+    Directions with less variance than `FLOOR` times the largest, or than float32 resolves, count as having that much.
+    So a feature that normal images never change does not decide by its rounding errors.
 
     Parameters
     ----------
@@ -63,7 +67,9 @@ def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> White
 
 
 def ledoit_wolf_shrinkage(centered: np.ndarray, covariance: np.ndarray) -> float:
-    """Shrinkage in [0, 1] of least expected squared error (Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4, section 3.3).
+    """Return the shrinkage in [0, 1] of least expected squared error.
+
+    Source: Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4, section 3.3.
 
     Parameters
     ----------
