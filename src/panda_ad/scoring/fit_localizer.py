@@ -57,7 +57,10 @@ def fit_pixel_statistics_and_scales(
 def out_of_fold_maps(
     detector: Detector, train: Images, features: np.ndarray, folds: Folds, chosen: np.ndarray
 ) -> np.ndarray:
-    """Return heat maps float32 (N, H, W), on disk, of the chosen images, each by the localizer without its fold's images."""
+    """Return heat maps float32 (N, H, W), on disk, of the chosen images.
+
+    Each is by the localizer without the images of its fold.
+    """
     localizer = detector.localizer
     assert localizer is not None
     tiles = localizer.tiles**2
@@ -80,7 +83,10 @@ def out_of_fold_maps(
 
 
 def image_maps(network: Network, images: Images, levels: tuple[str, ...], tiles: int) -> Maps:
-    """Return a function of indices that gives maps under the last snapshot, of the images or of their `tiles`^2 tiles each."""
+    """Return a function of indices that gives maps under the last snapshot.
+
+    The indices are of the images or, with `tiles` above 1, of their `tiles`^2 tiles each.
+    """
     needed = tuple(level for level in network.frozen_levels if level in {*levels, network.frozen_levels[-1]})
 
     def whole(index: slice | np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,9 @@
-"""One score per image: how far its pooled features lie from normal (PANDA, section 3.3), how unusual its worst position is, or both.
+"""One score per image: the feature score (PANDA, section 3.3), the map score, or the sum of both.
 
-Pooled features see what the whole image shows and lose a defect of a few pixels in the mean; the peak of the heat map is made by just
-that defect (Roth et al. 2022, https://arxiv.org/abs/2106.08265, section 3.3), and does not see that a part is missing or of another kind.
-Scales and pixel statistics are learned from training images, out-of-fold: calibration images must not shape the score that they calibrate.
+Pooled features see what the whole image shows, and lose a defect of a few pixels in the mean. The peak of the heat map
+is made by just that defect (Roth et al. 2022, https://arxiv.org/abs/2106.08265, section 3.3), and does not see that a
+part is missing or of another kind. Scales and pixel statistics are learned from training images, out-of-fold:
+calibration images must not shape the score that they calibrate.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def fit_robust_scale(scores: np.ndarray) -> RobustScale:
 
 @dataclass(frozen=True)
 class PixelStatistics:
-    """Mean and spread of normal images' heat maps per pixel: borders, edges and prints differ more from image to image than plain parts.
+    """Mean and spread of normal images' heat maps per pixel.
+
+    Borders, edges and prints differ more from image to image than plain parts.
 
     Attributes
     ----------
@@ -59,7 +62,9 @@ class PixelStatistics:
 
 
 def fit_pixel_statistics(heatmaps: HeatMaps) -> PixelStatistics:
-    """Fit mean and standard deviation per pixel to maps (N, H, W) of normal images by a localizer that has not seen them.
+    """Fit mean and standard deviation per pixel to maps (N, H, W) of normal images.
+
+    The maps come from a localizer that has not seen these images.
 
     No pixel counts as steadier than the median pixel: of a few maps some pixels agree by chance.
     """

@@ -42,12 +42,16 @@ class Localizer(Protocol):
 
         Returns
         -------
-        float32 (B, H, W), `tiling.grid`'s shape (without tiles the input size), a distance in feature space, at least 0; higher is more anomalous.
+        float32 (B, H, W), `tiling.grid`'s shape (without tiles the input size).
+        Values are distances in feature space, at least 0; higher is more anomalous.
         """
         ...
 
     def without(self, images: np.ndarray) -> Localizer:
-        """Return the same as if it had never seen the gallery images of these indices; only of what `build_localizer` made."""
+        """Return the same as if it had never seen the gallery images of these indices.
+
+        Only what `build_localizer` made can.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -63,8 +67,8 @@ def build_localizer(
     Parameters
     ----------
     levels : those to compare, from fine to coarse; a patch memory brings all to the grid of the first.
-    maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices; with `params.tiles`, of
-        their tiles, image by image.
+    maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices.
+        With `params.tiles`, the indices are of their tiles, image by image.
     pooled : float32 (M, D), pooled features of the same images under the same snapshot.
     seed : of the coreset.
     """
@@ -76,6 +80,9 @@ def build_localizer(
 
 
 def load_localizer(folder: Path) -> Localizer:
-    """Read a saved localizer; large arrays stay memory-mapped. OSError, LookupError or ValueError where it is missing or damaged."""
+    """Read a saved localizer; large arrays stay memory-mapped.
+
+    Raises OSError, LookupError or ValueError where it is missing or damaged.
+    """
     config = upgrade_localizer(json.loads((folder / "localizer.json").read_text(encoding="utf-8")))
     return _KINDS[config["method"]].load(folder, config)

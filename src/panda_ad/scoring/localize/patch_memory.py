@@ -1,6 +1,8 @@
-"""Patch memory (PatchCore, Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3), for comparison with SPADE.
+"""Patch memory (PatchCore), for comparison with SPADE.
 
-Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its image score, the map's maximum (`panda_ad.scoring.image_score`).
+Source: Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3.
+Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its image score, the map's maximum
+(`panda_ad.scoring.image_score`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.gallery import greedy_coreset
@@ -54,7 +55,7 @@ class PatchMemory:
 
     @classmethod
     def build(cls, maps: Maps, levels: tuple[str, ...], images: int, params: LocalizeParams, seed: int) -> PatchMemory:
-        """Memory of a fraction of the patches of some images, at most a limit, chosen greedily from at most `POOL`."""
+        """Build a memory of a fraction of some images' patches, up to a limit, chosen greedily from up to `POOL`."""
         tiles = params.tiles or 1
         count = images * tiles**2
         generator = torch.Generator().manual_seed(seed)
@@ -74,7 +75,7 @@ class PatchMemory:
         chosen = choose(pool, size, generator)
         return cls(pool[chosen], params.sigma, levels, tiles, torch.tensor(sources)[chosen])
 
-    def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def heatmaps(self, maps: Mapping[str, np.ndarray], _pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
         shape, overlap = grid(size, self.tiles)
         per_image = self.tiles**2
@@ -86,7 +87,7 @@ class PatchMemory:
         return out
 
     def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
-        """Heat map of row `b` before smoothing, float32 (height, width)."""
+        """Return the heat map of row `b` before smoothing, float32 (height, width)."""
         features = patch_features({level: values[b : b + 1] for level, values in maps.items()})  # (1, C, h, w)
         distances = nearest(positions(features)[0], [self._packed])
         sharp: np.ndarray = upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
@@ -114,21 +115,26 @@ class PatchMemory:
 
 
 def patch_features(maps: dict[str, Tensor]) -> Tensor:
-    """Locally aware patch features: mean of each 3 x 3 neighborhood (of what lies inside the map), all levels on the first one's grid.
+    """Return locally aware patch features, all levels on the first one's grid.
+
+    Each is the mean of a 3 x 3 neighborhood, of what lies inside the map.
 
     (B, C1, h, w), (B, C2, h', w'), ... -> float16 (B, C1 + C2 + ..., h, w). Each image is computed alone.
     """
     out = []
     for levels in zip(*maps.values(), strict=True):
-        first, *others = (F.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in levels)
+        first, *others = (nn.functional.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in levels)
         shape = first.shape[2:]
-        others = [F.interpolate(x, size=shape, mode="bilinear", align_corners=False) for x in others]
+        others = [nn.functional.interpolate(x, size=shape, mode="bilinear", align_corners=False) for x in others]
         out.append(torch.cat([first, *others], dim=1).half())
     return torch.cat(out)
 
 
 def choose(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """`greedy_coreset` in a Gaussian random projection to 32 dimensions, without copies of chosen rows: indices (at most `size`,) int64."""
+    """Return indices of rows chosen by `greedy_coreset`, int64, at most `size`, without copies of chosen rows.
+
+    Distances are those in a Gaussian random projection to 32 dimensions.
+    """
     x = rows.float()
     x = x - x.mean(0)
     if x.shape[1] > _PROJECTED:

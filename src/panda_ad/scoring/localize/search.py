@@ -1,7 +1,7 @@
 """Exact nearest-neighbor distance of many positions to many rows, in bounded memory.
 
-`faiss.knn` finds candidates by matrix products in float32; their distances are computed again as sums of squared differences, so that a
-copy of a row is at distance 0 and a distance does not depend on what else is searched.
+`faiss.knn` finds candidates by matrix products in float32. Their distances are computed again as sums of squared
+differences, so that a copy of a row is at distance 0 and a distance does not depend on what else is searched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CANDIDATES = 4  # of which the nearest is taken: float32 products cannot tell nearly equal ones apart
+_CANDIDATES = 4  # the nearest of them is taken: float32 products cannot tell nearly equal ones apart
 _PAIRS = 2**22  # numbers of differences held at a time (16 MB)
 
 
@@ -43,7 +43,7 @@ def pack(values: Tensor) -> Packed:
 
 @torch.inference_mode()
 def nearest(queries: Tensor, gallery: Iterable[Packed]) -> Tensor:
-    """Euclidean distance from each query to the nearest row.
+    """Return the Euclidean distance from each query to the nearest row.
 
     Parameters
     ----------
@@ -52,8 +52,8 @@ def nearest(queries: Tensor, gallery: Iterable[Packed]) -> Tensor:
 
     Returns
     -------
-    float32 (P,): the winner's distance is a float32 sum of squared differences, and no other row is nearer by more than the rounding of
-    float32 products, C x 1.2e-7 x (|q| + |g|)^2 of centered vectors, in squared distance.
+    float32 (P,). The winner's distance is a float32 sum of squared differences. No other row is nearer by more than the
+    rounding of float32 products, C x 1.2e-7 x (|q| + |g|)^2 of centered vectors, in squared distance.
     """
     queries = queries.float().contiguous()
     best = torch.full((len(queries),), torch.inf)

@@ -1,4 +1,7 @@
-"""SPADE (Cohen and Hoshen 2020, https://arxiv.org/abs/2005.02357, sections 3.2-3.3), the paper's way to segment anomalies."""
+"""SPADE, the paper's way to segment anomalies.
+
+Source: Cohen and Hoshen 2020, https://arxiv.org/abs/2005.02357, sections 3.2-3.3.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ class Spade:
         return tuple(self.values)
 
     def nearest_images(self, pooled: np.ndarray) -> np.ndarray:
-        """Indices of the K gallery images nearest to `pooled` (D,), nearest first."""
+        """Return indices of the K gallery images nearest to `pooled` (D,), nearest first."""
         distances = np.square(self.pooled.astype(np.float64) - pooled).sum(axis=1)
         order = np.argsort(distances, kind="stable")
         return order[~np.isin(order, self.left_out)][: self.neighbors]

@@ -19,24 +19,30 @@ Box = tuple[int, int, int, int]
 
 
 def grid(size: Pair, count: int) -> tuple[Pair, Pair]:
-    """Shape (H, W) that `count` x `count` tiles of `size` cover, and their overlap.
+    """Return the shape (H, W) that `count` x `count` tiles of `size` cover, and their overlap.
 
-    The overlap is a quarter of the tile's side in whole positions of layer3 (16 pixels each), and at least three of them, or half of a small
-    side: near a tile's border the network sees zeros, which raises the map of normal images (at 128 px by 6 % in the middle of two
-    positions' overlap, by 2 % of three's, which is less than the map varies elsewhere).
+    The overlap is a quarter of the tile's side in whole positions of layer3 (16 pixels each), and at least three of
+    them, or half of a small side.
+    Near a tile's border the network sees zeros, which raises the map of normal images. At 128 px it is by 6 % in the
+    middle of two positions' overlap, by 2 % of three's, which is less than the map varies elsewhere.
     """
     overlap = (_overlap(size[0]), _overlap(size[1]))
     return (count * (size[0] - overlap[0]) + overlap[0], count * (size[1] - overlap[1]) + overlap[1]), overlap
 
 
 def image_tiles(rgb: np.ndarray, network: Network, count: int) -> Tensor:
-    """Bring an image, uint8 (H, W, 3), to `grid`'s shape and cut it: float32 (count^2, 3, *size), preprocessed, row by row."""
+    """Bring an image, uint8 (H, W, 3), to `grid`'s shape, preprocess and cut it.
+
+    The tiles are float32 (count^2, 3, *size), row by row.
+    """
     shape, overlap = grid(network.size, count)
     return tiles(replace(network, size=shape).preprocess([rgb])[0], network.size, overlap)
 
 
 def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
-    """Boxes of `size` that cover an image of `shape`, evenly spread, neighbors overlapping by at least `overlap`.
+    """Return boxes of `size` that cover an image of `shape`, evenly spread.
+
+    Neighbors overlap by at least `overlap`.
 
     A side shorter than the box is covered whole, by one box.
     """
@@ -48,7 +54,7 @@ def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
 
 
 def tiles(image: Tensor, size: Pair, overlap: Pair) -> Tensor:
-    """Parts of an image (..., H, W), in the order of `boxes`: (T, ..., h, w)."""
+    """Cut an image (..., H, W) into parts, in the order of `boxes`: (T, ..., h, w)."""
     shape = (image.shape[-2], image.shape[-1])
     return torch.stack([image[..., y0:y1, x0:x1] for y0, x0, y1, x1 in boxes(shape, size, overlap)])
 
@@ -56,7 +62,8 @@ def tiles(image: Tensor, size: Pair, overlap: Pair) -> Tensor:
 def blend(tile_maps: Sequence[np.ndarray], shape: Pair, size: Pair, overlap: Pair) -> np.ndarray:
     """Join maps (h, w) of the tiles of an image of `shape` to one float32 (H, W).
 
-    In an overlap the weights of two tiles cross over by raised cosines, with no jump at either end; elsewhere a map stands as it is.
+    In an overlap the weights of two tiles cross over by raised cosines, with no jump at either end.
+    Elsewhere a map stands as it is.
     """
     total, weights = np.zeros(shape), np.zeros(shape)
     places = boxes(shape, size, overlap)
@@ -84,7 +91,7 @@ def _spans(length: int, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def _windows(spans: list[tuple[int, int]]) -> list[np.ndarray]:
-    """A weight per pixel of each span: 1, falling over the overlap with a neighbor."""
+    """Return a weight per pixel of each span: 1, falling over the overlap with a neighbor."""
     windows = [np.ones(b - a) for a, b in spans]
     for left, right, (_, end), (start, _) in zip(windows, windows[1:], spans, spans[1:], strict=False):
         shared = end - start
