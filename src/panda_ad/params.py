@@ -296,10 +296,10 @@ def parse_params(raw: object, source: str = "params.yaml") -> Params:
         return Params.model_validate(raw)
     except ValidationError as e:
         problems = {_problem(err, raw): err["type"] for err in e.errors()}
-        # 'one number or a list': a number out of range is not told to be a list as well
+        # 'one number or a list': for a number out of range, no line says that a list is expected as well
         others = {text.partition(":")[0] for text, kind in problems.items() if kind != "list_type"}
-        told = [text for text, kind in problems.items() if kind != "list_type" or text.partition(":")[0] not in others]
-        raise UserError(" ".join(f"{source}: {'; '.join(sorted(told))}".split())) from None
+        lines = [text for text, kind in problems.items() if kind != "list_type" or text.partition(":")[0] not in others]
+        raise UserError(" ".join(f"{source}: {'; '.join(sorted(lines))}".split())) from None
 
 
 def _problem(error, raw: dict) -> str:

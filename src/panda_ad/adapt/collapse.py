@@ -37,7 +37,8 @@ def feature_statistics(features: Tensor, center: Tensor) -> dict[str, float]:
 
     Parameters
     ----------
-    features : (N, D) of normal training images.  center : (D,), of the compactness loss.
+    features : (N, D) of normal training images.
+    center : (D,), of the compactness loss.
 
     Returns
     -------
@@ -77,7 +78,8 @@ class Watch:
 
     Parameters
     ----------
-    pretrained : (N, D), features of some training images before training.  center : (D,).
+    pretrained : (N, D), features of some training images before training.
+    center : (D,), of the compactness loss.
     state : of the adapted layers before training.
     keep : steps whose states are kept; 0 is `state`.
     judge : whether features can be found collapsed; outliers keep them apart.

@@ -60,7 +60,7 @@ class ElasticPenalty:
 
 
 def check_fisher(fisher: Mapping[str, Tensor], layers: nn.Module, source: str) -> None:
-    """UserError, naming `source`, unless there is a finite, non-negative value for each parameter of the layers."""
+    """Raise UserError, naming `source`, unless each parameter of the layers has a finite, non-negative value."""
     for name, parameter in layers.named_parameters():
         if name not in fisher or fisher[name].shape != parameter.shape:
             found = (

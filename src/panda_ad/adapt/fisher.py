@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from panda_ad.adapt.batches import load_batch
@@ -46,7 +45,7 @@ def estimate_fisher(
     samples: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Mean over images of the squared gradient of one image's log-likelihood.
+    """Estimate the mean over images of the squared gradient of one image's log-likelihood.
 
     One image at a time: a batch's gradient squared is not the sum of squares.
     Per-sample gradients by `torch.func.vmap` took 4 to 8 times as long on a CPU, since the parameters'
@@ -81,7 +80,7 @@ def estimate_fisher(
     rows = chosen_rows(len(activations), samples, seed)
     for row in tqdm(rows, desc="Fisher", unit="img", disable=None):
         maps = layers.maps(load_batch(activations, np.array([row]), device))  # the last: (1, C, h, w)
-        log_p = F.log_softmax(classifier(maps[-1]), dim=1)[0]  # (classes,)
+        log_p = nn.functional.log_softmax(classifier(maps[-1]), dim=1)[0]  # (classes,)
         if labels is None:
             label = int(torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator))
         else:

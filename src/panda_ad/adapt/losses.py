@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 NU = 0.1
 """Share of normal images that `soft_boundary` leaves outside its sphere (Ruff et al. try 0.01 and 0.1)."""
@@ -45,7 +44,7 @@ def outlier_exposure(logits: Tensor, labels: Tensor) -> Tensor:
     Outlier exposure (PANDA, section 3.4; Hendrycks et al., ICLR 2019): a linear classifier learns with the adapted
     layers, and its logit is the score of an image.
     """
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
 
 def linear_classifier(dimension: int, generator: torch.Generator) -> nn.Linear:

@@ -35,7 +35,7 @@ def layer_state(layers: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapts(name: str) -> bool:
-    """Batch-norm statistics stay as pretrained, so they need no place in a snapshot."""
+    """Return whether a tensor needs a place in a snapshot: batch-norm statistics stay as pretrained."""
     return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 

@@ -247,7 +247,7 @@ def _good_target(params: Params, request: Request, folder: str) -> _Target:
 
 
 def _files(request: Request) -> tuple[list[Path], str]:
-    """Images of the request (the masks' folder holds none of them), and in words what was found beside them."""
+    """Return the images of the request, and in words what was found beside them; the masks' folder holds no images."""
     found = find_images(request.paths)
     apart = request.masks.resolve() if request.masks else None
 
@@ -267,7 +267,7 @@ def _mask_files(folder: Path) -> list[Path]:
 
 
 def _masks_of(files: list[Path], folder: Path) -> dict[Path, Path]:
-    """{image: its mask}, for those that have one."""
+    """Return {image: its mask}, for those that have one."""
     stems: dict[str, Path] = {}
     for file in files:
         if (other := stems.setdefault(nfc(file.stem), file)) is not file:
@@ -321,7 +321,7 @@ class _Contents:
                 self._by_content.setdefault(f"{key} {record[key]}", (path, label))
 
     def find(self, record: Record) -> tuple[str, int] | None:
-        """(path, label) of an image with the file's bytes or the picture's pixels."""
+        """Return (path, label) of an image with the file's bytes or the picture's pixels."""
         found = (self._by_content.get(f"{key} {record[key]}") for key in ("sha256", "pixels"))
         return next((twin for twin in found if twin is not None), None)
 

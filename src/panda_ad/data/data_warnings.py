@@ -106,9 +106,9 @@ def _near_copies(part: pd.DataFrame) -> Iterator[str]:
         return
     a, b = _thumbs(train), _thumbs(test)
     own, _ = _nearest(a, a, itself=True)
-    usual = float(np.median(own))
+    typical = float(np.median(own))
     distances, index = _nearest(b, a)
-    near = np.flatnonzero(distances < NEAR * usual)
+    near = np.flatnonzero(distances < NEAR * typical)
     pairs = [f"{test['path'].iloc[i]} of {train['path'].iloc[index[i]]}" for i in near]
     if pairs:
         yield (
@@ -118,7 +118,7 @@ def _near_copies(part: pd.DataFrame) -> Iterator[str]:
 
 
 def _thumbs(rows: pd.DataFrame) -> np.ndarray:
-    """float32 (N, THUMB * THUMB)."""
+    """Return the reduced pictures, float32 (N, THUMB * THUMB)."""
     data = b"".join(base64.b64decode(thumb) for thumb in rows["thumb"])
     return np.frombuffer(data, np.float16).reshape(len(rows), THUMB * THUMB).astype(np.float32)
 

@@ -91,7 +91,7 @@ def empty_mask_reason(mask: object, largest: int) -> str:
 
 
 def _copies(rows: pd.DataFrame) -> dict[Any, str]:
-    """All copies but the first (train before test), or all, where they are labeled differently."""
+    """Return all copies but the first (train before test), or all, where they are labeled differently."""
     found: dict[Any, str] = {}
     for _, group in rows.groupby(["category", "pixels"], sort=False):
         ordered = group.assign(order=(group["split"] == "test").astype(int)).sort_values(["order", "path"])
@@ -103,7 +103,7 @@ def _copies(rows: pd.DataFrame) -> dict[Any, str]:
 
 
 def image_rules() -> list[ImageRule]:
-    """Return the expectations of images, the first broken one of which gives the reason."""
+    """Return the expectations of images; the first that an image breaks gives the reason."""
     between, equal, null = "ColumnValuesToBeBetween", "ColumnPairValuesToBeEqual", "ColumnValuesToBeNull"
     side = {"min_value": MIN_SIDE}
     return [

@@ -147,7 +147,7 @@ def decode(data: bytes, name: str, decoding: Decoding = DEFAULT) -> np.ndarray:
 
 
 def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE, decoding: Decoding = DEFAULT) -> Picture:
-    """`decode`, with the stored mode, and transparency laid over `background` (RGB, 0..255)."""
+    """Decode as `decode` does, with the stored mode, and transparency laid over `background` (RGB, 0..255)."""
     if not data:
         raise UserError(f"{name}: the file is empty")
     if len(data) > decoding.max_bytes:
@@ -218,7 +218,7 @@ def _refuse(image: Image.Image, name: str, decoding: Decoding) -> None:
 
 
 def _levels(image: Image.Image, gray_range: tuple[int, int]) -> np.ndarray:
-    """uint8 (65536,): the gray that each value of a 16-bit image stands for."""
+    """Return the gray that each value of a 16-bit image stands for, uint8 (65536,)."""
     tags: Any = getattr(image, "tag_v2", {})
     low, high = (0, 4095) if tags.get(258, (16,)) == (12,) else gray_range  # 258: BitsPerSample
     levels = np.rint((np.arange(65536).clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
@@ -227,7 +227,7 @@ def _levels(image: Image.Image, gray_range: tuple[int, int]) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int, int, int]) -> np.ndarray:
-    """uint8 (H, W, 3) from any of MODES."""
+    """Convert an image of any of MODES to uint8 (H, W, 3)."""
     if levels is not None:
         values = np.asarray(image)
         rgb = np.empty((*values.shape, 3), np.uint8)
@@ -279,7 +279,7 @@ def _require(parts: Sequence[bytes], sha256: str | None, path: Path | str) -> No
 
 
 def pixel_count(file: Path | bytes) -> int:
-    """How many pixels an image has, by its header alone; 0 where that cannot be read, of which decoding says why."""
+    """Return how many pixels an image has, by its header alone; 0 where that cannot be read (decoding says why)."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return image.width * image.height

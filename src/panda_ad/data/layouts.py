@@ -57,7 +57,8 @@ class Entry:
     path, mask : POSIX, relative to the data's root.
         `mask` is '' where there is none, a folder where it is several files to join.
     category, defect : names; defect 'good' for normal images.
-    split : 'train' or 'test'.  label : 0 normal, 1 anomalous.
+    split : 'train' or 'test'.
+    label : 0 normal, 1 anomalous.
     stratum : the folder that `limit_test` draws from in proportion.
     problem : '' or why the file cannot be used whatever it holds.
     """

@@ -203,7 +203,7 @@ def no_images(paths: Iterable[Path], found: Found) -> str:
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """All files below a folder, in the order of names."""
+    """Yield all files below a folder, in the order of names."""
     try:
         stat = folder.stat()
     except OSError as e:

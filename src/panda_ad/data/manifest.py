@@ -195,7 +195,7 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
 
 
 def data_hash(rows: pd.DataFrame) -> str:
-    """sha256 (hex) over the sorted (path, sha256) of images and masks."""
+    """Return the sha256 (hex) over the sorted (path, sha256) of images and masks."""
     files = set(zip(rows["path"], rows["sha256"], strict=True)) | set(
         zip(rows["mask"], rows["mask_sha256"], strict=True)
     )

@@ -107,7 +107,7 @@ class MaskFiles:
                 yield mask, "is a mask without an image in test"
 
     def _folders_of(self, kind: str) -> list[Path]:
-        """Those of the kind's own name, else of its name in another case."""
+        """Return those of the kind's own name, else of its name in another case."""
         exact = self._folders.get(kind, [])
         return exact or [
             p for name, found in self._folders.items() if name.casefold() == kind.casefold() for p in found

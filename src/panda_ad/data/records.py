@@ -70,7 +70,7 @@ def image_record(data: bytes, path: str, decoding: Decoding = images.DEFAULT) ->
 
 
 def _thumb(rgb: np.ndarray) -> str:
-    """Base64 of float16 (THUMB, THUMB): mean luma, 0..255, of each part of an image."""
+    """Return base64 of float16 (THUMB, THUMB): mean luma, 0..255, of each part of an image."""
     image = Image.fromarray(rgb).convert("L").convert("F")
     reduced = np.asarray(image.resize((THUMB, THUMB), Image.Resampling.BOX))
     return base64.b64encode(reduced.astype(np.float16).tobytes()).decode()

@@ -68,7 +68,7 @@ def unpack(layout: str, root: Path) -> Path:
 
 
 def _stamp(folder: Path, files: list[str]) -> dict[str, list[int]] | None:
-    """Size and time of each source file; None where one is missing."""
+    """Return size and time of each source file; None where one is missing."""
     try:
         return {file: [(s := (folder / file).stat()).st_size, s.st_mtime_ns] for file in files}
     except OSError:
@@ -76,7 +76,7 @@ def _stamp(folder: Path, files: list[str]) -> dict[str, list[int]] | None:
 
 
 def _images(layout: str, root: Path, split: str) -> Iterable[tuple[str, Any]]:
-    """(class folder, picture) of each image of a split; a picture is a PIL image or the path of a file to copy."""
+    """Return (class folder, picture) of each image of a split; a picture is a PIL image or a path to copy from."""
     import torchvision.datasets
 
     name, folder, files = SETS[layout]

@@ -175,7 +175,7 @@ class _Suite:
         return outcomes, failed
 
     def _run(self, expectations: list[Any], rows: pd.DataFrame) -> list[Any]:
-        """Results in the order of the expectations."""
+        """Return the results in the order of the expectations."""
         import great_expectations as gx
 
         batch = self._whole.get_batch(batch_parameters={"dataframe": _gx_rows(rows)})
@@ -200,7 +200,7 @@ def _gx_rows(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _exceptions(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """Great Expectations gives either one exception record or a dict of them."""
+    """Return exception records; Great Expectations gives either one or a dict of them."""
     return [info] if "raised_exception" in info else [v for v in info.values() if isinstance(v, dict)]
 
 

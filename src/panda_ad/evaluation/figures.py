@@ -109,7 +109,8 @@ def cautions(good: int, defective: int, confidence: float) -> list[str]:
 
     Parameters
     ----------
-    good, defective : test images of each.  confidence : of the interval named, in (0, 1).
+    good, defective : test images of each.
+    confidence : of the interval named, in (0, 1).
     """
     lines = []
     if not defective:

@@ -178,7 +178,7 @@ def percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
 
 
 def _checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (N,) int8 and scores (N,) float64, or UserError."""
+    """Return labels (N,) int8 and scores (N,) float64, or UserError."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise UserError(
@@ -200,13 +200,13 @@ def _checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _order(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order of descending score (N,), and the last position of each run of equal scores (T,)."""
+    """Return the order of descending score (N,), and the last position of each run of equal scores (T,)."""
     order = np.argsort(-scores, kind="stable")
     return order, np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]
 
 
 def _curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tp, fp (T,) int64 at each distinct score, descending, and these scores."""
+    """Return tp, fp (T,) int64 at each distinct score, descending, and these scores."""
     labels, scores = _checked(labels, scores)
     order, ends = _order(scores)
     tp = np.cumsum(labels[order], dtype=np.int64)[ends]
@@ -214,7 +214,7 @@ def _curve(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _resamples(labels: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image is drawn, (B, N) int32, in blocks of rows that add up to n."""
+    """Yield how often each image is drawn, (B, N) int32, in blocks of rows that add up to n."""
     if n < 1:
         raise UserError(f"bootstrap: at least one resample is needed, not {n}")
     rng = np.random.default_rng(seed)
@@ -251,7 +251,10 @@ def resample_metric(metric: Metric, labels: np.ndarray, scores: np.ndarray, coun
 
 
 def _auroc(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
-    """tp, fp (..., T) -> (...): trapezoids under the ROC curve; sums of integers below 2**53 are exact in float64."""
+    """Return the area under ROC curves by trapezoids: tp, fp (..., T) -> (...).
+
+    Sums of integers below 2**53 are exact in float64.
+    """
     twice = tp[..., 0].astype(np.float64) * fp[..., 0]
     twice += np.einsum(
         "...t,...t->...",

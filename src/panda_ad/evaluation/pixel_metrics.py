@@ -125,14 +125,14 @@ def pixel_intervals(
 
 
 def _ramp_area(a: np.ndarray, b: np.ndarray, limit: float) -> np.ndarray:
-    """Area up to `limit` under a unit ramp that rises from 0 at `a` to 1 at `b` (a <= b) and stays there."""
+    """Return the area up to `limit` under a unit ramp that rises from 0 at `a` to 1 at `b` (a <= b) and stays there."""
     width = np.where(b > a, b - a, 1.0)
     area: np.ndarray = np.where(b <= limit, limit - (a + b) / 2, np.maximum(limit - a, 0.0) ** 2 / (2 * width))
     return area
 
 
 def _components(mask: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-    """Pixel indices (rows, columns) of each connected defect of a mask, 8-neighborhood."""
+    """Yield pixel indices (rows, columns) of each connected defect of a mask, 8-neighborhood."""
     from scipy import ndimage
 
     labels, _ = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -158,7 +158,7 @@ def _normal_counts(unique: np.ndarray, masks: Masks, maps: Maps) -> tuple[np.nda
 
 
 def _normal_blocks(masks: Masks, maps: Maps) -> Iterator[np.ndarray]:
-    """Scores of the normal pixels, in blocks of whole images of about 16 million pixels."""
+    """Yield scores of the normal pixels, in blocks of whole images of about 16 million pixels."""
     held: list[np.ndarray] = []
     for mask, m in zip(masks, maps, strict=True):
         held.append(m[~mask])
@@ -184,7 +184,7 @@ def _edges(masks: Masks, maps: Maps) -> np.ndarray:
 
 
 def _histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Values per bin (E + 1,): below the first edge, [edge, next edge), ..., from the last edge on."""
+    """Count values per bin (E + 1,): below the first edge, [edge, next edge), ..., from the last edge on."""
     return np.diff(np.searchsorted(np.sort(values), edges, side="left"), prepend=0, append=len(values))
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from panda_ad.errors import UserError
 from panda_ad.features.architectures import ARCHITECTURES, TIMM, Architecture, architecture
@@ -57,7 +56,7 @@ class FrozenLayers(_Layers):
     """The layers that stay as pretrained."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) float32, normalized -> for each level (B, C, h, w); the last is what the adapted layers read."""
+        """Map (B, 3, H, W) float32, normalized, to (B, C, h, w) for each level; the adapted layers read the last."""
         return self._outputs(x)
 
 
@@ -75,17 +74,17 @@ class AdaptedLayers(_Layers):
         self.feature_levels = feature_levels
 
     def maps(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Last level of the frozen layers (B, C, h, w) -> for each level (B, C', h', w')."""
+        """Map the last level of the frozen layers (B, C, h, w) to (B, C', h', w') for each level."""
         return self._outputs(x)
 
     def pool(self, x: Tensor, maps: Sequence[Tensor]) -> Tensor:
-        """Input (B, C, h, w) and what `maps` makes of it -> pooled features (B, D)."""
+        """Map the input (B, C, h, w) and what `maps` makes of it to pooled features (B, D)."""
         by_level = dict(zip(self.levels, maps, strict=True))
         means = [by_level.get(level, x).mean(dim=(2, 3)) for level in self.feature_levels]
         return means[0] if len(means) == 1 else torch.cat(means, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Last level of the frozen layers (B, C, h, w) -> pooled features (B, D)."""
+        """Map the last level of the frozen layers (B, C, h, w) to pooled features (B, D)."""
         return self.pool(x, self.maps(x))
 
 
@@ -143,12 +142,12 @@ class Backbone(nn.Module):
 
 
 def _counts(key: str) -> bool:
-    """Whether a tensor is batch norm's count of training steps, which nothing reads."""
+    """Return whether a tensor is batch norm's count of training steps, which nothing reads."""
     return key.endswith("num_batches_tracked")
 
 
 def _divided(net: nn.Sequential, entry: Architecture) -> tuple[dict[str, nn.Module], ...]:
-    """Modules of the frozen layers, of the adapted layers, and of the classifier, by name."""
+    """Return modules of the frozen layers, of the adapted layers, and of the classifier, by name."""
     modules = dict(net.named_children())
     names = list(modules)
     cut, end = (names.index(levels[-1]) + 1 for levels in (entry.frozen_levels, entry.adapted_levels))
@@ -178,7 +177,7 @@ def _network(entry: Architecture, state: Mapping[str, Tensor]) -> tuple[nn.Seque
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """sha256 (hex) over names, shapes and float32 values of the tensors."""
+    """Return the sha256 (hex) over names, shapes and float32 values of the tensors."""
     digest = hashlib.sha256()
     for key in sorted(state):
         value = state[key].detach().float().contiguous()
@@ -230,13 +229,13 @@ def preprocess(rgb: np.ndarray, size: tuple[int, int], entry: Architecture = ARC
     """
     x = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
     if x.shape[2:] != size:
-        x = F.interpolate(x, size=size, mode=entry.interpolation, antialias=True)
+        x = nn.functional.interpolate(x, size=size, mode=entry.interpolation, antialias=True)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (entry.mean, entry.std))
     return (x[0].float() / 255 - mean) / std
 
 
 def resolve_precision(precision: str) -> torch.dtype:
-    """`auto` is bfloat16 where the CPU computes in it (AVX512-BF16 or AMX), else float32."""
+    """Return a precision's dtype; `auto` is bfloat16 where the CPU has it (AVX512-BF16 or AMX), else float32."""
     if precision == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32
@@ -264,7 +263,7 @@ def in_micro_batches(function, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, ...]:
-    """Frozen activations in the form everything downstream uses: rounded to float16, cached or not.
+    """Return frozen activations in the form everything downstream uses: rounded to float16, cached or not.
 
     Parameters
     ----------

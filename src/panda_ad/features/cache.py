@@ -58,7 +58,7 @@ class _Store:
         self.reload()
 
     def _sizes(self) -> int:
-        """How many records are complete on disk."""
+        """Return how many records are complete on disk."""
         files = ((self.path, self.record), (self.index, _LINE))
         return min(f.stat().st_size // unit if f.exists() else 0 for f, unit in files)
 
@@ -124,7 +124,7 @@ class Activations:
         self.features = _Store(self.folder / "pooled", (width,), np.float32)
 
     def compute(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        """Each level of some images, straight from their pixels: float16 (N, C, h, w) each."""
+        """Compute each level of some images, straight from their pixels: float16 (N, C, h, w) each."""
         return self._values(self._decoded(items))
 
     def _decoded(self, items: Sequence[Item]) -> torch.Tensor:
@@ -249,7 +249,7 @@ class View:
         return len(self.items)
 
     def __getitem__(self, index: slice | np.ndarray | Sequence[int]) -> np.ndarray:
-        """Rows by slice or integer array, float16 (B, C, h, w); rows that the cache does not hold are computed."""
+        """Return rows by slice or integer array, float16 (B, C, h, w); rows missing in the cache are computed."""
         chosen = np.arange(len(self.items))[index]
         rows = self.rows[chosen]
         out = np.empty((len(chosen), *self.shape[1:]), np.float16)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 _SCALES = {"efficientnet_lite0": (1.0, 1.0), "efficientnet_lite1": (1.0, 1.1), "efficientnet_lite2": (1.1, 1.2)}
 """Factors of width and of depth."""
@@ -51,9 +50,9 @@ class _Convolution(nn.Module):
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
         if stride > 1:
             down, right = (max((math.ceil(n / stride) - 1) * stride + kernel - n, 0) for n in x.shape[2:])
-            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+            x = nn.functional.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         x = self.bn(self.conv(x))
-        return F.relu6(x, inplace=True) if self.bounded else x
+        return nn.functional.relu6(x, inplace=True) if self.bounded else x
 
 
 class Block(nn.Module):
@@ -122,7 +121,7 @@ def rename(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(net: EfficientNetLite) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Each module that holds weights: its name here, and timm's and the package's."""
+    """Yield each module that holds weights: its name here, and timm's and the package's."""
     yield "stem.conv", ("conv_stem", "_conv_stem")
     yield "stem.bn", ("bn1", "_bn0")
     yield "head.conv", ("conv_head", "_conv_head")

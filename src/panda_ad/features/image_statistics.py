@@ -77,7 +77,8 @@ class Reference:
 
     Attributes
     ----------
-    statistics : (M, S) float32, columns as `NAMES`.  features : (M, D) float16, under the last head.
+    statistics : (M, S) float32, columns as `NAMES`.
+    features : (M, D) float16, under the last snapshot.
     """
 
     statistics: np.ndarray

@@ -54,16 +54,16 @@ class Network:
         return self.backbone.architecture.map_levels
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 (H, W, 3) of any size -> float32 (N, 3, *size)."""
+        """Resize and normalize images, uint8 (H, W, 3) of any size: float32 (N, 3, *size)."""
         return torch.stack([preprocess(image, self.size, self.backbone.architecture) for image in images])
 
     def activations(self, pixels: Tensor) -> dict[str, np.ndarray]:
-        """Frozen activations of preprocessed images, float32 (N, 3, H, W)."""
+        """Return frozen activations of preprocessed images, float32 (N, 3, H, W)."""
         values = frozen_activations(self.backbone, pixels, self.precision)
         return {level: value.numpy() for level, value in zip(self.frozen_levels, values, strict=True)}
 
     def features(self, activations: Activations, pretrained: np.ndarray | None = None) -> list[np.ndarray]:
-        """Pooled features of N images under each snapshot, S arrays (N, D) float32.
+        """Return pooled features of N images under each snapshot, S arrays (N, D) float32.
 
         `pretrained` (N, D) are those under the pretrained layers, where they are known already.
         """
@@ -80,7 +80,7 @@ class Network:
     def features_and_maps(
         self, activations: Activations, levels: Sequence[str], pretrained: np.ndarray | None = None
     ) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-        """`features`, and the maps of some levels under the last snapshot; its layers are run once for both."""
+        """Return `features`, and maps of some levels under the last snapshot, whose layers are run once for both."""
         if set(levels) <= set(self.frozen_levels):
             return self.features(activations, pretrained), {level: activations[level] for level in levels}
         last = self.adapted[-1]

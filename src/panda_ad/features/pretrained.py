@@ -23,7 +23,7 @@ _INSTEAD = "or set backbone.name: efficientnet_lite0, whose weights are installe
 
 
 def is_file(weights: str) -> bool:
-    """Whether `backbone.weights` names a file rather than a published set of weights."""
+    """Return whether `backbone.weights` names a file rather than a published set of weights."""
     return Path(weights).suffix in (".safetensors", ".pth", ".pt")
 
 

@@ -107,7 +107,7 @@ def _in_order(net: nn.Module) -> OrderedDict[str, nn.Module]:
 
 @torch.inference_mode()
 def _is_sequence(short: str) -> bool:
-    """Whether the modules, run in order, give the levels that the extractor gives, as (1, C, h, w)."""
+    """Return whether the modules, run in order, give the levels that the extractor gives, as (1, C, h, w)."""
     net: Any = timm.create_model(short, features_only=True).eval()
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     names = {module.replace(".", "_") for module in net.feature_info.module_name()}

@@ -47,7 +47,9 @@ class ReportImage:
 
     Attributes
     ----------
-    path : its name in `Report.paths`.  label : 0 good, 1 defective.  defect : 'good' or the kind.
+    path : its name in `Report.paths`.
+    label : 0 good, 1 defective.
+    defect : 'good' or the kind.
     rgb : uint8 (h, w, 3), any size; shown at most 256 px wide or high, so nothing is gained by more.
     spot : None where `rgb` shows all there is, or without localization.
     heatmap : float32 (h', w'), higher is more anomalous, covering the whole image; None without localization.
@@ -96,13 +98,17 @@ class Report:
 
     Attributes
     ----------
-    headline : the figures at the top.  threshold : the model's own; anomalous means score > its value.
+    headline : the figures at the top.
+    threshold : the model's own; anomalous means score > its value.
     paths, defects : (N,) name and kind ('good' or the defect's name) of every test image.
-    labels : (N,) 0 good, 1 defective.  scores, p_values : (N,) float.  calibration_scores : (M,) float.
+    labels : (N,) 0 good, 1 defective.
+    scores, p_values : (N,) float.
+    calibration_scores : (M,) float.
     images : those shown as pictures, at most as many as evaluate.report_images; each one's path is in `paths`.
     cautions : one line each on what so few test images cannot tell.
     provenance : section ('data', 'model', 'code') -> key -> value.
-    confidence : of every interval.  bundle : folder of the model, as the command line takes it.
+    confidence : of every interval.
+    bundle : folder of the model, as the command line takes it.
     """
 
     dataset: str

@@ -48,7 +48,7 @@ def render(template: str, scripts: Sequence[str], data: object, **context: objec
 
 
 def script_json(value: object) -> str:
-    """JSON that stays inside its script element: no '<', '>', '&' or line separator is left as itself."""
+    """Return JSON that stays inside its script element: no '<', '>', '&' or line separator is left as itself."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -78,7 +78,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _figure(value: float | None) -> str:
-    """Three decimals for rates, four significant digits for the rest; a dash where there is no figure."""
+    """Return a figure as text: three decimals for rates, four significant digits for the rest, a dash for none."""
     if value is None:
         return "–"
     return f"{value:.3f}" if -1 <= value <= 1 else f"{value:.4g}"

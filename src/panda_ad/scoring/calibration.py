@@ -40,7 +40,7 @@ class Threshold:
 
 
 def p_values(calibration: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Conformal p-values (1 + #{calibration >= score}) / (M + 1) (Vovk et al. 2005, 2.2).
+    """Return conformal p-values (1 + #{calibration >= score}) / (M + 1) (Vovk et al. 2005, 2.2).
 
     For a good image exchangeable with the calibration images, P(p <= r) <= r for every rate r.
 

@@ -47,7 +47,7 @@ class DetectorConfig(BaseModel):
 
 
 class FitParams(BaseModel):
-    """What `fit_detector` is told beside the images: sections of params.yaml."""
+    """What `fit_detector` needs beside the images: sections of params.yaml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

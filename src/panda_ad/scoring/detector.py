@@ -146,7 +146,7 @@ class Detector:
         return Scores(score, snapshot, neighbors, distances, features[-1], shown, feature_score, map_score)
 
     def transformed(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """L2-normalize and whiten features per snapshot, S times (N, D) float32, each where the model was built so."""
+        """Normalize and whiten features per snapshot, S times (N, D) float32, each where the model was built so."""
         out = [normalize(x) for x in features] if self.config.normalize else list(features)
         return [whiten(x) for whiten, x in zip(self.whitenings, out, strict=True)] if self.whitenings else out
 
@@ -215,5 +215,5 @@ class Detector:
 
 
 def normalize(features: np.ndarray) -> np.ndarray:
-    """(N, D) -> rows of unit L2 norm, float32; a zero row stays zero."""
+    """Scale rows (N, D) to unit L2 norm, float32; a zero row stays zero."""
     return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12))

@@ -200,7 +200,7 @@ def heatmap_range(maps: np.ndarray, peaks: np.ndarray) -> tuple[float, float]:
 
 
 def thumbnail(rgb: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) -> JPEG bytes of at most 96 pixels a side."""
+    """Return an image, uint8 (H, W, 3), as JPEG bytes, at most 96 pixels a side."""
     from PIL import Image
 
     image = Image.fromarray(rgb)

@@ -111,7 +111,7 @@ class Gallery:
         n, m, dimension = len(queries), len(self), queries.shape[1]
         distances, indices = np.empty((n, k)), np.empty((n, k), dtype=np.int64)
         centered = queries - self._mean
-        # |error of faiss| <= gamma (|q| + |g|)^2 for sums of D float32 products, and the rounding of the centring
+        # |error of faiss| <= gamma (|q| + |g|)^2 for sums of D float32 products, and the rounding of q - mean
         radius = np.sqrt(np.square(centered, dtype=np.float64).sum(axis=1)) + self._radius
         error = (dimension + 8) * 2.0**-24 * (radius + float(np.abs(self._mean).max()) * 4) ** 2
         left = np.arange(n)
@@ -131,7 +131,7 @@ class Gallery:
         return distances, indices
 
     def _scan(self, query: np.ndarray, k: int, own: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """One query (1, D) against the whole gallery, in blocks."""
+        """Compare one query (1, D) with the whole gallery, in blocks."""
         distances, indices = np.empty((1, 0)), np.empty((1, 0), dtype=np.int64)
         for start in range(0, len(self), 4096):
             candidates = np.arange(start, min(start + 4096, len(self)))[None]
@@ -182,7 +182,7 @@ class Gallery:
 
 
 def check_finite(features: np.ndarray) -> None:
-    """UserError where a feature of the training images, (M, D), is NaN or infinite."""
+    """Raise UserError where a feature of the training images, (M, D), is NaN or infinite."""
     if not np.isfinite(features).all():
         raise UserError(
             "a training image's features are not finite numbers; lower adapt.learning_rate, or use adapt.method: none"
@@ -190,7 +190,7 @@ def check_finite(features: np.ndarray) -> None:
 
 
 def cluster_means(features: np.ndarray, members: np.ndarray) -> Gallery:
-    """Gallery of the means of clusters.
+    """Return a gallery of the means of clusters.
 
     Parameters
     ----------
@@ -241,7 +241,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
 
 
 def greedy_coreset(rows: Tensor, size: int, first: int, least: float = -1.0) -> Tensor:
-    """Greedy k-center choice: `first`, then always the row farthest from all that are chosen.
+    """Choose rows by greedy k-center: `first`, then always the row farthest from all that are chosen.
 
     Parameters
     ----------

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ def resize_map(heatmap: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Bring a heat map (h, w) to (H, W) pixels, bilinear, float32."""
     if heatmap.shape == tuple(size):
         return heatmap
-    x = torch.from_numpy(heatmap)[None, None]
-    resized: np.ndarray = F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)[0, 0].numpy()
+    x = torch.from_numpy(heatmap)[None, None]  # (1, 1, h, w)
+    x = nn.functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    resized: np.ndarray = x[0, 0].numpy()
     return resized
 
 

@@ -73,7 +73,8 @@ def ledoit_wolf_shrinkage(centered: np.ndarray, covariance: np.ndarray) -> float
 
     Parameters
     ----------
-    centered : float64 (M, D), rows of mean zero.  covariance : (D, D), centered' centered / M.
+    centered : float64 (M, D), rows of mean zero.
+    covariance : (D, D), centered' centered / M.
     """
     count, dimension = centered.shape
     squares = float(np.square(covariance).sum())
