@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.sgd import sgd
 from tqdm import trange
 
 from panda_ad.adapt import losses
@@ -129,9 +130,7 @@ def descend(
     parameters = [*network.parameters(), *(classifier.parameters() if classifier is not None else ())]
     device, bf16 = parameters[0].device, params.precision == "bf16"
     center, recent = center.to(device), []
-    optimizer = torch.optim.SGD(
-        parameters, plan.learning_rate, momentum=params.momentum, weight_decay=params.weight_decay
-    )
+    velocities = [torch.zeros_like(p) for p in parameters]
     for step in trange(1, plan.steps + 1, desc=params.method, unit="step", disable=None):
         x, labels = next(batches)  # (B, C, h, w), (B,)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -140,20 +139,42 @@ def descend(
             loss = loss_of(features.float(), center)
         else:
             loss = loss_of(classifier(features.float())[:, 0], labels)
-        optimizer.zero_grad()
+        for p in parameters:
+            p.grad = None
         loss.backward()
         if penalty is not None:
             penalty.add_gradient()
-        # as in the authors' code, the optimizer adds weight decay after the clip
+        # as in the authors' code, weight decay is added after the clip
         norm = nn.utils.clip_grad_norm_(parameters, params.clip_norm)
         if not torch.isfinite(norm):
             raise UserError(
                 f"adapt: the gradient is not finite at step {step} of {plan.steps}; lower adapt.learning_rate"
             )
-        optimizer.step()
+        sgd_step(parameters, velocities, plan.learning_rate, params)
         recent.append((loss.item(), norm.item(), float(norm > params.clip_norm)))
         if step in plan.looks:
             row = {"step": float(step), "epoch": step * plan.epochs / plan.steps}
             row |= zip(("loss", "gradient_norm", "clipped"), np.mean(recent, axis=0).tolist(), strict=True)
             yield row if penalty is None else row | {"penalty": penalty.value()}
             recent.clear()
+
+
+@torch.no_grad()
+def sgd_step(parameters: list[nn.Parameter], velocities: list[Tensor], rate: float, params: AdaptParams) -> None:
+    """Take one step of `torch.optim.SGD` in place; `velocities` are zeros at first. Parameters without a gradient stay.
+
+    `torch.optim.SGD` itself imports PyTorch's compiler when it is made, as much processor time as some ten steps on a small network.
+    """
+    moved = [(p, p.grad, v) for p, v in zip(parameters, velocities, strict=True) if p.grad is not None]
+    weights, gradients, buffers = map(list, zip(*moved, strict=True))
+    sgd(
+        weights,
+        gradients,
+        buffers,
+        lr=rate,
+        momentum=params.momentum,
+        weight_decay=params.weight_decay,
+        dampening=0,
+        nesterov=False,
+        maximize=False,
+    )
