@@ -25,7 +25,7 @@ from panda_ad.scoring.localize.search import Packed, nearest, pack
 from panda_ad.scoring.localize.tiling import blend, grid
 from panda_ad.system.files import write_json
 
-POOL = 100_000
+POOL = 50_000
 """Most patches the coreset chooses from, drawn at random: keeps the greedy choice in the processor's cache."""
 _PROJECTED = 32  # dimensions in which the coreset measures distances (Johnson-Lindenstrauss, section 3.2)
 
