@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.sgd import sgd
 from tqdm import trange
 
@@ -56,7 +55,7 @@ class Adapted:
 
 class _UnitNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(features.float())  # (B, D)
+        return nn.functional.normalize(features.float())  # (B, D)
 
 
 def adapt(
@@ -161,9 +160,15 @@ def descend(
 
 @torch.no_grad()
 def sgd_step(parameters: list[nn.Parameter], velocities: list[Tensor], rate: float, params: AdaptParams) -> None:
-    """Take one step of `torch.optim.SGD` in place; `velocities` are zeros at first. Parameters without a gradient stay.
+    """Take one step of `torch.optim.SGD` in place; parameters without a gradient stay.
 
-    `torch.optim.SGD` itself imports PyTorch's compiler when it is made, as much processor time as some ten steps on a small network.
+    `torch.optim.SGD` itself imports PyTorch's compiler when it is made, which takes as much processor time as some ten
+    steps on a small network.
+
+    Parameters
+    ----------
+    velocities : momentum buffers, of the parameters' shapes; zeros before the first step.
+    rate : learning rate.
     """
     moved = [(p, p.grad, v) for p, v in zip(parameters, velocities, strict=True) if p.grad is not None]
     weights, gradients, buffers = map(list, zip(*moved, strict=True))
