@@ -1,8 +1,9 @@
 """Who moved which alias, when, from where to where and why: append-only tags of the registered model, one per move.
 
-A move is recorded before it is made, and its record marked as done afterwards. So the records say at any time what happened: of a record
-that is not marked, what follows it tells whether the alias moved; where the alias is elsewhere than the records say, a hand moved it in
-MLflow. The version before, and which versions are held back, are computed from the records and stored nowhere.
+A move is recorded before it is made, and its record is marked as done afterwards. So the records say at any time what
+happened. If a record is not marked, those that follow it show whether the alias moved. If the alias is elsewhere than
+the records say, someone moved it by hand in MLflow. The version before, and which versions are held back, are computed
+from the records and stored nowhere.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import RegisteredModel
 
 Move = dict[str, Any]
-"""A record: action (promote, rollback, confirm, by hand), alias, from, to, why, when, who, prefect_run, done; `key` is its tag."""
+"""A record: action (promote, rollback, confirm, by hand), alias, from, to, why, when, who, prefect_run, done.
+
+`key` is the name of its tag.
+"""
 
 ALIASES = ("staging", "champion")
 BY_HAND = "by hand"
@@ -35,7 +39,10 @@ def now() -> str:
 def record(
     client: MlflowClient, model: RegisteredModel, action: str, alias: str, moved: tuple[str | None, str], why: str
 ) -> Move:
-    """Record the intent to move `alias` from one version (None: it is not set) to another. `mark_done` follows the move itself."""
+    """Record the intent to move `alias` from one version (None: it is not set) to another.
+
+    `mark_done` follows the move itself.
+    """
     when = now()
     key = f"{_PREFIX}{when.replace(':', '').replace('+0000', 'Z')}"  # MLflow's tag names allow no '+'
     last = max((k for k in model.tags if k.startswith(_PREFIX)), default="")
@@ -69,16 +76,19 @@ def _public(move: Move) -> Move:
 
 
 def records(model: RegisteredModel) -> list[Move]:
-    """Return the records as they are stored, oldest first. Those from before moves were recorded ahead are of moves that were made."""
+    """Return the records as they are stored, oldest first.
+
+    Records from before moves were recorded ahead are of moves that were made.
+    """
     tags = sorted((key, value) for key, value in model.tags.items() if key.startswith(_PREFIX))
     return [{"done": True, **json.loads(value.rpartition("\n")[2]), "key": key} for key, value in tags]
 
 
 def history(model: RegisteredModel) -> list[Move]:
-    """Return what happened to the aliases, oldest first: the records, each `done` or not, and between them the moves made by hand.
+    """Return what happened to the aliases, oldest first: the records, and between them the moves made by hand.
 
-    A record that is not marked was made if the alias went on from where it led to. A hand that moves the alias back where it came from
-    cannot be told from a move that was never made.
+    Each record is `done` or not. One that is not was made if the alias went on from where it led to. A move by hand
+    that puts the alias back where it came from cannot be distinguished from a move that was never made.
     """
     found: list[Move] = []
     latest: dict[str, Move] = {}
@@ -103,7 +113,8 @@ def history(model: RegisteredModel) -> list[Move]:
 def _by_hand(alias: str, before: str | None, after: str | None) -> Move:
     why = "moved in MLflow, past the gate"
     return {
-        "action": BY_HAND, "alias": alias, "from": before, "to": after, "why": why, "when": None, "who": None, "prefect_run": None, "done": True,
+        "action": BY_HAND, "alias": alias, "from": before, "to": after,
+        "why": why, "when": None, "who": None, "prefect_run": None, "done": True,
     }  # fmt: skip
 
 
@@ -116,7 +127,8 @@ def held(model: RegisteredModel, alias: str) -> str | None:
 def versions_before(model: RegisteredModel, alias: str) -> list[str]:
     """Return the versions that rolling back leads to, one after the other, nearest first.
 
-    Promotions, moves by hand and rollbacks to a version that was named lead on; a rollback to the version before undoes the last of them.
+    Promotions, moves by hand and rollbacks to a version that was named lead on. A rollback to the version before undoes
+    the last of them.
     """
     way: list[str] = []
     for move in history(model):

@@ -17,7 +17,8 @@ def cautions(metrics: Mapping[str, float], budget: float) -> list[str]:
 
     Parameters
     ----------
-    metrics : of `evaluate`: recall, false_alarm_rate, image_auroc with its interval, test_good, test_defect; each may be missing.
+    metrics : of `evaluate`: recall, false_alarm_rate, image_auroc with its interval, test_good, test_defect.
+        Each may be missing.
     budget : the share of good parts that may raise an alarm.
     """
     found = []

@@ -26,10 +26,12 @@ _PAGE = 1000  # entries of one answer
 
 
 def clean(keep: int, delete: bool) -> list[str]:
-    """Delete the versions of params.yaml's categories but the newest `keep` of each, and the data set's runs that speak for none that stays; a line for each.
+    """Delete versions and runs that are no longer needed, and return a line for each.
 
-    What an alias points to stays, the version before it, and versions that were rolled back: the same model made again must be known as held back.
-    Alias moves stay recorded on the registered model. `delete` false: only says what would go.
+    Of each of params.yaml's categories the newest `keep` versions stay, and the runs of the data set that belong to a
+    version that stays. What an alias points to stays too, and so do the version before it and versions that were
+    rolled back: the same model made again must be recognized as held back. Alias moves stay recorded on the
+    registered model. With `delete` false nothing is deleted, and the lines say what would be.
 
     Raises
     ------
@@ -70,7 +72,7 @@ def clean(keep: int, delete: bool) -> list[str]:
 
 
 def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVersion, bool]]:
-    """A model's versions, newest first, and whether each stays; none where it was never registered."""
+    """Return a model's versions, newest first, and whether each stays; none if it was never registered."""
     versions: list[ModelVersion] = _every(
         lambda token: client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token)
     )
@@ -87,7 +89,7 @@ def _versions(client: MlflowClient, name: str, keep: int) -> list[tuple[ModelVer
 
 
 def _runs(client: MlflowClient, dataset: str) -> list[Run]:
-    """Runs of the data set's experiments: training and monitoring."""
+    """Return the runs of the data set's experiments: training and monitoring."""
     found = [client.get_experiment_by_name(name) for name in (f"panda-{dataset}", f"panda-{dataset}-monitoring")]
     experiments = [experiment.experiment_id for experiment in found if experiment is not None]
     return (

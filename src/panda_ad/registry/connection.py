@@ -1,7 +1,7 @@
 """Where MLflow is, and quick clear failure when it is not there.
 
-MLFLOW_TRACKING_URI names a server; without it a SQLite file and a folder beside params.yaml are used. Credentials come from
-MLflow's own variables (MLFLOW_TRACKING_USERNAME and others) and are never printed.
+MLFLOW_TRACKING_URI names a server. Without it a SQLite file and a folder beside params.yaml are used. Credentials come
+from MLflow's own variables (MLFLOW_TRACKING_USERNAME and others) and are never printed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 
 
 def root() -> Path:
-    """The repository: the working directory, or, in DVC's temporary copy for a queued experiment, the one it was copied from."""
+    """Return the repository's folder.
+
+    It is the working directory or, in DVC's temporary copy for a queued experiment, the one it was copied from.
+    """
     here = Path.cwd()
     for folder in here.parents:
         if folder.name == ".dvc":
@@ -61,9 +64,10 @@ def artifact_root() -> str:
 
 
 def server_command(host: str, port: int) -> list[str]:
-    """Arguments after `python -m` of an MLflow server on the local store, which `server_environment` names.
+    """Return the arguments after `python -m` of an MLflow server on the local store, which `server_environment` names.
 
-    Clients write artifacts to the folder themselves, so that runs made with and without the server can each be read both ways.
+    Clients write artifacts to the folder themselves, so runs made with and without the server can each be read both
+    ways.
     """
     _follow_checkout()
     command = ["mlflow", "server", "--host", host, "--port", str(port), "--workers", "1"]
@@ -71,33 +75,37 @@ def server_command(host: str, port: int) -> list[str]:
 
 
 def server_environment() -> dict[str, str]:
-    """Variables of the server of `server_command`. The store is among them: every user of a machine can read command lines."""
+    """Return the variables of the server of `server_command`.
+
+    The store is among them, since every user of a machine can read command lines.
+    """
     return {**DEFAULTS, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": tracking_uri()}
 
 
 def without_credentials(uri: str) -> str:
-    """A URI that may be printed and logged."""
+    """Return a URI that may be printed and logged."""
     credentials = _credentials(uri)
     return uri.replace(credentials, "", 1) if credentials else uri
 
 
 def _credentials(uri: str) -> str:
-    """The part 'user:password@' of a server's URI, '' where there is none.
+    """Return the part 'user:password@' of a server's URI, '' if there is none.
 
-    It goes to the last '@' of all: a password whose '/' or '#' is not written as %2F or %23 seems to end the host's name.
+    It goes to the last '@' of all: a password whose '/' or '#' is not written as %2F or %23 seems to end the host's
+    name.
     """
     scheme, _, rest = uri.partition("://")
     return rest[: rest.rfind("@") + 1] if scheme.partition("+")[0].lower() in _PORTS else ""
 
 
 def connect() -> MlflowClient:
-    """A client of the tracking server and registry; a local store is created on first use.
+    """Return a client of the tracking server and registry; a local store is created on first use.
 
     Raises
     ------
     UserError
-        The server does not answer within seconds, the local store cannot be opened, or this is no repository and a store of
-        its own would be created for nothing.
+        The server does not answer within seconds, the local store cannot be opened, or this is no repository and a
+        store of its own would be created for nothing.
     """
     uri = tracking_uri()
     if (
@@ -106,7 +114,8 @@ def connect() -> MlflowClient:
         and not (root() / "params.yaml").exists()
     ):
         raise UserError(
-            f"{root()}: neither mlflow.db nor params.yaml is here; run from the repository's folder, or set MLFLOW_TRACKING_URI"
+            f"{root()}: neither mlflow.db nor params.yaml is here; "
+            "run from the repository's folder, or set MLFLOW_TRACKING_URI"
         )
     require_server()
     for name, value in DEFAULTS.items():
@@ -150,7 +159,10 @@ def local_store() -> bool:
 
 @contextlib.contextmanager
 def mlflow_errors() -> Iterator[None]:
-    """What MLflow or its transport raises, as one line that names the server; Unavailable unless MLflow says that the request is wrong."""
+    """Raise what MLflow or its transport raises as one line that names the server.
+
+    It is Unavailable unless MLflow says that the request is wrong.
+    """
     try:
         yield
     except UserError:
@@ -166,17 +178,23 @@ def mlflow_errors() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's text, without the tracking server's credentials."""
+    """Return the first line of an exception's text, without the tracking server's credentials."""
     text = str(error).strip().splitlines() or [type(error).__name__]
     credentials = _credentials(tracking_uri())
     return (text[0].replace(credentials, "") if credentials else text[0])[:300]
 
 
 def _preflight(uri: str) -> None:
-    """Unavailable where nothing answers. Any HTTP status counts as an answer: what it means is for the client to find out."""
+    """Raise Unavailable if nothing answers.
+
+    Any HTTP status counts as an answer: what it means is for the client to find out.
+    """
     parts = urlsplit(uri)
     scheme, shown = parts.scheme.partition("+")[0], without_credentials(uri)
-    down = f"MLflow at {shown} does not answer; start the server or mend MLFLOW_TRACKING_URI, then run the same command again"
+    down = (
+        f"MLflow at {shown} does not answer; "
+        "start the server or correct MLFLOW_TRACKING_URI, then run the same command again"
+    )
     try:
         port = parts.port
     except ValueError:  # its text would be the password's beginning
@@ -198,7 +216,8 @@ def _preflight(uri: str) -> None:
             raise Unavailable(f"{down} ({e})") from None
     elif scheme == "file" or not scheme:
         raise UserError(
-            f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; use sqlite:///FILE or a server's address"
+            f"MLFLOW_TRACKING_URI: {shown}: MLflow no longer keeps runs in folders; "
+            "use sqlite:///FILE or a server's address"
         )
 
 

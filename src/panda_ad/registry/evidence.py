@@ -28,10 +28,10 @@ def gather(
     client: MlflowClient, params: Params, category: str, candidate: ModelVersion, incumbent: ModelVersion | None,
     champion: ModelVersion | None = None, best_before: float | None = None,
 ) -> Evidence:  # fmt: skip
-    """Evidence for one decision; incumbent, champion and best_before as `Evidence` has them.
+    """Return the evidence for one decision; incumbent, champion and best_before are as in `Evidence`.
 
-    Where the test set has changed since the incumbent or the champion was evaluated, it scores the candidate's test images through its
-    own bundle; they must then be in the working directory.
+    If the test set has changed since the incumbent or the champion was evaluated, that version scores the candidate's
+    test images through its own bundle. The images must then be in the working directory.
 
     Raises
     ------
@@ -77,7 +77,10 @@ def gather(
 def _rival(
     client: MlflowClient, params: Params, category: str, version: ModelVersion | None, scores: pd.DataFrame
 ) -> tuple[pd.DataFrame | None, float | None]:
-    """A version's score table on the images of `scores`, in their order, and its threshold; None of both without a version."""
+    """Return a version's score table on the images of `scores`, in their order, and its threshold.
+
+    Without a version both are None.
+    """
     if version is None:
         return None, None
     run = version.tags["panda.run"]
@@ -92,7 +95,15 @@ def _metrics(client: MlflowClient, run: str, category: str) -> dict[str, float]:
 
 
 def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
-    """A run's artifact as a file on this machine. UserError where it is gone, Unavailable where its server is."""
+    """Return a run's artifact as a file on this machine.
+
+    Raises
+    ------
+    UserError
+        The artifact is gone.
+    Unavailable
+        Its server does not answer.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -122,7 +133,8 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
                 ) from None
             if hashlib.sha256(data).hexdigest() != sha256:
                 raise UserError(
-                    f"{root / path}: not the image that was evaluated; run `dvc repro`, or `dvc checkout` for the images of dvc.lock"
+                    f"{root / path}: not the image that was evaluated; "
+                    "run `dvc repro`, or `dvc checkout` for the images of dvc.lock"
                 )
             images.append(decode(data, path, Decoding.of(detector.config)))
         scores += [v.score for v in detector.score(images)]
@@ -130,7 +142,10 @@ def rescore(bundle: Path, params: Params, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def latency_ms(bundle: Path) -> float:
-    """Median milliseconds that the detector takes for one decoded image on this machine (one of its gallery's thumbnails)."""
+    """Return the median milliseconds that the detector takes for one decoded image on this machine.
+
+    The images are thumbnails of its gallery.
+    """
     from panda_ad.data.images import decode
     from panda_ad.scoring.bundle import load_bundle
 

@@ -1,8 +1,8 @@
-"""The gate: rules that a candidate must pass before an alias moves to it. Pure functions of score tables and parameters.
+"""The gate: rules that a candidate must pass before an alias moves to it.
 
-The candidate is compared with the version in place, and with the champion, on the same test images: each step may cost a margin, and a fixed
-point keeps many small steps from adding up. Each rule is one function, one entry of params.yaml's `gate`
-(null: off), and one `Rule` in the decision.
+The rules are pure functions of score tables and parameters. The candidate is compared with the version in place, and
+with the champion, on the same test images. Each step may cost a margin, and a fixed point keeps many small steps from
+adding up. Each rule is one function, one entry of params.yaml's `gate` (null: off), and one `Rule` in the decision.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def image_auroc_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
 
 
 def recall_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
-    """The same for recall where the false-alarm budget is spent on the good test images."""
+    """Require the same for recall where the false-alarm budget is spent on the good test images."""
     return _not_worse(
         "recall at the false-alarm budget not worse",
         recall_at_budget(e.budget),
@@ -42,10 +42,10 @@ def recall_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
 
 
 def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
-    """The share of defects caught less the share of good parts alarmed (Youden's J), each version at its own threshold.
+    """Require the same for the share of defects caught less the share of good parts alarmed (Youden's J).
 
-    Images with the wrong label spoil the threshold before they spoil the order of the scores: defects among the calibration images
-    raise it, and AUROC does not see that.
+    Each version decides at its own threshold. Images with the wrong label spoil the threshold before they spoil the
+    order of the scores: defects among the calibration images raise it, and AUROC does not see that.
     """
     return _not_worse(
         "defects caught less false alarms not worse",
@@ -58,9 +58,10 @@ def decisions_not_worse(e: Evidence, params: GateParams) -> list[Rule]:
 
 
 def image_auroc_near_best(e: Evidence, params: GateParams) -> list[Rule]:
-    """Without a champion: image AUROC at most two `margin` below the best of the versions promoted before, on the same test images.
+    """Require an image AUROC at most two `margin` below the best of the versions promoted before, without a champion.
 
-    Two, since the best of many is partly luck. It is a point estimate: their scores need not be at hand.
+    All are measured on the same test images. The limit is two margins, since the best of many is partly luck. It is a
+    point estimate: the earlier versions' scores need not be at hand.
     """
     if params.margin is None or e.best_before is None or not e.both_kinds:
         return []
@@ -123,11 +124,11 @@ def must_catch(e: Evidence, params: GateParams) -> list[Rule]:
 
 
 def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
-    """Alarms on the newest good images are no more than chance allows, given so many calibration images.
+    """Require no more alarms on the newest good images than chance allows, given so many calibration images.
 
-    If these images are exchangeable with the calibration set, the number of alarms among m of them is beta-binomial: the true
-    false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k). Refused where so many alarms or more have a
-    probability below `false_alarm_risk`.
+    If these images are exchangeable with the calibration set, the number of alarms among m of them is beta-binomial:
+    the true false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k). The candidate is
+    refused if so many alarms or more have a probability below `false_alarm_risk`.
     """
     good = e.labels == 0
     if params.false_alarm_risk is None or not good.any():
@@ -169,14 +170,17 @@ RULES: tuple[Callable[[Evidence, GateParams], list[Rule]], ...] = (
 
 
 def refusal(rules: list[Rule]) -> str:
-    """The failed rules in one line."""
+    """Return the failed rules in one line."""
     return "; ".join(f"{r.name}: {r.text}" for r in rules if not r.passed)
 
 
 def _not_worse(
     name: str, metric: Metric, e: Evidence, margin: float | None, confidence: float, decisions: bool = False
 ) -> list[Rule]:
-    """Rules on a metric of labels and scores (with `decisions` less each version's threshold): against the version in place, and the champion."""
+    """Return the rules on a metric of labels and scores, against the version in place and against the champion.
+
+    With `decisions` each version's threshold is subtracted from its scores.
+    """
     rules: list[Rule] = []
     if not e.both_kinds:
         return rules
@@ -193,7 +197,10 @@ def _not_worse(
         ours, before = metric(e.labels, values), metric(e.labels, theirs)
         drops = -paired_bootstrap(metric, e.labels, values, theirs, e.resamples, e.seed)
         drop = float(np.quantile(drops, confidence))
-        text = f"{ours:.4f} against {before:.4f}; with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
+        text = (
+            f"{ours:.4f} against {before:.4f}; "
+            f"with {confidence:.0%} confidence it falls by at most {drop:.4f} (margin {margin:.4f})"
+        )
         passed = drop <= margin
         text += "" if passed else f", {drop - margin:.4f} too much"
         rules.append(Rule(title, passed, drop, margin, max(0.0, drop - margin), text))

@@ -41,7 +41,9 @@ def origin_of(run_id: str, tags: Mapping[str, str]) -> Origin:
 
 
 def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]:
-    """Return data version, commit, parameters, run, metrics, decisions and moves of a version, and the commands that reproduce it.
+    """Return data version, commit, parameters, run, metrics, decisions and moves of a version.
+
+    The commands that reproduce it are among them.
 
     Parameters
     ----------
@@ -92,9 +94,10 @@ def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]
 
 
 def commands(name: str, version: str, origin: Origin) -> list[str]:
-    """Return shell commands that make a version's bundle and figures again: one for all, then each step in a fresh clone.
+    """Return shell commands that make a version's bundle and figures again.
 
-    Parameters and data version come from the run, since publishing does not wait for a commit.
+    The first does all at once, the others do each step in a fresh clone. Parameters and data version come from the run,
+    since publishing does not wait for a commit.
     """
     uri = shlex.quote(without_credentials(tracking_uri()))
     download = f"MLFLOW_TRACKING_URI={uri} mlflow artifacts download --run-id {origin.run_id}"

@@ -27,7 +27,13 @@ class Model:
 
 
 def load_model(model: str | None, bundle: Path | None, false_alarm_rate: float | None = None) -> Model:
-    """The detector of a bundle folder or of a registered model. UserError unless exactly one is given and can be loaded."""
+    """Return the detector of a bundle folder or of a registered model.
+
+    Raises
+    ------
+    UserError
+        Not exactly one of the two is given, or it cannot be loaded.
+    """
     if (model is None) == (bundle is None):
         raise UserError("give one of --model models:/NAME@staging and --bundle FOLDER")
     if false_alarm_rate is not None and not 0 < false_alarm_rate < 1:

@@ -1,8 +1,9 @@
-"""The registered model's code: MLflow copies this file into the model and runs it there (models from code, nothing pickled).
+"""The registered model's code: MLflow copies this file into the model and runs it there.
 
-Input: a column `image` of encoded image files: bytes or, over REST, base64, also as a data URL. Output per image: score, p_value,
-threshold, decision (good, defect, error), anomalous, version, error, and with the parameter `heatmap` the heat map as a base64 PNG at the
-image's size. An image that cannot be decoded gives its own row an error, no score and no verdict.
+This is a model from code: nothing is pickled. The input is a column `image` of encoded image files: bytes or, over
+REST, base64, also as a data URL. The output per image is score, p_value, threshold, decision (good, defect, error),
+anomalous, version, error, and with the parameter `heatmap` the heat map as a base64 PNG at the image's size. An image
+that cannot be decoded gives its own row an error, no score and no verdict.
 """
 
 import base64
@@ -24,12 +25,16 @@ _GROUP = 8  # images of a request between two looks at the clock
 
 
 class Refusal(MlflowException):
-    """A request refused in words, HTTP 413. MLflow's server puts the whole request before the text of an error; this one keeps its own."""
+    """A request refused in words, HTTP 413.
+
+    MLflow's server puts the whole request before the text of an error; this one keeps its own.
+    """
 
     status = 413
 
     @property
     def message(self):
+        """Text of the error, as it was first given."""
         return self._text
 
     @message.setter
@@ -37,6 +42,7 @@ class Refusal(MlflowException):
         self._text = self.__dict__.get("_text", text)
 
     def get_http_status_code(self):
+        """Return the HTTP status of the answer."""
         return self.status
 
 
@@ -57,9 +63,14 @@ class PandaModel(PythonModel):
         self.version = _registered_as(Path(context.artifacts["bundle"]).parents[1])
 
     def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
-        """DataFrame with a column `image` (N rows) -> DataFrame with the verdicts, N rows.
+        """Return the verdicts of a DataFrame with a column `image` (N rows) as a DataFrame of N rows.
 
-        Raises Refusal where a server is asked for more than one request may, BadRequest for heat maps that the model does not make.
+        Raises
+        ------
+        Refusal
+            A server is asked for more than one request may.
+        BadRequest
+            Heat maps are asked of a model that does not make them.
         """
         from panda_ad.data.images import batches, pixel_count
 
@@ -128,7 +139,10 @@ def _registered_as(folder):
 
 
 def _files(column):
-    """The image files of a column, and an index for their rows. MLflow gives a request's list `inputs` as one cell."""
+    """Return the image files of a column, and an index for their rows.
+
+    MLflow gives a request's list `inputs` as one cell.
+    """
     cells = [
         cell if isinstance(cell, list) or hasattr(cell, "tolist") and not isinstance(cell, str) else None
         for cell in column
@@ -140,7 +154,10 @@ def _files(column):
 
 
 def _file(value):
-    """An image file's bytes: of base64, also in lines or behind a data URL's 'data:image/png;base64,'; no image file is base64."""
+    """Return an image file's bytes: as they are, or decoded from base64.
+
+    The base64 may be in lines or behind a data URL's 'data:image/png;base64,'. No image file is base64 itself.
+    """
     if not isinstance(value, str | bytes | bytearray | memoryview):
         return b""
     data = value.encode() if isinstance(value, str) else bytes(value)

@@ -1,4 +1,4 @@
-"""A bundle as the files of an MLflow model: code of `model.py`, the bundle, the package's own source, and what it needs to run."""
+"""A bundle as the files of an MLflow model: `model.py`, the bundle, the package's own source, and its requirements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mlflow.models import Model
 
 SERVING = (
-    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy", "torch", "tqdm",
+    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy",
+    "torch", "tqdm",
 )  # fmt: skip
 """Distributions that a served model needs; pinned as installed where it was made."""
 
@@ -27,7 +28,7 @@ def requirements() -> list[str]:
 
 
 def save(folder: Path, bundle: Path, example: bytes, location: str, run_id: str, model_id: str) -> Model:
-    """Write the MLflow model: code of `model.py`, the bundle, the package's own source, signature, example, requirements."""
+    """Write the MLflow model: `model.py`, the bundle, the package's own source, signature, example, requirements."""
     import mlflow.pyfunc
     import pandas as pd
     from mlflow.models import Model, ModelSignature

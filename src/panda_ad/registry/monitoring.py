@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def record_check(dataset: str, model: str, version: str, figures: Mapping[str, Any], files: Sequence[Path]) -> str:
     """Log one check of a version: figures as the next step, files in a folder named by its time, tags on the version.
 
-    The run, in experiment panda-<dataset>-monitoring, carries tags panda.model and panda.version. The version gets panda.monitored (when)
-    and panda.drift (the findings, or 'none'). Doing it again for the same check logs it once.
+    The run, in experiment panda-<dataset>-monitoring, carries tags panda.model and panda.version. The version gets
+    panda.monitored (when) and panda.drift (the findings, or 'none'). Doing it again for the same check logs it once.
 
     Parameters
     ----------

@@ -39,7 +39,8 @@ def _verdict(client: MlflowClient, model: RegisteredModel, category: str, versio
         last = [m for m in audit.history(model) if m["alias"] == _ALIAS and m["done"]][-1]
         return f"is @{_ALIAS} since {last['when'][:10]} ({last['why']})"
     if back := audit.held_back(model, _ALIAS).get(number):
-        return f"is held back: it was rolled back on {back[:10]}; `panda-ad rollback {category} --to-version {number}` puts it back"
+        again = f"`panda-ad rollback {category} --to-version {number}` puts it back"
+        return f"is held back: it was rolled back on {back[:10]}; {again}"
     if not outcome or tags.get(f"{_GATE}.run", tags["panda.run"]) != tags["panda.run"]:
         return f"was not put to the gate yet: `panda-ad promote -c {category}`"
     if outcome == "promoted":

@@ -1,14 +1,15 @@
 """Promotion through the gate, and rollback.
 
-Order of writes, so that a crash or a lost server at any point leaves the alias where it was or where it goes, on a whole version that was
-evaluated:
+The order of writes is such that a crash or a lost server at any point leaves the alias where it was or where it goes,
+on a whole version that was evaluated:
 
 1. the decision with every figure (artifact of the candidate's run, tags of the version);
 2. the audit record: what is going to move, and why;
 3. the alias itself, in one request: this is the move;
 4. the record is marked as done.
 
-What is left unmarked after 3 is marked by the next `promote` or `rollback`; until then `audit.history` tells it from the alias.
+A record left unmarked after 3 is marked by the next `promote` or `rollback`. Until then `audit.history` reads from the
+alias whether the move was made.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ class Decision:
 
     Attributes
     ----------
-    outcome : 'promoted', 'refused', 'unchanged' (the alias is there already), 'held back' (rolled back before), 'rolled back', or of the
-        version in place 'confirmed' and 'not confirmed'.
-    version, incumbent : the candidate, and the version that it is compared with or takes over from (None: there is none).
+    outcome : 'promoted', 'refused', 'unchanged' (the alias is there already), 'held back' (rolled back before),
+        'rolled back', or of the version in place 'confirmed' and 'not confirmed'.
+    version, incumbent : the candidate, and the version that it is compared with or takes over from.
+        None if there is none.
     rules : every rule that was evaluated, with its figures; empty where none had to be.
     cautions : what a person should know of a version that keeps the rules.
     """
@@ -75,13 +77,15 @@ class Decision:
 def promote(
     categories: str | Sequence[str] | None = None, to: str = "staging", in_place: bool = False
 ) -> list[Decision]:
-    """Put `to` on each category's candidate (@challenger for staging, @staging for champion) if the gate lets it through.
+    """Put `to` on each category's candidate if the gate lets it through.
 
-    Each decision is also left in build/decisions/<category>.json.
+    The candidate is @challenger for staging, and @staging for champion. Each decision is also left in
+    build/decisions/<category>.json.
 
     Parameters
     ----------
-    in_place : evaluate the version that `to` points at, such as one that was set by hand, against the one before it; nothing moves.
+    in_place : evaluate the version that `to` points at, such as one that was set by hand, against the one before it.
+        Nothing moves.
 
     Raises
     ------
@@ -174,7 +178,10 @@ def _decided(
 
 
 def _best_before(client: MlflowClient, model: RegisteredModel, candidate: ModelVersion, alias: str) -> float | None:
-    """Return the highest image AUROC of the versions that were promoted to `alias` and not rolled back, on the candidate's test images."""
+    """Return the highest image AUROC of the versions that were promoted to `alias` and not rolled back.
+
+    Only figures on the candidate's test images count.
+    """
     promoted = {m["to"] for m in audit.history(model) if m["alias"] == alias and m["action"] == "promote" and m["done"]}
     promoted -= {str(candidate.version), *audit.held_back(model, alias)}
     images = candidate.tags.get("panda.test_images", "")  # missing from versions published before there was this tag
@@ -185,7 +192,10 @@ def _best_before(client: MlflowClient, model: RegisteredModel, candidate: ModelV
 
 
 def _not_what_is_here(category: str, challenger: ModelVersion) -> str:
-    """Return why the challenger is not what `publish` last registered from here (another checkout or a hand moved the alias); '' where it is."""
+    """Return why the challenger is not what `publish` last registered from here, '' if it is.
+
+    Another checkout may have published since, or someone may have moved the alias by hand.
+    """
     path = BUILD / "publish" / f"{category}.json"
     try:
         here = json.loads(path.read_text(encoding="utf-8"))["bundle"]

@@ -12,7 +12,10 @@ INPUTS = ("params.yaml", "dvc.yaml", "data.dvc", "requirements.lock", "src")
 
 
 def provenance() -> dict[str, str]:
-    """Return tags that say where a run comes from: git commit, whether inputs differ from it, DVC experiment, Prefect run, user."""
+    """Return tags that say where a run comes from.
+
+    They are the git commit, whether inputs differ from it, the DVC experiment, the Prefect run and the user.
+    """
     tags = {"mlflow.user": user(), "mlflow.source.name": "dvc.yaml", "mlflow.source.type": "PROJECT"}
     if commit := git("rev-parse", "HEAD"):
         tags["mlflow.source.git.commit"] = commit

@@ -20,9 +20,10 @@ _COLUMNS = {
 
 
 def repoint(store: Path, artifacts: str) -> None:
-    """Let a SQLite store's artifact paths point to the folder `artifacts` (a file: URI) where its files have come along.
+    """Let a SQLite store's artifact paths point to the folder `artifacts` (a file: URI), where its files now are.
 
-    Paths of other folders, such as those that a person gave an experiment, stay. A line on standard error says what was done.
+    Paths of other folders, such as those that a person gave an experiment, stay. A line on standard error says what was
+    done.
 
     Raises
     ------

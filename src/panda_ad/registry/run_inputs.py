@@ -51,7 +51,10 @@ def current_inputs() -> RunInputs:
 
 
 def inputs_hash(tags: Mapping[str, str]) -> str:
-    """Return the inputs hash among a run's or a version's tags, also of one made before the tag had its name; '' where there is none."""
+    """Return the inputs hash among a run's or a version's tags, '' if there is none.
+
+    One made before the tag had its name is found too.
+    """
     return tags.get(TAG) or tags.get(_EARLIER_TAG, "")
 
 

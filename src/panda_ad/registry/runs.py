@@ -93,7 +93,7 @@ def log_params(client: MlflowClient, run: Run, params: Params) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{'a': {'b': [1]}} -> {'a.b': '[1]'}; an empty mapping stays, as '{}'."""
+    """Return nested mappings as one: {'a': {'b': [1]}} becomes {'a.b': '[1]'}; an empty mapping stays, as '{}'."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
@@ -104,7 +104,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def log_dataset(client: MlflowClient, run: Run, name: str, data_hash: str, splits: Mapping[str, int]) -> None:
-    """The data set as the run's input, by the hash of its validated manifest, with images per split."""
+    """Log the data set as the run's input, by the hash of its validated manifest, with images per split."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     if run.inputs is not None and run.inputs.dataset_inputs:
@@ -130,7 +130,10 @@ def log_metrics(client: MlflowClient, run: Run, values: Mapping[str, float]) -> 
 
 
 def log_history(client: MlflowClient, run: Run, prefix: str, path: Path) -> None:
-    """Columns of a history.csv as metrics at its column `step`; the timestamp is the file's. Steps the run has are left alone."""
+    """Log the columns of a history.csv as metrics at its column `step`; the timestamp is the file's.
+
+    Steps that the run already has are left alone.
+    """
     from mlflow.entities import Metric
 
     if not path.is_file():
@@ -156,10 +159,11 @@ def _log(client: MlflowClient, run: Run, metrics: list[Metric]) -> None:
 
 
 def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]]) -> None:
-    """Files and folders as artifacts, by artifact folder ('' is the top); what the run holds with this content is left alone.
+    """Log files and folders as artifacts, by artifact folder ('' is the top).
 
-    A tag per artifact folder says what it holds, {name: hash}: one for all would outgrow MLflow's limit of a tag, which cuts what is
-    longer. It comes after the upload: a kill between the two costs an upload, never a file.
+    What the run already holds with this content is left alone. A tag per artifact folder says what it holds,
+    {name: hash}: one for all would outgrow MLflow's limit of a tag, which cuts what is longer. The tag is set after
+    the upload: a kill between the two costs an upload, never a file.
     """
     for folder, paths in files.items():
         tag = f"{_HELD}.{folder}" if folder else _HELD
@@ -184,7 +188,7 @@ def log_files(client: MlflowClient, run: Run, files: Mapping[str, Iterable[Path]
 
 
 def _held(tag: str) -> dict[str, str]:
-    """What a tag says that a folder holds: nothing where it is missing or was cut, which costs an upload."""
+    """Return what a tag says that a folder holds: nothing if it is missing or was cut, which costs an upload."""
     try:
         return dict(json.loads(tag))
     except ValueError:
@@ -192,7 +196,10 @@ def _held(tag: str) -> dict[str, str]:
 
 
 def run_intervals(client: MlflowClient, run_id: str, category: str) -> dict[str, float]:
-    """Return the ends of the figures' intervals, {'image_auroc_low': ...}; empty for a run that holds them as metrics or not at all."""
+    """Return the ends of the figures' intervals, {'image_auroc_low': ...}.
+
+    It is empty for a run that holds them as metrics or not at all.
+    """
     folder = plain_name(category)
     if f"{folder}/intervals.json" not in {item.path for item in client.list_artifacts(run_id, folder)}:
         return {}
@@ -210,7 +217,10 @@ def interval_ends(intervals: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def describe(client: MlflowClient, run: Run, heading: str, text: str) -> None:
-    """Put a text under a heading of the run's description, in place of what stood there; what a person wrote above the first one stays."""
+    """Put a text under a heading of the run's description, in place of what stood there.
+
+    What a person wrote above the first heading stays.
+    """
     note = run.data.tags.get("mlflow.note.content", "")
     parts = re.split(r"(?m)^(?=## )", note)
     kept = [part.rstrip() + "\n" for part in parts if part.strip() and not part.startswith(f"## {heading}\n")]

@@ -1,8 +1,8 @@
-"""`panda-ad serve`: a registered model over REST, with MLflow's request format, bounded work per request and errors of one line.
+"""`panda-ad serve`: a registered model over REST, in MLflow's request format, with bounded work and errors of one line.
 
-MLflow's own server answers a mistake with the whole request, ignores parameters that it does not know, and computes on where a client has
-given up. This one refuses early: a body that is too large (413), a request that is none or has unknown parameters (400), and more requests
-at a time than it can answer (429).
+MLflow's own server answers a mistake with the whole request, ignores parameters that it does not know, and goes on
+computing after a client has given up. This one refuses early: a body that is too large (413), a request that is none
+or has unknown parameters (400), and more requests at a time than it can answer (429).
 """
 
 from __future__ import annotations

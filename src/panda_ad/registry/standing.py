@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 
 def standing(client: MlflowClient, model: RegisteredModel, alias: str) -> str:
-    """Return '' where the version at an alias was put there by `promote` or `rollback`, else that a hand did, and what the gate had said."""
+    """Return '' if the version at an alias was put there by `promote` or `rollback`.
+
+    Otherwise say that it was moved by hand, and what the gate had said.
+    """
     if not audit.set_by_hand(model, alias):
         return ""
     version = audit.held(model, alias)

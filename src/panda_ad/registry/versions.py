@@ -25,7 +25,7 @@ _MODELS = Path(".cache/models")
 
 
 def find_version(client: MlflowClient, model: str) -> ModelVersion:
-    """The registered version that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME/VERSION` names.
+    """Return the registered version that `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME/VERSION` names.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def note_on(model: str) -> str:
 
 
 def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
-    """The bundle folder of a version already looked up; see `download_version`."""
+    """Return the bundle folder of a version already looked up; see `download_version`."""
     import mlflow.artifacts
 
     if (folder := _local_folder(client, version)) is not None:
@@ -120,7 +120,10 @@ def _local_folder(client: MlflowClient, version: ModelVersion) -> Path | None:
 
 
 def holding(client: MlflowClient, name: str, content: str) -> ModelVersion | None:
-    """The version of a registered model that holds the bundle of hash `content` (the newest of several); None where there is none."""
+    """Return the version of a registered model that holds the bundle of hash `content`, the newest of several.
+
+    None if there is none.
+    """
     found = client.search_model_versions(f"name = '{name}' AND tags.`panda.bundle` = '{content}'")
     return max(found, key=lambda v: int(v.version), default=None)
 
@@ -164,8 +167,8 @@ class NewVersion:
 def register(client: MlflowClient, run: Run, new: NewVersion) -> ModelVersion:
     """Log a bundle as a model of `run` and register it as a new version.
 
-    The version is created last, in one call with all its tags, from files that are complete: a kill before leaves no version.
-    What it leaves, a logged model that is not ready, is taken up by the next call.
+    The version is created last, in one call with all its tags, from files that are complete: a kill before that leaves
+    no version. A logged model that is not ready, which such a kill leaves, is taken up by the next call.
     """
     from mlflow.entities import LoggedModelOutput, Metric
 
@@ -217,7 +220,7 @@ def existing(client: MlflowClient, name: str, number: str) -> ModelVersion | Non
 
 
 def registered(client: MlflowClient, name: str) -> RegisteredModel:
-    """A registered model, with aliases and tags. UserError where it is not there."""
+    """Return a registered model, with aliases and tags; raise UserError if it is not there."""
     from mlflow.exceptions import MlflowException
 
     try:
