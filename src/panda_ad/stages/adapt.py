@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def main(category: str) -> None:
-    """Write snapshots.safetensors (differences to the pretrained layers, and oe's classifier), history.csv, adapt.json."""
+    """Write snapshots.safetensors, history.csv and adapt.json.
+
+    The snapshots are differences to the pretrained layers, and the classifier of `oe`.
+    """
     import pandas as pd
 
     params = load_params()
@@ -89,7 +92,10 @@ def adapt_images(
 
 
 def fisher_diagonal(activations: Activations, items: Sequence[Item], params: Params) -> dict[str, Tensor]:
-    """Return the Fisher diagonal that `adapt.fisher` asks for: of a file, of labeled source images, or of the training images."""
+    """Return the Fisher diagonal that `adapt.fisher` asks for.
+
+    It is that of a file, of labeled source images, or of the training images.
+    """
     samples, seed, backbone = params.adapt.fisher_samples, params.seed, activations.backbone
     kept, labels = activations.root.parent / "fisher", None
     if params.adapt.fisher is not None:
@@ -105,12 +111,16 @@ def fisher_diagonal(activations: Activations, items: Sequence[Item], params: Par
 
 
 def outlier_files(params: Params, size: tuple[int, int], category: str) -> list[Path]:
-    """Return the images of `adapt.outliers`; warn where they are coarser than a category's, of `size` (height, width) in pixels."""
+    """Return the images of `adapt.outliers`.
+
+    A warning is printed if they are coarser than a category's, of `size` (height, width) in pixels.
+    """
     files = folder_files(Path(params.adapt.outliers or ""), "adapt.outliers")
     times = coarseness(files, size, params.backbone.size)
     if times > 1:
         print(
-            f"{category}: the images of adapt.outliers are {times:.1f} times coarser than the normal ones ({size[1]} x {size[0]} pixels); "
+            f"{category}: the images of adapt.outliers are {times:.1f} times coarser than the normal ones "
+            f"({size[1]} x {size[0]} pixels); "
             "training may tell them apart by sharpness alone, use larger ones",
             file=sys.stderr,
         )
@@ -118,7 +128,10 @@ def outlier_files(params: Params, size: tuple[int, int], category: str) -> list[
 
 
 def summary(method: str, adapted: Adapted) -> str:
-    """Return one line: method, steps, and what adaptation did to the training images' features ('ses, 9 steps: ...')."""
+    """Return one line: method, steps, and what adaptation did to the training images' features.
+
+    It reads like 'ses, 9 steps: ...'.
+    """
     if len(adapted.history) < 2:
         return f"{method}, features as pretrained"
     first, last = adapted.history[0], adapted.history[-1]

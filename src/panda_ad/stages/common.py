@@ -25,16 +25,17 @@ BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the
 
 
 def backbone_for(params: Params) -> Backbone:
-    """The backbone that the parameters name."""
+    """Return the backbone that the parameters name."""
     from panda_ad.features.backbones import load_backbone
 
     return load_backbone(params.backbone.name, params.backbone.weights)
 
 
 def activations_for(params: Params, backbone: Backbone, category: str | None = None) -> Activations:
-    """The activation cache of a backbone at the parameters' input size, in their precision or, given a category, in that of its features.
+    """Return the activation cache of a backbone at the parameters' input size.
 
-    `auto` may mean another precision where `extract` ran, and a model's parts must be of one. UserError where they are of other weights:
+    It has the parameters' precision or, given a category, that of the category's features: `auto` may mean another
+    precision where `extract` ran, and a model's parts must be of one. UserError if the features are of other weights:
     DVC sees a weights file's name, not what it holds.
     """
     from panda_ad.features.backbones import resolve_precision
@@ -54,7 +55,8 @@ def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -
     """UserError unless `what` was made with the backbone's weights."""
     if fingerprint != backbone.fingerprint:
         raise UserError(
-            f"{what} was made with other weights than backbone.weights holds now; run `dvc repro --force --single-item {stage}`, then `dvc repro`"
+            f"{what} was made with other weights than backbone.weights holds now; "
+            f"run `dvc repro --force --single-item {stage}`, then `dvc repro`"
         )
 
 
@@ -72,7 +74,10 @@ def items_of(rows: pd.DataFrame, params: Params) -> list[Item]:
 
 
 def category_rows(category: str) -> dict[str, pd.DataFrame]:
-    """A category's manifest rows by split: train, calibration, test. Their index is the row in the category's pretrained.npy."""
+    """Return a category's manifest rows by split: train, calibration, test.
+
+    Their index is the row in the category's pretrained.npy.
+    """
     from panda_ad.data.manifest import load_manifest
 
     rows = load_manifest(FEATURES / category / "rows.csv")
@@ -100,7 +105,10 @@ def cached_images(activations: Activations, rows: pd.DataFrame, params: Params, 
 
 
 def threads() -> None:
-    """Bit-equal results for equal inputs: a fixed number of threads per machine, deterministic kernels. And see `keep_freed_memory`."""
+    """Make results bit-equal for equal inputs: a fixed number of threads per machine, deterministic kernels.
+
+    Freed memory is kept, too; see `keep_freed_memory`.
+    """
     import torch
 
     keep_freed_memory()

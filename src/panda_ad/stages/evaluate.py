@@ -25,8 +25,11 @@ from panda_ad.system.stage import run_stage
 
 
 def main(category: str) -> None:
-    """Write build/evaluation/<category>/{metrics.json, intervals.json, scores.csv, roc.csv, histogram.csv, report.html}."""
-    from panda_ad.stages.evaluate_report import evaluation_report
+    """Write the files of build/evaluation/<category>.
+
+    They are metrics.json, intervals.json, scores.csv, roc.csv, histogram.csv and report.html.
+    """
+    from panda_ad.stages.evaluate_report import Evaluated, evaluation_report
 
     params = load_params()
     threads()
@@ -56,7 +59,8 @@ def main(category: str) -> None:
     write_csv(folder / "scores.csv", table)
     write_csv(folder / "roc.csv", figures.roc_table(labels, scores.score))
     write_csv(folder / "histogram.csv", figures.histogram_table(labels, scores.score, limit))
-    evaluation_report(folder / "report.html", category, params, detector, rows, scores, values, intervals, masks)
+    found = Evaluated(rows, scores, values, intervals, masks)
+    evaluation_report(folder / "report.html", category, params, detector, found)
     print(f"{category}: {summary_line(values, intervals)}")
     for line in figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence):
         print(f"{category}: {line}")
@@ -78,9 +82,10 @@ def summary_line(values: Mapping[str, float], intervals: Intervals) -> str:
 
 
 def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category: str) -> Scores:
-    """Score manifest rows of a category from cached activations; heat maps, on disk, only where the model has a localizer.
+    """Score manifest rows of a category from cached activations.
 
-    Joined maps of tiles are kept at most as large as pixel metrics look at them, or the network's input.
+    Heat maps are made, on disk, only if the model has a localizer. Joined maps of tiles are kept at most as large as
+    pixel metrics look at them, or the network's input.
     """
     if not len(rows):
         return no_scores(detector)

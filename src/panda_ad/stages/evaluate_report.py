@@ -1,4 +1,4 @@
-"""What stage `evaluate` puts into the HTML report: chosen pictures with their evidence, figures per defect, provenance."""
+"""What stage `evaluate` puts into the HTML report: pictures with their evidence, figures per defect, provenance."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,30 +50,41 @@ HEADLINE = {
 }
 
 
-def evaluation_report(
-    path: Path,
-    category: str,
-    params: Params,
-    detector: Detector,
-    rows: pd.DataFrame,
-    scores: Scores,
-    values: Mapping[str, float],
-    intervals: Intervals,
-    masks: Masks | None,
-) -> None:
-    """Write the report of one category; `rows`, `scores` and `masks` are in the same order."""
+@dataclass(frozen=True)
+class Evaluated:
+    """What stage `evaluate` found on the N test images of a category; rows, scores and masks are in the same order.
+
+    Attributes
+    ----------
+    rows : the images' rows of the manifest.
+    scores : with heat maps if the model has a localizer.
+    values, intervals : the figures of metrics.json and intervals.json.
+    masks : one per image; None if the category has none.
+    """
+
+    rows: pd.DataFrame
+    scores: Scores
+    values: Mapping[str, float]
+    intervals: Intervals
+    masks: Masks | None
+
+
+def evaluation_report(path: Path, category: str, params: Params, detector: Detector, found: Evaluated) -> None:
+    """Write the report of one category."""
+    rows, scores, masks = found.rows, found.scores, found.masks
     labels, defects = rows["label"].to_numpy(np.int64), rows["defect"].to_numpy()
     bare = sum(mask is None for mask in masks or [])
     unmarked = {"pixel_auroc": f"; {bare} defective images have no mask and are left out"} if bare else {}
     report = Report(
         dataset=params.dataset,
         category=category,
-        title=f"{METHODS[detector.config.method]}, backbone {params.backbone.name}, {' x '.join(map(str, detector.size))} px",
+        title=f"{METHODS[detector.config.method]}, backbone {params.backbone.name}, "
+        f"{' x '.join(map(str, detector.size))} px",
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         headline=[
-            Metric(name, values[key], intervals.get(key), note + unmarked.get(key, ""))
+            Metric(name, found.values[key], found.intervals.get(key), note + unmarked.get(key, ""))
             for key, (name, note) in HEADLINE.items()
-            if key in values
+            if key in found.values
         ],
         cautions=figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence),
         threshold=detector.threshold(),
@@ -84,7 +96,7 @@ def evaluation_report(
         calibration_scores=detector.calibration,
         images=images(params, detector, rows, scores, masks),
         per_defect=per_defect(labels, defects, scores, masks, params),
-        provenance=provenance(params, detector, category, values),
+        provenance=provenance(params, detector, category, found.values),
         confidence=params.evaluate.confidence,
         bundle=str(BUILD / "bundle" / category),
     )
@@ -94,7 +106,10 @@ def evaluation_report(
 def images(
     params: Params, detector: Detector, rows: pd.DataFrame, scores: Scores, masks: Masks | None
 ) -> list[ReportImage]:
-    """Return the images to show, at most `evaluate.report_images`, worst mistakes first; arguments as `evaluation_report` has them."""
+    """Return the images to show, at most `evaluate.report_images`, worst mistakes first.
+
+    The arguments are as in `Evaluated`.
+    """
     labels, root = rows["label"].to_numpy(np.int64), image_root(params)
     p = p_values(detector.calibration, scores.score)
     thumbs = [np.asarray(Image.open(io.BytesIO(data))) for data in detector.thumbnails]
@@ -124,7 +139,10 @@ def images(
 
 
 def worst_mistakes_first(labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the order of test images: wrong ones by how far down the ranking they went wrong, then the others; (N,) int64."""
+    """Return the order of test images, (N,) int64.
+
+    Wrong ones come first, by how far down the ranking they went wrong, then the others.
+    """
     rank = np.argsort(np.argsort(scores)) / max(len(scores) - 1, 1)
     wrongness = np.where(labels == 1, 1 - rank, rank) + 2 * ((scores > threshold) != (labels == 1))
     return np.argsort(-wrongness, kind="stable")
@@ -183,7 +201,8 @@ def provenance(
             "panda-ad": known["panda_ad"],
             "commit": commit(),
             "seed": params.seed,
-            "version and run": f"once published: in {BUILD / 'publish' / category}.json and in MLflow, whose run holds this report",
+            "version and run": f"once published: in {BUILD / 'publish' / category}.json and in MLflow, "
+            "whose run holds this report",
         },
     }
 
@@ -200,7 +219,9 @@ def worst_spot(rgb: np.ndarray, heatmap: np.ndarray, side: int = THUMB) -> Spot 
 
     Parameters
     ----------
-    rgb : uint8 (h, w, 3).  heatmap : float (h', w'), of the whole image.  side : pixels of the cutting, where the image has so many.
+    rgb : uint8 (h, w, 3).
+    heatmap : float (h', w'), of the whole image.
+    side : pixels of the cutting, if the image has so many.
 
     Returns
     -------
@@ -217,7 +238,10 @@ def worst_spot(rgb: np.ndarray, heatmap: np.ndarray, side: int = THUMB) -> Spot 
 
 
 def commit() -> str:
-    """Return the commit that the working tree is at, '+ changes' where tracked files differ from it; 'none' outside a git repository."""
+    """Return the commit that the working tree is at, 'none' outside a git repository.
+
+    '+ changes' follows if tracked files differ from it.
+    """
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty= + changes"],

@@ -1,8 +1,8 @@
-"""Stage `extract`: frozen activations of every image into the cache, and their unadapted pooled features into build/features.
+"""Stage `extract`: frozen activations of every image into the cache, and their pretrained features into build/features.
 
-Each category has a folder there: rows.csv, its part of the manifest, pretrained.npy, float32 (N, D), a row of features per row of it, and
-backbone.json, what they were computed with.
-One folder each, so that new images of one category leave the others' models alone.
+Each category has a folder there. It holds rows.csv, its part of the manifest; pretrained.npy, float32 (N, D), a row of
+features per row of it; and backbone.json, what they were computed with. There is one folder each, so that new images
+of one category leave the others' models alone.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def main(category: str) -> None:
     with mlflow_errors():
         client = connect()
         # the list of runs cuts names off at the right: what tells them apart comes first
-        name = f"{params.adapt.method} {inputs.hash[:8]}, {params.backbone.name}, {' x '.join(map(str, params.backbone.size))}"
+        size = " x ".join(map(str, params.backbone.size))
+        name = f"{params.adapt.method} {inputs.hash[:8]}, {params.backbone.name}, {size}"
         if root() != Path.cwd():  # a copy: @challenger leaves what the repository published, which then publishes again
             (root() / BUILD / "publish" / f"{category}.json").unlink(missing_ok=True)
         run = runs.run_of(client, runs.experiment_id(client, params.dataset), inputs, name)
@@ -191,7 +192,7 @@ def _metrics(category: str) -> dict[str, float]:
 
 
 def _intervals(category: str) -> dict[str, float]:
-    """Return the ends of the figures' intervals, {'image_auroc_low': ...}; none where the evaluation had nothing to measure."""
+    """Return the ends of the figures' intervals, {'image_auroc_low': ...}; none if there was nothing to measure."""
     path = BUILD / "evaluation" / category / "intervals.json"
     return runs.interval_ends(_json(path)) if path.exists() else {}
 
@@ -208,13 +209,16 @@ def _timings(category: str) -> dict[str, float]:
 
 
 def _rows(category: str | None = None) -> list[dict[str, str]]:
-    """The manifest's rows, of one category or of all."""
+    """Return the manifest's rows, of one category or of all."""
     with open(MANIFEST, newline="", encoding="utf-8") as f:
         return [row for row in csv.DictReader(f) if category in (None, row["category"])]
 
 
 def _test_images(category: str) -> str:
-    """Hash of the category's test images and their labels, hex: figures of versions with the same one can be compared."""
+    """Return the hash of the category's test images and their labels, hex.
+
+    Figures of versions with the same hash can be compared.
+    """
     lines = sorted(f"{row['sha256']} {row['label']}\n" for row in _rows(category) if row["split"] == "test")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -227,7 +231,7 @@ def _counts(category: str) -> dict[str, int]:
 
 
 def _example(category: str, params: Params) -> bytes:
-    """A good image as a file's bytes, for the model's input example: as it is if small, else reduced."""
+    """Return a good image as a file's bytes, for the model's input example: as it is if small, else reduced."""
     from panda_ad.data.images import Decoding, read_image
     from panda_ad.data.layouts import image_root
 

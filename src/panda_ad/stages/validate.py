@@ -1,6 +1,7 @@
 """Stage validate: read every image once, check the data set, write the manifest of what can be used.
 
-In: the images under `data.root`. Out, in build/validation: manifest.csv, problems.csv (path, reason), report.json, data_docs/index.html.
+In: the images under `data.root`. Out, in build/validation: manifest.csv, problems.csv (path, reason), report.json,
+data_docs/index.html.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def main() -> None:
 
 
 def report(found: Validation, params: Params) -> dict[str, Any]:
-    """Return what report.json holds: outcome, counts by category, split and defect, expectations, and the hash of the data."""
+    """Return what report.json holds.
+
+    It is the outcome, counts by category, split and defect, expectations, and the hash of the data.
+    """
     from panda_ad.data.manifest import data_hash
 
     usable = found.usable
