@@ -1,6 +1,6 @@
 """Visual anomaly detection that runs for years.
 
-Exit codes: 0 done, 2 a mistake to mend, 3 the gate refused, 4 another run is at work, 5 drift found.
+Exit codes: 0 done, 2 a mistake to correct, 3 the gate refused, 4 another run is at work, 5 drift found.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Categories = Annotated[
 
 @app.command()
 def run() -> None:
-    """Data, pipeline, promotion: all that has changed.
+    """Bring data, pipeline and promotion up to date.
 
-    Pulls the data if missing, runs the stages that have changed, asks the gate, and says where to look."""
+    Pulls the data if missing, runs the stages that have changed, asks the gate, and says where to look.
+    """
     from panda_ad.commands.run import run
 
     run()
@@ -37,9 +38,10 @@ def run() -> None:
 
 @app.command()
 def summary() -> None:
-    """The figures of the last run.
+    """Show the figures of the last run.
 
-    Metrics, threshold, time and memory per stage, versions, what the gate decided."""
+    Metrics, threshold, time and memory per stage, versions, what the gate decided.
+    """
     from panda_ad.commands.summary import summary
 
     print(summary())
@@ -65,9 +67,11 @@ def score(
         bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")
     ] = False,
 ) -> None:
-    """Verdicts for images or folders.
+    """Score images or folders.
 
-    Per image a row: score, p-value, good or defect, threshold, and the box of the region that decided (with --heatmaps)."""
+    Per image a row: score, p-value, good or defect, threshold, and the box of the region that decided.
+    The box needs --heatmaps.
+    """
     from panda_ad.commands.score import score_paths
     from panda_ad.monitor.log import LOG
 
@@ -83,7 +87,8 @@ def monitor(
 
     Writes a report per category into monitoring/reports.
 
-    Exit code 0: no drift. 5: drift. 2: no drift found, but a category could not be checked."""
+    Exit code 0: no drift. 5: drift. 2: no drift found, but a category could not be checked.
+    """
     from panda_ad.monitor.check import DRIFT_FOUND, monitor
 
     checks, problems = monitor(category or [], alias)
@@ -111,11 +116,12 @@ def ingest(
     masks: Annotated[
         Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")
     ] = None,
-    check: Annotated[bool, typer.Option(help="Have the present model look at images labelled good.")] = True,
+    check: Annotated[bool, typer.Option(help="Have the present model look at images labeled good.")] = True,
 ) -> None:
     """Add images to the data set.
 
-    Records its new version with DVC; what cannot be used goes to quarantine/, with the reason."""
+    Records its new version with DVC; what cannot be used goes to quarantine/, with the reason.
+    """
     from panda_ad.commands.ingest import ingest
 
     ingest(paths, category, label, kind, split, masks, check)
@@ -132,7 +138,8 @@ def promote(
 ) -> None:
     """Move @staging to the challenger, if the gate agrees.
 
-    Where it refuses: exit code 3, the failed rules, and by how much."""
+    Where it refuses: exit code 3, the failed rules, and by how much.
+    """
     from panda_ad.registry.promote import promote
 
     for decision in promote(category or None, to, in_place):
@@ -155,9 +162,10 @@ def explain_version(
     name: Annotated[str, typer.Argument(help="A registered model, e.g. panda-sample-fabric.")],
     version: Annotated[str, typer.Argument(help="Its number, or an alias such as @staging.")] = "@staging",
 ) -> None:
-    """Where a version comes from, as JSON.
+    """Say where a version comes from, as JSON.
 
-    Data, commit, parameters, run, figures, decisions, and the commands that reproduce it."""
+    Data, commit, parameters, run, figures, decisions, and the commands that reproduce it.
+    """
     import json
 
     from panda_ad.registry.lineage import explain_version
@@ -173,7 +181,8 @@ def reproduce(
 ) -> None:
     """Make a version again and compare its figures.
 
-    Digit by digit, in a temporary clone; exit code 2 where one differs."""
+    Digit by digit, in a temporary clone; exit code 2 where one differs.
+    """
     from panda_ad.commands.reproduce import reproduce
 
     reproduce(name, version, keep)
@@ -184,9 +193,10 @@ def clean(
     keep: Annotated[int, typer.Option(help="Newest versions of each category that stay.")] = 5,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only say what would go.")] = False,
 ) -> None:
-    """Old versions and their runs out of MLflow.
+    """Delete old versions and their runs from MLflow.
 
-    What an alias points to stays, and what was rolled back."""
+    What an alias points to stays, and what was rolled back.
+    """
     from panda_ad.registry.clean import clean
 
     gone = clean(keep, delete)
@@ -200,9 +210,10 @@ def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
 ) -> None:
-    """MLflow and Prefect servers, until Ctrl-C.
+    """Start the MLflow and Prefect servers, until Ctrl-C.
 
-    On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them."""
+    On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them.
+    """
     from panda_ad.commands.servers import serve_ui
     from panda_ad.params import load_params
 
@@ -215,9 +226,10 @@ def serve(
     model: Annotated[str, typer.Argument(help="A registered model, e.g. models:/panda-sample-fabric@staging.")],
     port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1; 0 takes any free one.")] = 5001,
 ) -> None:
-    """A registered model over REST, until Ctrl-C.
+    """Serve a registered model over REST, until Ctrl-C.
 
-    MLflow's request format, on 127.0.0.1; answers base64 images with score, p-value, threshold and decision."""
+    MLflow's request format, on 127.0.0.1; answers base64 images with score, p-value, threshold and decision.
+    """
     from panda_ad.registry.serve import serve
 
     serve(model, port)
@@ -228,7 +240,8 @@ def benchmark(
     datasets: Annotated[
         list[str],
         typer.Argument(
-            help="cifar10, cifar100, fashion_mnist, cats_vs_dogs, flowers102, cub, dior, wbc, mvtec, or a folder's name."
+            help="cifar10, cifar100, fashion_mnist, cats_vs_dogs, flowers102, cub, dior, wbc, mvtec, "
+            "or a folder's name."
         ),
     ],
     method: Annotated[
@@ -257,9 +270,10 @@ def benchmark(
     ),
     mlflow: Annotated[bool, typer.Option(help="Log the tables to MLflow.")] = True,
 ) -> None:
-    """The paper's benchmark, on PANDA_BENCH_DATA.
+    """Run the paper's benchmark, on PANDA_BENCH_DATA.
 
-    Resumes where it stopped, and writes a table per data set."""
+    Resumes where it stopped, and writes a table per data set.
+    """
     from panda_ad.benchmark.runner import METHODS
     from panda_ad.benchmark.runner import benchmark as run_benchmark
     from panda_ad.params import load_params, parse_params

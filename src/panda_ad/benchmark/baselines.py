@@ -1,7 +1,7 @@
 """Methods that the paper compares with, on the same features; used by the benchmark only.
 
-Each takes the unadapted pooled features of normal training images, float32 (M, D), and of test images, (N, D), and returns anomaly
-scores (N,) float64, higher is more anomalous.
+Each takes the pretrained features of normal training images, float32 (M, D), and of test images, (N, D), and returns
+anomaly scores (N,) float64, higher is more anomalous.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 def one_class_svm(train: np.ndarray, queries: np.ndarray, nu: float = 0.1) -> np.ndarray:
@@ -27,19 +27,24 @@ def isolation_forest(train: np.ndarray, queries: np.ndarray, seed: int) -> np.nd
 
 
 def mahalanobis(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Squared Mahalanobis distance to a Gaussian whose covariance is shrunk as Ledoit and Wolf (2004) propose, so M < D works too."""
+    """Return the squared Mahalanobis distance to a Gaussian with a shrunk covariance.
+
+    Shrinkage is that of Ledoit and Wolf (2004), so M < D works too.
+    """
     from sklearn.covariance import LedoitWolf
 
     return LedoitWolf().fit(train.astype(np.float64)).mahalanobis(queries.astype(np.float64))
 
 
 def deep_svdd(train: np.ndarray, queries: np.ndarray, seed: int, epochs: int = 50) -> np.ndarray:
-    """Deep SVDD (Ruff et al., ICML 2018), one-class objective: mean ||phi(x) - c||^2 plus weight decay.
+    """Return the distances of Deep SVDD (Ruff et al., ICML 2018), one-class objective.
 
-    As there: a network without bias terms and with an unbounded activation (leaky ReLU), since biases could map everything to c; c the
-    mean of the untrained network's outputs, components nearer to 0 than 0.1 moved to +-0.1; Adam, weight decay 1e-6, learning rate
-    1e-4. Otherwise than there, the network is a bias-free MLP (D, 256, 128) on the pretrained features that the other
-    methods see, scaled by one number, in place of a LeNet on pixels with autoencoder pretraining.
+    The objective is mean ||phi(x) - c||^2 plus weight decay. As in the paper, the network has no bias terms and an
+    unbounded activation (leaky ReLU), since biases could map everything to c. The center c is the mean of the
+    untrained network's outputs, with components nearer to 0 than 0.1 moved to +-0.1. The optimizer is Adam with weight
+    decay 1e-6 and learning rate 1e-4. Unlike the paper's, the network is a bias-free MLP (D, 256, 128) on the
+    pretrained features that the other methods see, scaled by one number, in place of a LeNet on pixels with autoencoder
+    pretraining.
 
     Returns
     -------
@@ -60,7 +65,8 @@ def deep_svdd(train: np.ndarray, queries: np.ndarray, seed: int, epochs: int = 5
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).split(200):
             optimizer.zero_grad()
-            F.mse_loss(network(x[rows]), center.expand(len(rows), -1), reduction="sum").div(len(rows)).backward()
+            targets = center.expand(len(rows), -1)
+            functional.mse_loss(network(x[rows]), targets, reduction="sum").div(len(rows)).backward()
             optimizer.step()
     with torch.no_grad():
         q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)) / scale

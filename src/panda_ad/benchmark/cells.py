@@ -1,7 +1,8 @@
 """One job of the benchmark: adapt, score the test images, write a cell per method.
 
-Features, training and scoring are the functions that the stages call. A cell is a JSON file: which data set, class, method, seed
-and settings; test labels and scores; AUROC. It is written atomically when finished, so that a killed run resumes at the job it was in.
+Features, training and scoring are the functions that the stages call. A cell is a JSON file: which data set, class,
+method, seed and settings; test labels and scores; AUROC. It is written atomically when finished, so that a killed run
+resumes at the job it was in.
 """
 
 from __future__ import annotations
@@ -152,7 +153,10 @@ def _raw(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
 
 
 def _adapted(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
-    """kNN under the snapshots of one training run: SES over all of them; the last alone is the plain method."""
+    """Score by kNN under the snapshots of one training run.
+
+    SES takes all of them; the last alone is the plain method.
+    """
     adapted = bench.adapt(job)
     train, test, labels = _features(bench, job, adapted)
     scores, means = _knn(bench, job, train, test)
@@ -165,8 +169,11 @@ def _adapted(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     return {method: (ses_scores(scores, means)[0] if method == "ses" else scores[-1], facts) for method in methods}
 
 
-def _oe(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
-    """The logit of outlier exposure's classifier on the adapted features, not normalized: so it was trained."""
+def _oe(bench: Bench, job: Job, _methods: Sequence[str]) -> Results:
+    """Return the logit of outlier exposure's classifier on the adapted features.
+
+    They are not normalized, as in training.
+    """
     adapted = bench.adapt(job)
     assert adapted.classifier is not None
     features = bench.features(bench.test_items(job)[0], adapted, normalize=False)[-1]
@@ -187,7 +194,7 @@ def _features(bench: Bench, job: Job, adapted: Adapted) -> tuple[list[np.ndarray
 def _knn(
     bench: Bench, job: Job, train: Sequence[np.ndarray], test: Sequence[np.ndarray], *, whiten: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """kNN scores of the test images under each snapshot (S, N), and mean out-of-fold scores of the training images (S,)."""
+    """Return scores of the test images under each snapshot (S, N), and mean out-of-fold training scores (S,)."""
     gallery = bench.settings.params.gallery.model_copy(update={"compression": "none"})
     scores = fit_galleries(train, gallery, whiten, job.seed).score(test, gallery.k)
     folds = split_folds(len(train[0]), job.seed)

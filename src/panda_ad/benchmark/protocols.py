@@ -26,7 +26,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "ewc": ("ewc",),
     "oe": ("oe",),
 }
-"""Methods that share their work: the unadapted features, or one training run (SES keeps its snapshots, compactness the last)."""
+"""Methods that share their work: the pretrained features, or one training run.
+
+SES keeps the run's snapshots, compactness the last.
+"""
 
 OUTLIERS = 4
 """Where training images are limited, at most so many times as many outliers are used."""
@@ -56,7 +59,10 @@ class Settings:
 
     @functools.cached_property
     def contents(self) -> dict[str, str | None]:
-        """Name and hash of what weights, Fisher images and outliers hold, read once; of published weights their name."""
+        """Return name and hash of what weights, Fisher images and outliers hold, read once.
+
+        Of published weights it is their name.
+        """
         weights = self.params.backbone.weights
         given = {
             "fisher": self.adapt["ewc"].fisher,
@@ -66,7 +72,7 @@ class Settings:
         return {"weights": _content(Path(weights)) if Path(weights).is_file() else weights, **found}
 
     def facts(self, family: str) -> dict[str, Any]:
-        """The part that the cells of a family depend on, as JSON."""
+        """Return the part that the cells of a family depend on, as JSON."""
         precision = str(resolve_precision(self.params.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
         backbone = self.params.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
         backbone["weights"] = self.contents["weights"]
@@ -93,7 +99,13 @@ class Settings:
 
 
 def _content(path: Path) -> str:
-    """Name of a file or folder, with a hash of what it holds; of a folder, of its files' names and sizes. UserError where there is none."""
+    """Return the name of a file or folder, with a hash of what it holds; of a folder, of its files' names and sizes.
+
+    Raises
+    ------
+    UserError
+        There is no such file or folder.
+    """
     if not path.exists():
         raise UserError(f"benchmark: {path}: no such file or folder")
     if path.is_dir():
@@ -203,7 +215,10 @@ def _targets(
 
 
 def choose(count: int, limit: int | None, name: str) -> np.ndarray:
-    """Sorted indices of at most `limit` of `count` images, the same ones at each run and for each seed, method and protocol."""
+    """Return sorted indices of at most `limit` of `count` images.
+
+    They are the same at each run and for each seed, method and protocol.
+    """
     if limit is None or limit >= count:
         return np.arange(count)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
@@ -211,7 +226,10 @@ def choose(count: int, limit: int | None, name: str) -> np.ndarray:
 
 
 def choose_test(images: Images, limit: int | None) -> np.ndarray:
-    """Sorted indices of at most `limit` test images, the classes represented as in the whole set (to within one image)."""
+    """Return sorted indices of at most `limit` test images.
+
+    The classes are represented as in the whole set, to within one image.
+    """
     if limit is None or limit >= len(images.test):
         return np.arange(len(images.test))
     of_class = np.asarray(images.test_class)

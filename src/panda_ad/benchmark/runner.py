@@ -1,4 +1,4 @@
-"""The paper's benchmark: {data sets} x {methods} x {normal classes} x {seeds}, resumable, with one table per data set."""
+"""The paper's benchmark: {data sets} x {methods} x {normal classes} x {seeds}, resumable, one table per data set."""
 
 from __future__ import annotations
 
@@ -82,14 +82,15 @@ def make_settings(
     changes: Sequence[str],
     data: Path,
 ) -> Settings:
-    """Settings from the parameters and the changes per method; UserError where a change is not valid."""
+    """Return the settings of the parameters and the changes per method; raise UserError if a change is not valid."""
     of_method: dict[str, dict[str, Any]] = {m: {} for m in ("ses", "ewc", "oe")}
     for change in changes:
         name, _, value = change.partition("=")
         method, _, key = name.partition(".")
         if method not in of_method or key not in AdaptParams.model_fields or not value:
             raise UserError(
-                f"benchmark: --set {change}: write METHOD.KEY=VALUE, METHOD one of ses, ewc, oe and KEY of the adapt section"
+                f"benchmark: --set {change}: write METHOD.KEY=VALUE, METHOD one of ses, ewc, oe "
+                "and KEY of the adapt section"
             )
         of_method[method][key] = yaml.safe_load(value)
     known = data / "tiny_imagenet_10k"
@@ -115,7 +116,10 @@ def plan(
     classes: Sequence[str] | None,
     seeds: Sequence[int],
 ) -> list[list[Job]]:
-    """Jobs, a list per data set and class: the first class of each set, then the second of each, so that a cut run covers all sets."""
+    """Return the jobs, a list per data set and class.
+
+    The first class of each set comes first, then the second of each, so that a run that is cut short covers all sets.
+    """
     per_set = [jobs_of(name, read_set(name, data), protocol, methods, seeds, classes) for name in datasets]
     return [jobs for group in zip_longest(*per_set) for jobs in group if jobs]
 
@@ -137,7 +141,10 @@ def run_jobs(jobs: Sequence[Sequence[Job]], settings: Settings, data: Path, out:
 def make_tables(
     jobs: Sequence[Sequence[Job]], settings: Settings, params: Params, out: Path, protocol: Protocol, mlflow: bool
 ) -> dict[str, list[Row]]:
-    """Write the tables of the finished cells of `jobs`; those still missing are left out, and the table says how many classes it covers."""
+    """Write the tables of the finished cells of `jobs`.
+
+    Those still missing are left out, and the table says how many classes it covers.
+    """
     from panda_ad.benchmark.cells import read_cell
     from panda_ad.benchmark.tables import log_to_mlflow, write_tables
 

@@ -17,8 +17,9 @@ from panda_ad.errors import UserError
 
 # Superclass of each of CIFAR-100's fine classes, in the order of its labels (the paper uses the 20 coarse classes).
 _COARSE = (
-    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 5 19 8 8 15 13 14 17 18 10 "
-    "16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 15 13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
+    "4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5 "
+    "5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 15 13 "
+    "16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13"
 )
 
 
@@ -68,7 +69,10 @@ def read_class_folders(root: Path) -> Images:
 
 
 def read_mvtec(root: Path) -> dict[str, Images]:
-    """<category>/train/good/ and <category>/test/<good or defect>/ with image files; `root` may be one category itself."""
+    """Read <category>/train/good/ and <category>/test/<good or defect>/ with image files.
+
+    `root` may be one category itself.
+    """
     folders = {p.name: p for p in [root, *(root / name for name in _folders(root))] if (p / "train" / "good").is_dir()}
     if not folders:
         raise FileNotFoundError(root / "<category>" / "train" / "good")
@@ -76,7 +80,10 @@ def read_mvtec(root: Path) -> dict[str, Images]:
 
 
 def _unpacked(layout: str) -> Callable[[Path], Images]:
-    """Return a reader of a set that the pipeline unpacks from torchvision's files, which torchvision downloads where it can."""
+    """Return a reader of a set that the pipeline unpacks from torchvision's files.
+
+    Torchvision downloads them if it can.
+    """
 
     def read(root: Path) -> Images:
         return read_class_folders(root if (root / "train").is_dir() else torchvision_sets.unpack(layout, root))
@@ -98,7 +105,10 @@ def _cifar100(root: Path) -> Images:
 
 
 def _cub(root: Path) -> Images:
-    """Caltech-UCSD Birds 200-2011, official split; the paper's normal classes are the first 20, its test set the whole."""
+    """Read Caltech-UCSD Birds 200-2011, official split.
+
+    The paper's normal classes are the first 20, its test set the whole.
+    """
     root = root if (root / "images.txt").exists() else root / "CUB_200_2011"
 
     def table(file: str) -> list[str]:
@@ -128,7 +138,8 @@ SETS: dict[str, Source] = {
     ),
     "cats_vs_dogs": Source(
         read_class_folders,
-        f"Kaggle's 'Dogs vs. Cats' train.zip, sorted into {_FOLDERS}: the first 10,000 of cat and of dog train, the last 2,500 test",
+        f"Kaggle's 'Dogs vs. Cats' train.zip, sorted into {_FOLDERS}: "
+        "the first 10,000 of cat and of dog train, the last 2,500 test",
     ),
     "flowers102": Source(
         _unpacked("flowers102"), "torchvision downloads it (flowers-102/jpg, imagelabels.mat, setid.mat)"
@@ -154,7 +165,7 @@ FIRST_20 = ("flowers102", "cub")
 
 
 def source_of(name: str, root: Path) -> Source:
-    """The source of a known set, or of any folder in one of the two generic layouts."""
+    """Return the source of a known set, or of any folder in one of the two generic layouts."""
     if name in SETS:
         return SETS[name]
     if (root / "train").is_dir() and not (root / "train" / "good").is_dir():
@@ -162,13 +173,14 @@ def source_of(name: str, root: Path) -> Source:
     if root.is_dir():
         return Source(read_mvtec, SETS["mvtec"].where, per_category=True)
     raise UserError(
-        f"benchmark: no data set {name!r}: known are {', '.join(SETS)}; any other name must be a folder of PANDA_BENCH_DATA with {_FOLDERS}"
+        f"benchmark: no data set {name!r}: known are {', '.join(SETS)}; "
+        f"any other name must be a folder of PANDA_BENCH_DATA with {_FOLDERS}"
         " or <category>/train/good/ and <category>/test/<defect>/"
     )
 
 
 def data_folder() -> Path:
-    """The folder PANDA_BENCH_DATA. Raises UserError where it is unset or no folder."""
+    """Return the folder PANDA_BENCH_DATA; raise UserError if it is unset or no folder."""
     value = os.environ.get("PANDA_BENCH_DATA")
     if not value:
         raise UserError(

@@ -36,7 +36,10 @@ PAPER = {
     "wbc": {"none": "87.4"},
     "mvtec": {"none": "86.5"},
 }
-"""Mean ROC AUC, %, of the paper (and its authors' repository for MVTec): ResNet-152, ImageNet weights, 224 px, all images."""
+"""Mean ROC AUC, %, of the paper (and its authors' repository for MVTec).
+
+It is for ResNet-152, ImageNet weights, 224 px, all images.
+"""
 
 EXPERIMENT = "panda-benchmark"
 
@@ -53,9 +56,12 @@ class Row:
     Attributes
     ----------
     classes : how many classes (or categories) are finished.
-    mean, low, high : with the percentile bootstrap interval over test images; the classes are taken as given, not resampled.
-    gain, gain_low, gain_high : minus DN2 on the same classes and the same resampled images; None for DN2 or without it.
-    tuned, held_out : mean over the tuning half of the classes and over the others; None where the set has no such halves.
+    mean, low, high : with the percentile bootstrap interval over test images.
+        The classes are taken as given, not resampled.
+    gain, gain_low, gain_high : minus DN2 on the same classes and the same resampled images.
+        None for DN2 or without it.
+    tuned, held_out : mean over the tuning half of the classes and over the others.
+        None if the set has no such halves.
     seed_sd : standard deviation over seeds of the mean over the classes run with every seed; None with one seed.
     """
 
@@ -74,7 +80,7 @@ class Row:
 
 
 def build_table(dataset: str, cells: Sequence[Cell], resamples: int, confidence: float) -> list[Row]:
-    """A row per method, in the order of METHODS."""
+    """Return a row per method, in the order of METHODS."""
     by_method: dict[str, dict[str, list[Cell]]] = {}
     for cell in cells:
         by_method.setdefault(cell["method"], {}).setdefault(cell["target"], []).append(cell)
@@ -120,7 +126,10 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _seed_sd(targets: Mapping[str, Sequence[Cell]]) -> float | None:
-    """Standard deviation over seeds, in points, of the mean over the classes that were run with every seed; None with one seed."""
+    """Return the standard deviation over seeds, in points; None with one seed.
+
+    It is that of the mean over the classes that were run with every seed.
+    """
     seeds = sorted({c["seed"] for found in targets.values() for c in found})
     complete = [
         {c["seed"]: c["auroc"] for c in found}
@@ -159,7 +168,7 @@ def _bootstrap(cell: Cell, draws: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The table as CSV, figures in per cent."""
+    """Return the table as CSV, figures in per cent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     fields = list(Row.__dataclass_fields__)
@@ -171,15 +180,17 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def to_markdown(dataset: str, rows: Sequence[Row], cells: Sequence[Cell], settings: Settings, confidence: float) -> str:
-    """The table with its conditions above and the classes below, one column per method."""
+    """Return the table with its conditions above and the classes below, one column per method."""
     b, level = settings.params.backbone, f"{100 * confidence:g} %"
     n_train, n_test = [sorted({c[k] for c in cells}) for k in ("n_train", "n_test")]
     seeds = sorted({c["seed"] for c in cells})
     counts = [f"{v[0]:,}" if len(v) == 1 else f"{v[0]:,} to {v[-1]:,}" for v in (n_train, n_test)]
     protocol = ", ".join(sorted({c["protocol"] for c in cells}))
     lines = [
-        f"{dataset}, {protocol}: ROC AUC in %, mean over classes. Backbone {b.name} ({b.weights}), {b.size[0]} x {b.size[1]} px. "
-        f"Training images per class: {counts[0]}; test images: {counts[1]}{', shared by the classes' if protocol != 'category' else ''}; seed(s) {', '.join(map(str, seeds))}. "
+        f"{dataset}, {protocol}: ROC AUC in %, mean over classes. "
+        f"Backbone {b.name} ({b.weights}), {b.size[0]} x {b.size[1]} px. "
+        f"Training images per class: {counts[0]}; test images: {counts[1]}"
+        f"{', shared by the classes' if protocol != 'category' else ''}; seed(s) {', '.join(map(str, seeds))}. "
         f"Intervals: {level}, bootstrap over test images (stratified by class, the classes themselves not resampled). "
         "Paper: ResNet-152, ImageNet weights, 224 px, all images.",
         "",

@@ -30,13 +30,14 @@ def ingest(
 ) -> None:  # fmt: skip
     """Add images, record the new version with DVC, say what happened; see `Request` for the parameters.
 
-    With `check`, images labeled good are scored with build/bundle/<category> where that is, and those that it calls defect are named: a
-    batch with the wrong label spoils every model trained on it.
+    With `check`, images labeled good are scored with build/bundle/<category> if that is there, and those that it calls
+    defect are named: a batch with the wrong label spoils every model trained on it.
 
     Raises
     ------
     UserError
-        As `add_images` does; the data set is not here in full; or DVC fails (the images are in place then, and running again records them).
+        As `add_images` does; the data set is not here in full; or DVC fails. In the last case the images are in place,
+        and running again records them.
     Busy
         Another run is at work.
     """
@@ -46,7 +47,7 @@ def ingest(
         if root.is_dir():
             refuse_links(root)
         tracked = _tracked(root)
-        _complete(root, tracked)
+        _complete(tracked)
         before = _version(tracked)
         found = add_images(params, Request(category, tuple(paths), label, kind, split, masks))
         unversioned = _unversioned(root)
@@ -73,7 +74,7 @@ def ingest(
 
 
 def _tracked(root: Path) -> Path:
-    """The .dvc file that versions the root, or would."""
+    """Return the .dvc file that versions the root, or would."""
     candidates = [Path(f"{folder}.dvc") for folder in (root, *root.parents) if folder.name]
     return next((f for f in candidates if f.is_file()), candidates[0] if candidates else Path("data.dvc"))
 
@@ -94,7 +95,7 @@ def _version(tracked: Path) -> str:
     return str(_output(tracked).get("md5", "")).removesuffix(".dir")
 
 
-def _complete(root: Path, tracked: Path) -> None:
+def _complete(tracked: Path) -> None:
     """Fetch a versioned set that is not here, and refuse one that is here in part: recording it would drop the rest."""
     recorded = _output(tracked).get("nfiles", 0)
     folder = tracked.with_suffix("")
@@ -103,8 +104,8 @@ def _complete(root: Path, tracked: Path) -> None:
     here = sum(len(files) for _, _, files in os.walk(folder))
     if here < recorded:
         raise UserError(
-            f"{folder}: holds {here} files, its recorded version {recorded}; `dvc checkout {tracked}` brings them back, "
-            f"`dvc add {folder}` records that they are gone"
+            f"{folder}: holds {here} files, its recorded version {recorded}; "
+            f"`dvc checkout {tracked}` brings them back, `dvc add {folder}` records that they are gone"
         )
 
 
@@ -144,7 +145,9 @@ def _near(path: Path) -> Path:
 
 
 def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
-    """What the present model says to new 'good' images, in a line, and whether that is a warning; it names those that it calls defect.
+    """Return what the present model says to new 'good' images, in a line, and whether that is a warning.
+
+    The line names those that it calls defect.
 
     As many alarms as the false-alarm rate makes on good images by chance are no warning.
     """
@@ -169,8 +172,8 @@ def _opinion(root: Path, category: str, added: list[str]) -> tuple[str, bool]:
     names = ", ".join(str(f) for f, _ in found[:_SUSPECTS]) + more
     expected = detector.threshold().expected
     said = (
-        f"of {len(added)} new images labeled good {bundle} calls {len(found)} defect (about {expected * len(added):.0f} are to be "
-        f"expected by its false-alarm rate): {names}"
+        f"of {len(added)} new images labeled good {bundle} calls {len(found)} defect "
+        f"(about {expected * len(added):.0f} are to be expected by its false-alarm rate): {names}"
     )
     if binom.sf(len(found) - 1, len(added), expected) > _CHANCE:
         return said, False

@@ -45,7 +45,10 @@ def save_overlay(path: Path, rgb: np.ndarray, verdict: Verdict, detector: Detect
 
 
 def _draw_box(picture: Image.Image, region: tuple[int, int, int, int]) -> None:
-    """Frame a region, (x0, y0, x1, y1) with its end exclusive: cyan on black, thicker in larger images, drawn outside where there is room."""
+    """Frame a region, (x0, y0, x1, y1) with its end exclusive: cyan on black.
+
+    The frame is thicker in larger images, and drawn outside if there is room.
+    """
     pen, thin = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 400))
     x0, y0, x1, y1 = region
     for color, far, width in (("black", 2 * thin, 3 * thin), ("#4fe3d2", thin, thin)):

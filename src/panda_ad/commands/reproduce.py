@@ -1,4 +1,4 @@
-"""`panda-ad reproduce`: make a version's figures again from what was recorded of it, and compare them digit by digit."""
+"""`panda-ad reproduce`: make a version's figures again from what was recorded of it, and compare the digits."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
+        """Whether both figures are the same to the last digit."""
         return self.logged == self.reproduced
 
 
 def reproduce(name: str, version: int | str, keep: bool = False) -> None:
     """Run a version's pipeline up to `evaluate` in a temporary clone, and print its figures beside the logged ones.
 
-    Everything is computed anew: the clone has no activation cache, and DVC runs every stage whatever its cache holds. The working
-    tree, its lock and build/ are left alone; of DVC's cache only images that are missing there are fetched into it.
+    Everything is computed anew: the clone has no activation cache, and DVC runs every stage whatever its cache holds.
+    The working tree, its lock and build/ are left alone; of DVC's cache only images that are missing there are fetched
+    into it.
 
     Parameters
     ----------
@@ -50,13 +52,15 @@ def reproduce(name: str, version: int | str, keep: bool = False) -> None:
     Raises
     ------
     UserError
-        There is no such version; its commit or data cannot be had; a stage fails; or a figure differs (which ones, in the message).
+        There is no such version; its commit or data cannot be had; a stage fails; or a figure differs (which ones, in
+        the message).
     """
     facts = explain_version(name, version)
     category, label = facts["category"], f"{name} version {facts['version']}"
     if facts["uncommitted_changes"]:
         print(
-            f"{label} was published with uncommitted changes: its parameters, data and lock file are known, but the code may differ from the commit's"
+            f"{label} was published with uncommitted changes: its parameters, data and lock file are known, "
+            "but the code may differ from the commit's"
         )
     with _clone(facts["commit"], label, keep) as folder:
         runs.download_inputs(facts["run_id"], folder)
@@ -82,7 +86,7 @@ def reproduce(name: str, version: int | str, keep: bool = False) -> None:
 
 
 def rows(table: list[Comparison]) -> Iterator[str]:
-    """The comparison as lines of text, columns aligned."""
+    """Return the comparison as lines of text, columns aligned."""
     cells = [
         ("metric", "logged", "reproduced", "equal"),
         *((c.name, c.logged or "-", c.reproduced or "-", "yes" if c.equal else "NO") for c in table),
@@ -99,7 +103,7 @@ def _figures(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @contextmanager
 def _clone(commit: str, label: str, keep: bool) -> Iterator[Path]:
-    """A clone of the repository at a commit, in a temporary folder that only its owner can read."""
+    """Clone the repository at a commit into a temporary folder that only its owner can read."""
     if not commit:
         raise UserError(
             f"{label}: no commit was recorded (it was published outside a git repository), so its code is not known"
@@ -134,7 +138,7 @@ def _git(*arguments: str, error: str) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The clone's code before the installed one, and DVC's notes about the clone inside it."""
+    """Return variables that put the clone's code before the installed one, and DVC's notes inside the clone."""
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(folder / "src"), os.environ.get("PYTHONPATH", "")])),
         "DVC_SITE_CACHE_DIR": str(folder.parent / "dvc"),
@@ -142,7 +146,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _fetch_data(folder: Path, label: str, extra: Mapping[str, str]) -> None:
-    """The version's images, from the repository's own DVC cache, else from its remotes."""
+    """Fetch the version's images, from the repository's own DVC cache, else from its remotes."""
     # not load_params: the parameters are that commit's, and may lack keys that this code knows
     root = Path(yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["data"]["root"])
     tracked = next(
@@ -162,7 +166,8 @@ def _fetch_data(folder: Path, label: str, extra: Mapping[str, str]) -> None:
         except UserError:
             wanted = yaml.safe_load((folder / tracked).read_text(encoding="utf-8"))["outs"][0].get("md5", "")
             raise UserError(
-                f"{label}: its images (version {str(wanted).removesuffix('.dir')} in {tracked}) are neither in DVC's cache here nor in its remote; "
+                f"{label}: its images (version {str(wanted).removesuffix('.dir')} in {tracked}) "
+                "are neither in DVC's cache here nor in its remote; "
                 f"`dvc push` them from where they are"
             ) from None
 
@@ -174,12 +179,16 @@ with Repo(sys.argv[1]) as source, Repo(sys.argv[2]) as clone, clone.config.edit(
     config.setdefault("cache", {})["dir"] = os.path.abspath(source.cache.local_cache_dir)
     for name, remote in source.config["remote"].items():
         if "://" not in remote["url"]:  # a folder, perhaps relative to the repository: the clone lies elsewhere
-            config.setdefault("remote", {}).setdefault(name, {})["url"] = os.path.abspath(os.path.join(sys.argv[1], remote["url"]))
+            place = os.path.abspath(os.path.join(sys.argv[1], remote["url"]))
+            config.setdefault("remote", {}).setdefault(name, {})["url"] = place
 """
 
 
 def _share_storage(folder: Path, extra: Mapping[str, str]) -> None:
-    """Let the clone use the repository's DVC cache and remotes: also those set up, with credentials, in .dvc/config.local."""
+    """Let the clone use the repository's DVC cache and remotes.
+
+    Those set up, with credentials, in .dvc/config.local are among them.
+    """
     source = connection.root()
     local = source / ".dvc" / "config.local"
     if local.is_file():

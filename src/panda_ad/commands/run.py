@@ -39,7 +39,13 @@ def run() -> None:
 
 
 def fetch_images(tracked: str) -> None:
-    """Get the images that a .dvc file records from the remote. UserError where no remote has them, which DVC says nothing of."""
+    """Get the images that a .dvc file records from the remote.
+
+    Raises
+    ------
+    UserError
+        No remote has them, which DVC says nothing of.
+    """
     try:
         dvc("pull", "--quiet", tracked)
     except UserError:
@@ -49,8 +55,9 @@ def fetch_images(tracked: str) -> None:
             remotes = ", ".join(f"{name} ({remote['url']})" for name, remote in repo.config["remote"].items())
         where = f"the remote, {remotes}, lacks them" if remotes else "no remote is set (`dvc remote add -d NAME PLACE`)"
         raise UserError(
-            f"{tracked}: its images are not here and could not be fetched: {where}, or it does not answer. Where they are, run "
-            f"`dvc push {tracked}`; or copy them to {tracked.removesuffix('.dvc')}/ and run `dvc add {tracked.removesuffix('.dvc')}`"
+            f"{tracked}: its images are not here and could not be fetched: {where}, or it does not answer. "
+            f"Where they are, run `dvc push {tracked}`; "
+            f"or copy them to {tracked.removesuffix('.dvc')}/ and run `dvc add {tracked.removesuffix('.dvc')}`"
         ) from None
 
 

@@ -33,7 +33,10 @@ _SETTLE_SECONDS = 5.0
 
 
 class Judged(NamedTuple):
-    """One file: its pixels, uint8 (H, W, 3), and verdict, or why there is none; and a sign that it is only part of a picture, or ''."""
+    """One file: its pixels, uint8 (H, W, 3), and verdict, or why there is none.
+
+    `doubt` says that it is only part of a picture, or is ''.
+    """
 
     file: Path
     pixels: np.ndarray | None
@@ -48,7 +51,9 @@ class Scored:
 
     Attributes
     ----------
-    images : scored.  alarms : of these, called defect.  logged : left out, since the log holds their verdict of this version.
+    images : scored.
+    alarms : how many of these were called defect.
+    logged : left out, since the log holds their verdict of this version.
     problems : one line per file that could not be read.
     warnings : one line per image that may be damaged, and per output that could not be written.
     """
@@ -96,7 +101,13 @@ def score_paths(
     false_alarm_rate: float | None,
     log: Path | None = None,
 ) -> None:
-    """Do what the command line does: `score_files` with words. UserError at the end names files that could not be read."""
+    """Do what the command line does: `score_files` with words.
+
+    Raises
+    ------
+    UserError
+        At the end, with the names of the files that could not be read.
+    """
     found = find_images(paths)
     files = [*found.images, *found.unread]
     if not files:
@@ -140,7 +151,8 @@ def score_files(
     ----------
     out : the CSV file; None: standard output.  heatmaps : folder for overlays; None: none.
     log : the verdict log, which is appended to; images it holds of this version are left out. None: no log.
-        It is written last, in one piece: a run that is killed has logged nothing, and the next one scores the same images.
+        It is written last, in one piece: a run that is killed has logged nothing, and the next one scores the same
+        images.
     """
     _check_outputs(model.detector, out, heatmaps)
     recorder, wanted = None, files
@@ -179,7 +191,10 @@ def _table(out: Path | None) -> Iterator[TextIO]:
 def _write_rows(
     target: TextIO, detector: Detector, files: list[Path], heatmaps: Path | None, recorder: Recorder | None
 ) -> Scored:
-    """Write a row per file and an overlay per image; the recorder gets the verdicts. `logged` of what comes back says nothing."""
+    """Write a row per file and an overlay per image; the recorder gets the verdicts.
+
+    `logged` of the result says nothing.
+    """
     limit, alarms = detector.threshold().value, 0
     problems: list[str] = []
     warnings: list[str] = []

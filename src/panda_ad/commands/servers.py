@@ -32,7 +32,11 @@ SCHEDULE = "schedule: "
 """How `flows.deploy` begins its line on a deployment's schedule."""
 
 FORGETTING = "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED"
-"""Left to itself, Prefect's server keeps every flow run with its log for ever; this one, unless told otherwise, for Prefect's 90 days."""
+"""Variable that names what Prefect's server deletes after its 90 days.
+
+By default Prefect's server keeps every flow run with its log forever. This one deletes them unless the variable says
+otherwise.
+"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def server_settings(address: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_API_URL": f"{address}/api",
         FORGETTING: os.environ.get(FORGETTING, "events,flow_runs"),
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "10",  # of a schedule's switch until its runs are there
-        # On disk: kept in memory, a restart of the server would lose them, and Prefect cancels a run that cannot renew its own.
+        # On disk: kept in memory, a restart of the server would lose them,
+        # and Prefect cancels a run that cannot renew its own.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
     }
 
@@ -185,7 +190,10 @@ def _running_elsewhere(known: Path) -> str:
     except (OSError, ValueError):  # it is just writing, or ending
         return f"another `ui` of this checkout holds {HOME}/ui.lock; wait until it has ended"
     where = f": MLflow {holder['mlflow']}, Prefect {holder['prefect']}/deployments" if "mlflow" in holder else ""
-    return f"`ui` of this checkout runs already (pid {holder['pid']}, since {holder['since']}){where}; use that, or stop it first"
+    return (
+        f"`ui` of this checkout runs already (pid {holder['pid']}, since {holder['since']}){where}; "
+        "use that, or stop it first"
+    )
 
 
 def _remote(variable: str) -> str | None:
@@ -200,7 +208,8 @@ def _free_port(port: int, option: str) -> int:
             s.bind((HOST, port))
         except OSError as e:
             raise UserError(
-                f"port {port} on {HOST} cannot be used ({e.strerror}); run `.venv/bin/panda-ad ui {option} 0` for any free one"
+                f"port {port} on {HOST} cannot be used ({e.strerror}); "
+                f"run `.venv/bin/panda-ad ui {option} 0` for any free one"
             ) from None
         return int(s.getsockname()[1])
 

@@ -13,7 +13,8 @@ from panda_ad.params import Params, load_params
 from panda_ad.system.paths import BUILD
 
 _HEADER = (
-    "category", "image AUROC [95 %]", "caught", "false alarms", "pixel AUROC", "AU-PRO", "threshold", "registered", "aliases",
+    "category", "image AUROC [95 %]", "caught", "false alarms", "pixel AUROC", "AU-PRO", "threshold",
+    "registered", "aliases",
 )  # fmt: skip
 
 

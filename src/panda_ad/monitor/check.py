@@ -1,4 +1,7 @@
-"""A category's recent window against its model's calibration images, with a report: what `panda-ad monitor` and the flow do."""
+"""A category's recent window against its model's calibration images, with a report.
+
+This is what `panda-ad monitor` and the flow do.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,8 @@ class Check:
 
     def __str__(self) -> str:
         note = f"; {self.note}" if self.note else ""
-        return f"{self.category}: {self.drift.headline} ({self.model} version {self.version}{note}, {self.drift.window} images; {self.report})"
+        by = f"{self.model} version {self.version}{note}, {self.drift.window} images; {self.report}"
+        return f"{self.category}: {self.drift.headline} ({by})"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -72,16 +76,17 @@ def chosen_categories(wanted: Sequence[str], params: Params) -> list[str]:
 
 
 def model_at(category: str, alias: str, params: Params) -> Model:
-    """The registered model that a category's alias points at. UserError where there is none."""
+    """Return the registered model that a category's alias points at; raise UserError if there is none."""
     return load_model(f"models:/{model_name(params.dataset, category)}@{alias}", None)
 
 
 def reference_of(detector: Detector) -> Sample:
-    """The calibration images of a model. UserError where its bundle is from before monitoring."""
+    """Return the calibration images of a model; raise UserError if its bundle is from before monitoring."""
     if detector.reference is None:
         name = detector.config.category
         raise UserError(
-            f"category {name}: this version keeps no calibration images to compare with; run `dvc repro` and `panda-ad promote -c {name}`"
+            f"category {name}: this version keeps no calibration images to compare with; "
+            f"run `dvc repro` and `panda-ad promote -c {name}`"
         )
     known = detector.reference
     return Sample(detector.calibration, known.statistics.astype(np.float64), known.features.astype(np.float32))
@@ -90,9 +95,10 @@ def reference_of(detector: Detector) -> Sample:
 def check_category(
     category: str, alias: str = "staging", log: Path = LOG, reports: Path = REPORTS, params: Params | None = None
 ) -> Check:
-    """Compare the newest images that the version at `alias` has scored with its calibration images; write report and figures.
+    """Compare the newest images that the version at `alias` has scored with its calibration images.
 
-    Images that the version was made from do not count: it has seen them, and to it they look more normal than others.
+    The report and the figures are written. Images that the version was made from do not count: it has seen them, and to
+    it they look more normal than others.
 
     Raises
     ------
@@ -140,7 +146,10 @@ def record(check: Check, dataset: str) -> None:
 
 
 def monitor(categories: Sequence[str], alias: str = "staging") -> tuple[list[Check], list[str]]:
-    """`check_category` and `record` for each category: what was found, and one line for each that could not be checked."""
+    """Call `check_category` and `record` for each category.
+
+    Return what was found, and one line for each that could not be checked.
+    """
     params = load_params()
     checks, problems = [], []
     for category in chosen_categories(categories, params):

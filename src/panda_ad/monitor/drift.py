@@ -1,9 +1,9 @@
-"""Has what the model sees changed since calibration, and how would one say so?
+"""Tests for drift: has what the model sees changed since calibration, and how would one say so.
 
-A recent window is tested against the calibration images: verdicts (share of alarms, scores), image statistics one by one, and
-content (features). A drift is what is both significant, after correction for the number of tests, and large. The tests are exact
-where window and calibration images are exchangeable; images that follow each other in time resemble each other more than that,
-which is what the limit on size is for.
+A recent window is tested against the calibration images: verdicts (share of alarms, scores), image statistics one by
+one, and content (features). A drift is what is both significant, after correction for the number of tests, and large.
+The tests are exact if window and calibration images are exchangeable. Images that follow each other in time resemble
+each other more than that, which is what the limit on size is for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from panda_ad.scoring.calibration import alarms_chance, threshold
 COMPONENTS = 16
 """Principal components of the features that the test of content looks at."""
 RESAMPLES = 1999
-"""Permutations of that test: the smallest p-value is 1 / 2000, below a significance of 0.01 divided by the nine tests."""
+"""Permutations of that test.
+
+The smallest p-value is 1 / 2000, below a significance of 0.01 divided by the nine tests.
+"""
 MOST = 1000
 """Images of each side that it looks at, a seeded choice where there are more: its memory grows with the square."""
 TWICE = 2.0
@@ -54,7 +57,8 @@ class Sample:
             len(STATISTICS),
         ):
             raise ValueError(
-                f"sample: {self.scores.shape} scores, {self.statistics.shape} statistics, {self.features.shape} features"
+                f"sample: {self.scores.shape} scores, {self.statistics.shape} statistics, "
+                f"{self.features.shape} features"
             )
 
     def __len__(self) -> int:
@@ -96,7 +100,8 @@ class Drift:
 
     Attributes
     ----------
-    findings : what happened, in plain words, the largest shift first within verdicts, image and content; empty: no drift.
+    findings : what happened, in plain words, the largest shift first within verdicts, image and content.
+        Empty: no drift.
     reference, window : number of images.
     """
 
@@ -145,7 +150,8 @@ def find_drift(reference: Sample, window: Sample, rate: float, limits: MonitorPa
         )
     if len(reference) < 4:
         raise UserError(
-            f"{len(reference)} calibration images are too few to compare with; raise data.calibration_fraction and retrain"
+            f"{len(reference)} calibration images are too few to compare with; "
+            "raise data.calibration_fraction and retrain"
         )
     raw = [_alarms(reference.scores, window.scores, rate), _scores(reference.scores, window.scores)]
     raw += [_statistic(i, reference.statistics[:, i], window.statistics[:, i]) for i in range(len(STATISTICS))]
@@ -174,11 +180,12 @@ def _with_finding(test: Test, finding: str) -> Test:
 
 
 def _alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
-    """More alarms than the budget allows?
+    """Test whether there are more alarms than the budget allows.
 
     The budget itself is known only from M calibration images: the true false-alarm rate of their k-th largest score is
-    Beta(k, M + 1 - k), so that the number of alarms among n good images is beta-binomial. A binomial test at the nominal rate
-    would take the calibration's own error for drift (with M = 24 and rate 0.05, every third time at significance 0.01).
+    Beta(k, M + 1 - k), so that the number of alarms among n good images is beta-binomial. A binomial test at the
+    nominal rate would take the calibration's own error for drift (with M = 24 and rate 0.05, every third time at
+    significance 0.01).
     """
     n, m = len(window), len(reference)
     alarms = int((window > threshold(reference, rate).value).sum())
@@ -223,8 +230,8 @@ def _compared(name: str, reference: np.ndarray, window: np.ndarray, resolution: 
 def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
     """Permutation test of the energy distance (Szekely and Rizzo 2013) between features.
 
-    Features are projected on principal components of both samples together: components of the reference alone would fit it
-    better than any other sample, and the test would find that difference.
+    Features are projected on principal components of both samples together: components of the reference alone would
+    fit it better than any other sample, and the test would find that difference.
     """
     rng = np.random.default_rng(seed)
     reference, window = (
@@ -237,7 +244,8 @@ def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
     m = len(reference)
     rows = np.arange(len(points))
     found = stats.permutation_test(
-        (rows[:m], rows[m:]), _energy(cdist(points, points)), permutation_type="independent", vectorized=True, n_resamples=RESAMPLES,
+        (rows[:m], rows[m:]), _energy(cdist(points, points)),
+        permutation_type="independent", vectorized=True, n_resamples=RESAMPLES,
         batch=250, alternative="greater", rng=rng,
     )  # fmt: skip
     shift = _shift_of_points(points[:m], points[m:])
@@ -247,7 +255,10 @@ def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
 
 
 def _energy(distances: np.ndarray) -> Callable[..., np.ndarray]:
-    """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sets of rows of a (N, N) matrix of distances, over leading axes."""
+    """Return the energy distance of two sets of rows of a (N, N) matrix of distances, as a function over leading axes.
+
+    It is 2 E|X - Y| - E|X - X'| - E|Y - Y'|.
+    """
     total = distances.sum()
 
     def statistic(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -264,10 +275,11 @@ def _energy(distances: np.ndarray) -> Callable[..., np.ndarray]:
 
 
 def _shift_of_points(reference: np.ndarray, window: np.ndarray) -> float:
-    """How far the median moves along the direction between the two means, in standard deviations of the reference.
+    """Return how far the median moves along the direction between the two means.
 
-    The direction comes from every second point and the shift is measured on the others, then the other way round: measured on
-    the same points it would be positive even where nothing has moved.
+    The unit is the reference's standard deviation. The direction comes from every second point and the shift is
+    measured on the others, then the other way round. Measured on the same points it would be positive even if nothing
+    had moved.
     """
     shifts = []
     for a, b in ((0, 1), (1, 0)):

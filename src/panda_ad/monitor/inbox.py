@@ -22,13 +22,15 @@ def due(
     seen: Set[str] = frozenset(),
     log: Path = LOG,
 ) -> list[Path]:
-    """The files whose content the log does not hold of any version, and of the newest `window` those that it does not hold of this one.
+    """Return the files of a drop folder that a version has to score, oldest first, each content once.
 
-    Of these, images that the version was made from (sha256 in `seen`) are no part: monitoring leaves them out.
+    These are the files whose content the log does not hold of any version, and among the newest `window` files those
+    whose content it does not hold of this version. Images that the version was made from (sha256 in `seen`) are not
+    among the newest: monitoring leaves them out.
 
-    The second fill the drift window of a version that has just been promoted; scoring all there is anew would take hours, and say
-    nothing of today. Oldest first, by the files' time of change, since the log's order is that of scoring; each content once. A file
-    that cannot be read stays in: the scorer says why.
+    The newest files fill the drift window of a version that has just been promoted. Scoring everything again would take
+    hours, and say nothing of today. The order is by the files' time of change, since the log's order is that of
+    scoring. A file that cannot be read stays in: the scorer says why.
 
     Raises
     ------
@@ -43,12 +45,17 @@ def due(
     newest = set([key for key in by_content if key not in seen][-window:])
     held = holders(category, log)
     return [
-        file for key, file in by_content.items() if key not in held or (key in newest and (model, version) not in held[key])
-    ]  # fmt: skip
+        file
+        for key, file in by_content.items()
+        if key not in held or (key in newest and (model, version) not in held[key])
+    ]
 
 
 def _stats(files: Iterable[Path]) -> dict[Path, tuple[int, int, int, int]]:
-    """Size, time of change in ns, and what a file put in its place cannot keep; a file that has gone meanwhile is left out."""
+    """Return size, time of change in ns, and what a file put in its place cannot keep.
+
+    A file that has gone meanwhile is left out.
+    """
     found = {}
     for file in files:
         try:
@@ -60,7 +67,10 @@ def _stats(files: Iterable[Path]) -> dict[Path, tuple[int, int, int, int]]:
 
 
 def _digests(found: dict[Path, tuple[int, int, int, int]], category: str) -> dict[Path, str]:
-    """sha256 of each file, '' where it cannot be read; those of the last time are not read again unless the file is another."""
+    """Return the sha256 of each file, '' if it cannot be read.
+
+    A file read the last time is not read again unless it has changed.
+    """
     path = CACHE / f"{category}.json"
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,8 @@
 """The verdict log: Parquet files under monitoring/log/<category>/, one per batch, each written whole or not at all.
 
-Columns: time (UTC, microseconds), path, sha256 (of the image file), category, model, version, score, p_value, decision ('good' or
-'defect'), threshold, one per image statistic, features (fixed-size list of float16, under the model's last head).
+Columns: time (UTC, microseconds), path, sha256 (of the image file), category, model, version, score, p_value, decision
+('good' or 'defect'), threshold, one per image statistic, features (fixed-size list of float16, under the model's last
+head).
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ class Window:
 
     Attributes
     ----------
-    times : (N,) datetime64[us], UTC.  paths, sha256 : N strings.  p_values : (N,).  alarms : (N,) bool.  threshold : of the newest.
+    times : (N,) datetime64[us], UTC.
+    paths, sha256 : N strings.
+    p_values : (N,).
+    alarms : (N,) bool.
+    threshold : of the newest.
     sample : scores, statistics and features, as `drift.find_drift` takes them.
     """
 
@@ -127,7 +132,13 @@ def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
 
 
 def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
-    """sha256 of each logged image of a category -> the (model, version) that have scored it. UserError where a file is damaged."""
+    """Return for each logged image of a category, by sha256, the (model, version) that have scored it.
+
+    Raises
+    ------
+    UserError
+        A file is damaged.
+    """
     found: dict[str, set[tuple[str, str]]] = {}
     for path in _files(log, category):
         for part in _read(path, None, None, ["sha256"]):
@@ -141,7 +152,7 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
 def read_window(
     category: str, model: str, version: str, last: int | None = None, log: Path = LOG, without: Set[str] = frozenset()
 ) -> Window:
-    """The newest verdicts of a model version, each image once, oldest first.
+    """Return the newest verdicts of a model version, each image once, oldest first.
 
     Parameters
     ----------
@@ -162,7 +173,8 @@ def read_window(
     for newest, path in sorted(((_newest(path), path) for path in _files(log, category)), reverse=True):
         if last is not None and len(found) >= last and newest < sorted(found.values())[-last]:
             break  # scorers that ran at the same time have files whose times overlap
-        for part in _read(path, model, version, None):
+        for table in _read(path, model, version, None):
+            part = table
             if without:
                 part = part.filter([key not in without for key in part["sha256"].to_pylist()])
             parts.append(part)
@@ -222,12 +234,15 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
 
 
 def _files(log: Path, category: str) -> list[Path]:
-    """A category's files, oldest first; one that is being written is hidden and does not count."""
+    """Return a category's files, oldest first; one that is being written is hidden and does not count."""
     return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
 
 
 def _newest(path: Path) -> datetime:
-    """Time of the newest verdict in a file, from its footer; of the oldest, from its name, where it is damaged: only who needs it must know."""
+    """Return the time of the newest verdict in a file, from its footer.
+
+    If the file is damaged, it is the time of the oldest, from its name: the error is left to those who read the file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -245,7 +260,7 @@ def _newest(path: Path) -> datetime:
 
 
 def _read(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
-    """The rows of a model version (None: of all) in one file; nothing where there are none."""
+    """Return the rows of a model version (None: of all) in one file; nothing if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq

@@ -31,7 +31,7 @@ class Recorder:
         self._entries: list[Entry] = []
 
     def fresh(self, files: Iterable[Path]) -> list[Path]:
-        """The files whose content the log does not hold of this version, each content once.
+        """Return the files whose content the log does not hold of this version, each content once.
 
         A file that cannot be read stays in: the scorer says why.
         """
@@ -56,8 +56,10 @@ class Recorder:
             raise ValueError("log: a verdict without features")
         self._entries.append(
             Entry(
-                datetime.now(UTC), printable(str(file)), self._digests.get(file) or digest_file(file), self.category, self.model, self.version,
-                verdict.score, verdict.p_value, verdict.anomalous, self.threshold, image_statistics(rgb), verdict.features,
+                datetime.now(UTC), printable(str(file)), self._digests.get(file) or digest_file(file),
+                self.category, self.model, self.version,
+                verdict.score, verdict.p_value, verdict.anomalous, self.threshold,
+                image_statistics(rgb), verdict.features,
             )
         )  # fmt: skip
 

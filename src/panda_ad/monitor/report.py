@@ -58,7 +58,7 @@ def write_report(path: Path, drift: Drift, reference: Sample, window: Window, ra
 
 
 def build_report(drift: Drift, reference: Sample, window: Window, rate: float, checked: datetime) -> str:
-    """The page as HTML."""
+    """Return the page as HTML."""
     group = max(10, len(window) // 20)
     times = [str(t)[:19].replace("T", " ") for t in window.times]
     return render(
@@ -79,7 +79,7 @@ def build_report(drift: Drift, reference: Sample, window: Window, rate: float, c
 
 
 def _data(reference: Sample, window: Window, rate: float, group: int, times: list[str]) -> dict[str, Any]:
-    """What the page's script reads."""
+    """Return what the page's script reads."""
     figures = {"score": _figure(reference.scores, window.sample.scores)}
     for i, statistic in enumerate(STATISTICS):
         figures[statistic.name] = _figure(reference.statistics[:, i], window.sample.statistics[:, i])

@@ -1,4 +1,7 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; and what a file holds, as a hash."""
+"""Atomic writes, and what a file holds, as a hash.
+
+A kill at any moment leaves the old file or the new one, never half of one.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
     A folder cannot replace another in one step: for the moment between two renames there is none.
 
-    Its files may be read by whoever the process's umask allows: safetensors makes them their owner's alone, and a model is for others too.
+    Its files may be read by whoever the process's umask allows: safetensors makes them readable by their owner alone,
+    and a model is for others too.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,13 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: object) -> None:
-    """Write JSON atomically, indented; NaN and infinity are refused with ValueError, since JSON has no word for them."""
+    """Write JSON atomically, indented.
+
+    Raises
+    ------
+    ValueError
+        A number is NaN or infinite, since JSON has no word for these.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

@@ -25,11 +25,11 @@ HOLDER = LOCK.with_suffix(".json")
 def repository_lock(command: str, root: Path | str = ".") -> Iterator[None]:
     """Hold the repository's lock, and leave word that `command` does.
 
-    Whatever changes build/, the data or the registry takes it: `panda-ad run`, `ingest`, `promote`, `rollback` and `clean`, the
-    retrain flow, and every stage. A stage that a holder started passes, since the holder is among its parent processes; so does
-    the holder itself when it asks again. A stage of a bare `dvc repro` has no such parent and takes the lock itself, so a
-    second pipeline or an `ingest` cannot come between its reading and its writing. The kernel frees the lock when its holder
-    dies, in whatever way.
+    Whatever changes build/, the data or the registry takes it: `panda-ad run`, `ingest`, `promote`, `rollback` and
+    `clean`, the retrain flow, and every stage. A stage that a holder started passes, since the holder is among its
+    parent processes; so does the holder itself when it asks again. A stage of a bare `dvc repro` has no such parent and
+    takes the lock itself, so a second pipeline or an `ingest` cannot come between its reading and its writing. The
+    kernel frees the lock when its holder dies, in whatever way.
 
     Raises
     ------
@@ -67,4 +67,5 @@ def _busy(path: Path, holder: dict[str, Any] | None) -> str:
         return f"another run holds {path}; wait for it to end"
     day, clock = holder["since"].split(" ")
     since = clock[:5] if day == time.strftime("%Y-%m-%d") else f"{day} {clock[:5]}"
-    return f'another run (pid {holder["pid"]}, "{holder["command"]}", since {since}) holds {path}; wait for it to end, or stop it'
+    holding = f'another run (pid {holder["pid"]}, "{holder["command"]}", since {since}) holds {path}'
+    return f"{holding}; wait for it to end, or stop it"

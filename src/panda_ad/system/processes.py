@@ -1,4 +1,4 @@
-"""Child processes that end together with everything they start, even when this process is killed; and this process's memory."""
+"""Child processes that end with everything they start, even if this process is killed; and this process's memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ PROGRESS_SECONDS = 10.0
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
-# The command runs in a session of its own, next to a guard that waits for the end of a pipe only the starter holds open.
-# When the starter closes it, or dies in any way (SIGKILL too), the guard kills the whole process group, itself included.
+# The command runs in a session of its own, next to a guard that waits for the end of a pipe.
+# Only the starter holds the pipe open. When it closes the pipe, or dies in any way (SIGKILL too), the guard kills the
+# whole process group, itself included.
 _GUARDED = """
 exec 3<&0 </dev/null
 ( trap '' HUP INT TERM; read -r _ <&3; kill -KILL 0 ) >/dev/null 2>&1 &
@@ -30,7 +31,10 @@ exec "$@" 3<&-
 
 
 def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with this folder's code and this Python's commands first, output unbuffered and telemetry off."""
+    """Return this process's environment with this folder's code and this Python's commands first.
+
+    Output is unbuffered and telemetry is off.
+    """
     code = [str(Path.cwd() / "src")] if Path("src/panda_ad").is_dir() else []
     return {
         **os.environ,
@@ -85,6 +89,7 @@ class Group:
 
     @property
     def running(self) -> bool:
+        """Whether the command has not ended yet."""
         return self._process.poll() is None
 
     def wait(self, timeout: float | None = None) -> int:
@@ -92,7 +97,10 @@ class Group:
         return self._process.wait(timeout)
 
     def lines(self) -> Iterator[str]:
-        """Output line by line as it comes, until the command ends. Of a progress bar only one state per PROGRESS_SECONDS."""
+        """Yield the output line by line as it comes, until the command ends.
+
+        Of a progress bar only one state per PROGRESS_SECONDS is given.
+        """
         assert self._process.stdout is not None, "output goes to a file"
         source = self._process.stdout.fileno()
         pending, shown = b"", -PROGRESS_SECONDS
@@ -143,8 +151,11 @@ def _text(line: bytes) -> Iterator[str]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation. By default large blocks go back to the kernel at once, and each pass through the
-    network faults its pages in anew: a tenth of the frozen layers's time on a virtual machine."""
+    """Let glibc keep what is freed for the next allocation.
+
+    By default large blocks go back to the kernel at once, and each pass through the network faults its pages in anew:
+    a tenth of the frozen layers' time on a virtual machine.
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes

@@ -18,9 +18,10 @@ from panda_ad.system.paths import BUILD
 
 
 def run_stage(name: str, main: Callable[..., None]) -> NoReturn:
-    """Run a stage's `main`, called with the category where the command line gives one, and end the process with its exit code.
+    """Run a stage's `main` and end the process with its exit code.
 
-    The stage's timing is left in build/timings. A user's mistake ends as one line on standard error.
+    `main` is called with the category if the command line gives one. The stage's timing is left in
+    build/timings. A user's mistake ends as one line on standard error.
     """
     status = _run(name, main)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What the libraries should find around them: no wish for telemetry, a user's name, git's history or word that there is none."""
+"""What the libraries should find around them: telemetry off, a user's name, git or word that there is none."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def name_user(environment: MutableMapping[str, str]) -> None:
 
 
 def work_without_git() -> None:
-    """Let DVC work where there is no `.git` (an unpacked archive, a container's COPY), and stop that once there is one."""
+    """Let DVC work without `.git` (an unpacked archive, a container's COPY), and stop that once there is one."""
     config = configparser.ConfigParser(strict=False, interpolation=None)
     config.read(_LOCAL, encoding="utf-8")
     off, git = config.getboolean("core", "no_scm", fallback=False), Path(".git").exists()

@@ -18,17 +18,20 @@ from panda_ad.system.paths import BUILD
 
 PARAMS = "params.yaml"
 COPIES = Path(".dvc/tmp/panda")
-"""Where the copies lie. Git and DVC ignore it, and `registry.connection.root` takes what lies below `.dvc` for a copy."""
+"""Where the copies lie.
+
+Git and DVC ignore it, and `registry.connection.root` takes what lies below `.dvc` for a copy.
+"""
 
 
 @contextlib.contextmanager
 def changed_copy(changes: Sequence[str]) -> Iterator[None]:
     """Work in a temporary copy of the repository in the working directory, whose params.yaml has `changes`.
 
-    The copy begins as the checkout is now: the files that git knows and new ones, edited or not, and the results that dvc.lock
-    names. Images are links: into DVC's cache, or to the checkout's files where DVC does not track them. What else git ignores and
-    no stage makes is one and the same in both: `.cache` with the activations and the lock, weights, folders of outliers. Results
-    go into the checkout's DVC cache.
+    The copy begins as the checkout is now: the files that git knows and new ones, edited or not, and the results that
+    dvc.lock names. Images are links: into DVC's cache, or to the checkout's files if DVC does not track them. What else
+    git ignores and no stage makes is one and the same in both: `.cache` with the activations and the lock, weights,
+    folders of outliers. Results go into the checkout's DVC cache.
 
     The repository's lock has to be held: copies that killed runs left are removed here.
 
@@ -40,7 +43,8 @@ def changed_copy(changes: Sequence[str]) -> Iterator[None]:
     Raises
     ------
     UserError
-        A change names no key or touches the gate, the parameters it makes are not valid, or the checkout cannot be copied.
+        A change names no key or touches the gate, the parameters it makes are not valid, or the checkout cannot be
+        copied.
     """
     from dvc.exceptions import DvcException
 
@@ -147,7 +151,8 @@ def _outputs(root: Path) -> list[Path]:
 def _fetch_results(root: Path, copy: Path) -> None:
     """Give the copy the checkout's DVC cache, its data as they are now, and the results that dvc.lock names.
 
-    Data come as links, since nothing writes to them. Those that were edited by hand since `dvc add` come as copies: DVC will add them.
+    Data come as links, since nothing writes to them. Those that were edited by hand since `dvc add` come as copies,
+    since DVC will add them.
     """
     from dvc.repo import Repo
 
@@ -188,6 +193,7 @@ def _apply(changes: Sequence[str], path: Path) -> None:
     after = yaml.safe_load(path.read_text(encoding="utf-8"))
     if after.get("gate") != before.get("gate"):
         raise UserError(
-            f"set_params: the gate's rules (gate.*) may not be changed for one run, which they are to judge; change them in {PARAMS}"
+            "set_params: the gate's rules (gate.*) may not be changed for one run, which they are to judge; "
+            f"change them in {PARAMS}"
         )
     parse_params(after)
