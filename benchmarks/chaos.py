@@ -2,8 +2,9 @@
 
     python benchmarks/chaos.py [--kills 200] [--seed 0] [--commands publish score]
 
-In a temporary project with this repository's pipeline and one tiny category: each stage, publish, promote, score with the verdict log, and ingest.
-A command is killed (SIGKILL, with its process group) at a moment drawn from its undisturbed duration, and run again to its end.
+In a temporary project with this repository's pipeline and one tiny category: each stage, publish, promote, score with
+the verdict log, and ingest. A command is killed (SIGKILL, with its process group) at a moment drawn from its
+undisturbed duration, and run again to its end.
 
 - torn: between kill and second run a file was neither as before nor as after, or a registered version lacked files.
 - failed: the second run did not succeed.
@@ -94,7 +95,10 @@ def pictures(folder: Path, count: int, seed: int, hole: bool = False) -> None:
 
 
 def make_project(project: Path) -> None:
-    """A DVC project with this repository's pipeline and the category `nut`; images to score and to add beside it."""
+    """Make a DVC project with this repository's pipeline and the category `nut`.
+
+    Images to score and to add lie beside it.
+    """
     category = project / "data/nut"
     pictures(category / "train/good", 24, seed=0)
     pictures(category / "test/good", 6, seed=1)
@@ -147,7 +151,7 @@ def killed(command: Sequence[str], project: Path, seconds: float) -> bool:
 
 
 def state(project: Path, registry: bool) -> State:
-    """What a user would find: files with their content, verdicts in the log, and what is registered."""
+    """Return what a user would find: files with their content, verdicts in the log, and what is registered."""
     found: State = {}
     for path in sorted(p for top in WATCHED for p in [project / top, *(project / top).rglob("*")] if p.is_file()):
         name = path.relative_to(project).as_posix()
@@ -178,7 +182,7 @@ def run_undisturbed(project: Path, snapshots: Path, last: str) -> dict[str, Undi
 
 
 def torn(now: State, known: Undisturbed) -> list[str]:
-    """What is neither as before the command nor as after it."""
+    """Return what is neither as before the command nor as after it."""
     bad = [
         k for k, v in now.items() if v not in (known.before.get(k), known.after.get(k)) and not k.startswith("registry")
     ]
@@ -209,7 +213,10 @@ def trial(name: str, project: Path, snapshot: Path, known: Undisturbed, moment: 
 def chaos(
     kills: int, seed: int, folder: Path, commands: Sequence[str] = tuple(COMMANDS)
 ) -> list[tuple[str, Counter[str]]]:
-    """Kill each of `commands` in turn until there were so many trials; return the counts of each, and print every finding."""
+    """Kill each of `commands` in turn until there were so many trials.
+
+    Return the counts of each, and print every finding.
+    """
     project, snapshots, rng = folder / "project", folder / "snapshots", random.Random(seed)
     make_project(project)
     known = run_undisturbed(project, snapshots, max(commands, key=list(COMMANDS).index))

@@ -1,11 +1,13 @@
 """How much faster `ses` on cached frozen activations is than the textbook run and the authors' loop, on this machine.
 
-    PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane          # full: 5,000 train, 10,000 test, 15 epochs
+    PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane
 
-All three do the same protocol from image files, ours on an empty cache, in turn in one process: same network, class, input size,
-training and test images, epochs and learning rate, and an evaluation before training and after each epoch. Textbook and ours are
-of one precision (bfloat16 where the CPU has it, in the forward passes; ours evaluates adapted layers in float32), the authors'
-loop is in float32 as they wrote it.
+The full run has 5,000 training and 10,000 test images and 15 epochs.
+
+All three do the same protocol from image files, ours on an empty cache, in turn in one process: same network, class,
+input size, training and test images, epochs and learning rate, and an evaluation before training and after each epoch.
+Textbook and ours are of one precision (bfloat16 if the CPU has it, in the forward passes; ours evaluates adapted layers
+in float32). The authors' loop is in float32 as they wrote it.
 `--textbook-epochs 2` runs only so many epochs of the other two and multiplies; it says so in its output.
 """
 
@@ -28,7 +30,10 @@ from panda_ad.params import load_params, parse_params
 
 
 def ours(dataset: str, run: Run, test: int | None) -> dict:
-    """Run `ses` as the benchmark does, from image files, empty caches included; return seconds, processor seconds and AUROC."""
+    """Run `ses` as the benchmark does, from image files, empty caches included.
+
+    Return seconds, processor seconds and AUROC.
+    """
     start, cpu = time.perf_counter(), time.process_time()
     precision = "bf16" if run.bf16 else "fp32"
     values = load_params().model_dump()
@@ -63,6 +68,7 @@ def extrapolated(found: dict, run: int, epochs: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--dataset", default="cifar10", help="a set of class folders below PANDA_BENCH_DATA")
     parser.add_argument("--class", dest="normal", default="airplane")
@@ -84,7 +90,8 @@ def main() -> None:
     fast = ours(a.dataset, run, test)
     some = a.textbook_epochs or a.epochs
     print(
-        f"{a.dataset} {a.normal}, {a.size} px, {a.epochs} epochs, {torch.get_num_threads()} threads, {'bfloat16' if bf16 else 'float32'}"
+        f"{a.dataset} {a.normal}, {a.size} px, {a.epochs} epochs, {torch.get_num_threads()} threads, "
+        f"{'bfloat16' if bf16 else 'float32'}"
         + (f"; of the others {some} epochs were run, the rest extrapolated" if some < a.epochs else "")
     )
     for name, authors in (("textbook", False), ("authors' loop", True)):
@@ -95,7 +102,8 @@ def main() -> None:
         print(f"  ours / this {fast['seconds'] / seconds:8.3f}   ({fast['cpu'] / cpu:8.3f})")
     figures = np.round(100 * np.array(fast["auroc"]), 2).tolist()
     print(
-        f"{'panda-ad':14}{fast['seconds']:8.1f} s ({fast['cpu']:8.1f} s of processor)   kNN {figures}, SES {fast['ses']}"
+        f"{'panda-ad':14}{fast['seconds']:8.1f} s ({fast['cpu']:8.1f} s of processor)   "
+        f"kNN {figures}, SES {fast['ses']}"
     )
 
 

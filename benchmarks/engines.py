@@ -1,4 +1,4 @@
-"""The default network in PyTorch (micro-batches of 8) and in ONNX Runtime (batch 1), in turn in one process, one thread.
+"""The default network in PyTorch (micro-batches of 8) and in ONNX Runtime (batch 1), in turn, one process, one thread.
 
 python benchmarks/engines.py [--size 224] [--rounds 8]
 """
@@ -34,7 +34,10 @@ class AllLevels(nn.Module):
 
 
 def main() -> None:
-    """Print processor time an image, and the largest difference between the two, relative to each output's largest value."""
+    """Print processor time an image, and the largest difference between the two.
+
+    The difference is relative to each output's largest value.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=224, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=8)

@@ -1,10 +1,11 @@
-"""What 1 % new images cost: seconds of validate and extract for a whole set, and again after `panda-ad ingest` of 1 % more.
+"""What 1 % new images cost: seconds of validate and extract for a whole set, and after `panda-ad ingest` of 1 % more.
 
     python benchmarks/ingest_cost.py [--images 5000] [--share 0.01] [--input-size 224]
 
-In a temporary DVC project with this repository's dvc.yaml and params.yaml, one category, empty caches. The images are templates of the
-sample's fabric, shifted, with noise of their own, at the sample's 160 pixels: as distinct as the real generator's, but made in
-milliseconds. Wall-clock times mean something while the machine does nothing else; processor times, also printed, bear company.
+In a temporary DVC project with this repository's dvc.yaml and params.yaml, one category, empty caches. The images are
+templates of the sample's fabric, shifted, with noise of their own, at the sample's 160 pixels: as distinct as the real
+generator's, but made in milliseconds. Wall-clock times mean something only while the machine does nothing else;
+processor times are printed beside them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,10 @@ def call(project: Path, *command: str) -> tuple[float, float]:
 
 
 def make_project(folder: Path, images: int, size: int | None = None) -> None:
-    """A repository with the data set, added to DVC; `size`: the network's input, pixels, default params.yaml's."""
+    """Make a repository with the data set, added to DVC.
+
+    `size` is the network's input, pixels; by default params.yaml's.
+    """
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
     params = re.sub(r"(?m)^categories:.*", "categories: [fabric]", (ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -101,7 +105,7 @@ def run(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Cost of adding a few new images.")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--share", type=float, default=0.01, help="new images as a share of those there (default 0.01)")

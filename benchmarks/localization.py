@@ -1,8 +1,11 @@
-"""Time per image and peak memory of both localizers against the plain implementation: `python benchmarks/localization.py`.
+"""Time per image and peak memory of both localizers against the plain implementation.
 
-ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 10 % of the patches, random images (blurred noise, seeded).
-Each method runs in a process of its own, so that its peak memory is its own. Plain: float32, pairwise differences by
-broadcasting, in chunks of gallery rows that fit in memory, a sample of positions timed and scaled up. Times leave out the backbone.
+    python benchmarks/localization.py
+
+ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 10 % of the patches, random images (blurred noise,
+seeded). Each method runs in a process of its own, so that its peak memory is its own. Plain: float32, pairwise
+differences by broadcasting, in chunks of gallery rows that fit in memory, a sample of positions timed and scaled up.
+Times leave out the backbone.
 CPU ms is the processor time of all threads: on a busy machine it says more than the time on the clock, and with
 OMP_NUM_THREADS=1 it is close to what the clock shows on an idle one.
 """
@@ -79,7 +82,10 @@ def build(folder: Path, count: int, size: int) -> None:
 
 
 def plain_distance(queries: Tensor, rows: Tensor) -> Tensor:
-    """(P, C), (N, C) -> (P,): the obvious way, differences by broadcasting, as many gallery rows at a time as make 1 GB."""
+    """Return distances (P,) of queries (P, C) to rows (N, C) in the obvious way, by broadcasting.
+
+    As many gallery rows are taken at a time as make 1 GB.
+    """
     step = max(1, 2**28 // (len(queries) * queries.shape[1]))
     best = torch.full((len(queries),), torch.inf)
     for i in range(0, len(rows), step):
@@ -88,7 +94,11 @@ def plain_distance(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> dict[str, float]:
-    """Seconds per image and processor seconds per image (medians), peak memory in MB of one method in this process; for plain also the largest relative difference."""
+    """Measure one method in this process.
+
+    Return seconds per image and processor seconds per image (medians) and peak memory in MB; for plain also the largest
+    relative difference.
+    """
     localizer = load_localizer(folder / method)
     maps, pooled = features(random_images(0, 2, size))
     if not plain:
@@ -113,7 +123,7 @@ def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> 
 
 
 def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(queries, gallery rows, our distances) of each search that the first image needs."""
+    """Return (queries, gallery rows, our distances) of each search that the first image needs."""
     if isinstance(localizer, PatchMemory):
         queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, localizer.levels)))[0]
         return [(queries, localizer.values, nearest(queries, [pack(localizer.values)]))]
@@ -173,7 +183,8 @@ def main() -> None:
             ours, plain = (json.loads(step(folder, method, what)) for what in ("ours", "plain"))
             times = [1e3 * run[name] for run in (ours, plain) for name in ("seconds", "cpu")]
             print(
-                f"{method:<13}{times[0]:>10.0f}{times[1]:>10.0f}{ours['peak']:>10.0f}{times[2]:>10.0f}{times[3]:>10.0f}{plain['peak']:>10.0f}"
+                f"{method:<13}{times[0]:>10.0f}{times[1]:>10.0f}{ours['peak']:>10.0f}"
+                f"{times[2]:>10.0f}{times[3]:>10.0f}{plain['peak']:>10.0f}"
                 f"{times[2] / times[0]:>9.0f}x{times[3] / times[1]:>9.0f}x{plain['difference']:>14.1e} of the distance"
             )
 

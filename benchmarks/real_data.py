@@ -1,7 +1,7 @@
 """Run the pipeline of dvc.yaml on real data sets, once per method of adaptation, and print a Markdown table.
 
-    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--localize patch_memory spade] [--size 64]
-        [--limit-train 1000] [--set adapt.epochs=20] [--publish]
+    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--size 64]
+        [--localize patch_memory spade] [--limit-train 1000] [--set adapt.epochs=20] [--publish]
 
 Each data set is a folder, or an archive of one, in MVTec's layout (<category>/train/good/...) or one class per folder
 (train/<class>/...). It runs in a throw-away clone of this repository, so that params.yaml here stays as it is.
@@ -26,8 +26,11 @@ from panda_ad.evaluation.intervals import read_intervals
 from panda_ad.system.processes import child_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADER = """| data | category | method | heat maps | image AUROC [95 %] | features alone | heat map alone | pixel AUROC | AU-PRO | train / test | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+HEADER = (
+    "| data | category | method | heat maps | image AUROC [95 %] | features alone | heat map alone | "
+    "pixel AUROC | AU-PRO | train / test | seconds |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
 
 
 def unpacked(source: Path, temporary: Path) -> Path:
-    """The data set's folder: `source` itself, or the one folder its archive holds."""
+    """Return the data set's folder: `source` itself, or the one folder its archive holds."""
     if source.is_dir():
         return source
     with tarfile.open(source) as archive:
@@ -112,7 +115,8 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
             tested = m["test_good"] + m["test_defect"]
             figures = f"{auroc} | {features} | {peak} | {pixel} | {pro}"
             print(
-                f"| {folder.name} | {category} | {method} | {localize} | {figures} | {train} / {tested} | {seconds / len(categories):.0f} |",
+                f"| {folder.name} | {category} | {method} | {localize} | {figures} | {train} / {tested} "
+                f"| {seconds / len(categories):.0f} |",
                 flush=True,
             )
 

@@ -55,7 +55,7 @@ def features(images: Images, side: int, backbone: Backbone) -> NDArray[np.float3
 
 
 def read(folder: Path) -> Images:
-    """The images of a folder, by name."""
+    """Return the images of a folder, by name."""
     return [np.array(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
 
 

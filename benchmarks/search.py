@@ -1,8 +1,9 @@
 """Exact nearest-neighbor search of patches against other library calls: `python -m benchmarks.search`.
 
-Three searches in float32, in one process, in turn, repeated: ours (`faiss.knn` for candidates, whose distances are computed again),
-`faiss.knn` alone, and a blocked matrix product. Features are those of the embedded ResNet-18 at the sizes that users have, on random images
-(blurred noise) or on those of a folder. Processor milliseconds an image, medians; on a busy machine ratios say more.
+Three searches in float32, in one process, in turn, repeated: ours (`faiss.knn` for candidates, whose distances are
+computed again), `faiss.knn` alone, and a blocked matrix product. Features are those of the embedded ResNet-18 at the
+sizes that users have, on random images (blurred noise) or on those of a folder. Processor milliseconds an image,
+medians; on a busy machine ratios say more.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def blocked_search(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def cases(images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Queries (P, C) of the first image and gallery rows (N, C) of the others, by name."""
+    """Return queries (P, C) of the first image and gallery rows (N, C) of the others, by name."""
     levels = {name: torch.from_numpy(values) for name, values in features(images)[0].items()}
     patches = positions(patch_features({name: levels[name] for name in ("layer2", "layer3")}))
     rows = patches[1:].flatten(0, 1)

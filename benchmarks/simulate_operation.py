@@ -1,11 +1,11 @@
-"""Eight weeks of a plant, with the commands its people would use, in a throw-away clone: what was noticed, retrained, let through.
+"""Eight weeks of a plant, with its people's commands, in a throw-away clone: what was noticed, retrained, let through.
 
     python benchmarks/simulate_operation.py [--category capsule] [--weeks 8] [--keep FOLDER]
 
-The model starts from the sample without one kind of defect. Each week's parts are photographed (the sample's generator),
-scored with the version at @staging into the verdict log, and tested for drift; inspectors then label what they looked at,
-`panda-ad ingest` adds it, and the weekly retraining runs through the gate. In week 4 the lamp is changed for good, in week 6 a new
-kind of defect appears, in week 7 a batch of defects is labelled good by mistake.
+The model starts from the sample without one kind of defect. Each week's parts are photographed (the sample's
+generator), scored with the version at @staging into the verdict log, and tested for drift; inspectors then label what
+they looked at, `panda-ad ingest` adds it, and the weekly retraining runs through the gate. In week 4 the lamp is
+changed for good, in week 6 a new kind of defect appears, in week 7 a batch of defects is labeled good by mistake.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from make_sample import DEFECTS, JPEG_QUALITY, defective_image, image_rng, norma
 SEED = 11
 NEW_KIND = {"capsule": "dent", "fabric": "stain", "grid": "rust"}
 LIGHT_FROM, LIGHT = 4, 0.7
-SESSION = 90  # good parts photographed and labelled under the new lamp, besides the week's
+SESSION = 90  # good parts photographed and labeled under the new lamp, besides the week's
 NEW_KIND_FROM = 6
 POISONED = 7
 GOOD, BAD = 60, 12  # parts photographed in a week
 TRAINED, TESTED = 30, 10  # of the good ones, added to training and to the test set
-MISLABELLED = 45
+MISLABELED = 45
 
 
 @dataclass
@@ -69,7 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="panda-ad-") as temporary:
         plant = Plant(options.keep or Path(temporary) / "plant", options.category)
         print(
-            "| week | what happens | alarms on good / bad parts | drift found | retrained | AUROC: new, in place | caught less false alarms: new, in place | gate | at staging |\n|---|---|---|---|---|---|---|---|---|",
+            "| week | what happens | alarms on good / bad parts | drift found | retrained | AUROC: new, in place "
+            "| caught less false alarms: new, in place | gate | at staging |\n|---|---|---|---|---|---|---|---|---|",
             flush=True,
         )
         weeks = [plant.start()] + [plant.week(number) for number in range(1, options.weeks + 1)]
@@ -121,10 +122,10 @@ class Plant:
         self.monitor(week)
         poison = number == POISONED
         if poison:
-            week.event = f"{MISLABELLED} defects labelled good by mistake"
+            week.event = f"{MISLABELED} defects labeled good by mistake"
         if number == LIGHT_FROM:
             good[:0] = self.photograph_good(number, light, "session", SESSION)
-            week.notes.append(f"{SESSION} more good parts were photographed under the new lamp and labelled")
+            week.notes.append(f"{SESSION} more good parts were photographed under the new lamp and labeled")
         trained = TRAINED + len(good) - GOOD
         self.panda("ingest", *map(str, good[:trained]), "--category", self.category, "--label", "good")
         self.panda(
@@ -139,14 +140,15 @@ class Plant:
         )
         for kind, pictures in bad.items():
             masks = self.inbox(number) / "masks" / kind
-            self.panda("ingest", *map(str, pictures[:2] if kind != NEW_KIND[self.category] else pictures), "--category", self.category,
+            added = pictures[:2] if kind != NEW_KIND[self.category] else pictures
+            self.panda("ingest", *map(str, added), "--category", self.category,
                        "--label", "defect", "--kind", kind, "--masks", str(masks))  # fmt: skip
-        self.commit(f"Week {number}: what the inspectors labelled")
+        self.commit(f"Week {number}: what the inspectors labeled")
         if poison:
             wrong = [
                 p
                 for i, kind in enumerate(kinds)
-                for p in self.photograph_bad(100 + i, kind, light, MISLABELLED // len(kinds))
+                for p in self.photograph_bad(100 + i, kind, light, MISLABELED // len(kinds))
             ]
             said = self.panda("ingest", *map(str, wrong), "--category", self.category, "--label", "good")
             week.notes += [line for line in said.splitlines() if "defect" in line][:2]
@@ -174,7 +176,7 @@ class Plant:
         return [save(rgb, folder / f"{number}-{name}-{i:03d}.jpg") for i, rgb in enumerate(parts)]
 
     def photograph_bad(self, number: int, kind: str, light: float, count: int) -> list[Path]:
-        """A week's parts with one kind of defect, and their masks."""
+        """Make a week's parts with one kind of defect, and their masks."""
         folder, masks = self.inbox(number) / kind, self.inbox(number) / "masks" / kind
         for f in (folder, masks):
             f.mkdir(parents=True)
@@ -200,11 +202,12 @@ class Plant:
         new = NEW_KIND[self.category]
         if week.number == NEW_KIND_FROM:
             week.notes.append(
-                f"of the new kind {np.mean([called[str(p)] == 'defect' for p in bad[new]]):.0%} were called defect before it was ever seen"
+                f"of the new kind {np.mean([called[str(p)] == 'defect' for p in bad[new]]):.0%} "
+                "were called defect before it was ever seen"
             )
 
     def monitor(self, week: Week) -> None:
-        """What the week's photographs have that the calibration images have not."""
+        """Say what the week's photographs have that the calibration images have not."""
         self.panda("monitor", "-c", self.category, expect=(0, 5))
         found = json.loads((self.folder / "monitoring/reports" / f"{self.category}.json").read_text())
         week.drift = "; ".join(found["findings"]) or "none"
@@ -229,8 +232,11 @@ class Plant:
         self.commit(f"Week {week.number}: retrained", "dvc.lock")
 
     def staging(self) -> str:
-        """The version in place."""
-        program = f"from panda_ad.registry.connection import connect; print(connect().get_model_version_by_alias({self.model!r}, 'staging').version)"
+        """Return the version in place."""
+        program = (
+            "from panda_ad.registry.connection import connect; "
+            f"print(connect().get_model_version_by_alias({self.model!r}, 'staging').version)"
+        )
         return "v" + self.call(sys.executable, "-c", program).strip().splitlines()[-1]
 
     def panda(self, *arguments: str, expect: tuple[int, ...] = (0,)) -> str:
@@ -248,7 +254,7 @@ class Plant:
         return done.stdout + done.stderr
 
     def commit(self, subject: str, *files: str) -> None:
-        """git commit of the data's version, or of some files."""
+        """Commit the data's version, or some files, with git."""
         subprocess.run(["git", "-C", str(self.folder), "add", *(files or ("data.dvc", "params.yaml"))], check=True)
         subprocess.run(["git", "-C", str(self.folder), "commit", "--quiet", "--allow-empty", "-m", subject], check=True)
 

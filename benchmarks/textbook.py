@@ -1,10 +1,13 @@
 """PANDA as a textbook writes it and as its authors wrote it, to measure against: no cache, one process.
 
-Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers too; after it
-features of all training and test images are computed by the whole network and the test images scored by kNN.
+Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers
+too; after it features of all training and test images are computed by the whole network and the test images scored by
+kNN.
 
-- `textbook` scores the training images too, leave-one-out, for sample-wise early stopping over these evaluations (paper, section 3.2).
-- `authors` is the loop of the authors' repository (panda.py): Resize by 256 / 224 (bicubic), CenterCrop, float32, no SES.
+- `textbook` scores the training images too, leave-one-out, for sample-wise early stopping over these evaluations
+  (paper, section 3.2).
+- `authors` is the loop of the authors' repository (panda.py): Resize by 256 / 224 (bicubic), CenterCrop, float32, no
+  SES.
 
     python benchmarks/textbook.py DATA/cifar10 airplane --size 64 --epochs 15
 
@@ -35,7 +38,10 @@ LEARNING_RATE = 1e-2  # the paper's
 
 @dataclass(frozen=True)
 class Run:
-    """What is run: `train` and `test` limit the images per class; `bf16` is for the textbook's forward passes (autocast)."""
+    """What is run.
+
+    `train` and `test` limit the images per class; `bf16` is for the textbook's forward passes (autocast).
+    """
 
     root: Path
     normal: str
@@ -80,6 +86,7 @@ class Whole(nn.Module):
         self.to(memory_format=self.layout).eval()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features (B, D) float32 of images (B, 3, H, W)."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             return self.adapted(self.frozen(x.contiguous(memory_format=self.layout))[-1]).float()
 
@@ -91,7 +98,10 @@ def features(network: nn.Module, images: Images) -> np.ndarray:
 
 
 def knn_scores(gallery: np.ndarray, queries: np.ndarray, k: int, skip: int = 0) -> np.ndarray:
-    """Return the sum of squared L2 distances to the k nearest after leaving out the `skip` nearest (1: a training image itself), (N,)."""
+    """Return the sum of squared L2 distances to the k nearest, (N,), after leaving out the `skip` nearest.
+
+    `skip` is 1 if the queries are in the gallery, so a training image does not find itself.
+    """
     index = faiss.IndexFlatL2(gallery.shape[1])
     index.add(gallery)
     return index.search(queries, k + skip)[0][:, skip:].sum(axis=1)
@@ -153,6 +163,7 @@ def textbook(run: Run) -> dict:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="The textbook run of PANDA on one class.")
     parser.add_argument("root", type=Path, help="folder with train/<class>/ and test/<class>/")
     parser.add_argument("normal", help="the normal class")

@@ -2,11 +2,12 @@
 
     python scripts/make_sample.py [--out data] [--seed 7] [--force]
 
-`fabric` is a texture, `grid` a regular structure, `capsule` an object on a background. Light, exposure, position, rotation,
-scale, color, grain and focus vary between normal images as they do between photographs. Each image has a random stream of its
-own, from (seed, category, part, number): image 17 is the same whether 20 or 200 are made. The same seed gives the same pixels
-(with the same versions of numpy and scipy); the bytes of the JPEG files also depend on the libjpeg inside Pillow, so the files
-are the same only with the same Pillow wheel. The published bytes are those that `data.dvc` names.
+`fabric` is a texture, `grid` a regular structure, `capsule` an object on a background. Light, exposure, position,
+rotation, scale, color, grain and focus vary between normal images as they do between photographs. Each image has a
+random stream of its own, from (seed, category, part, number): image 17 is the same whether 20 or 200 are made. The same
+seed gives the same pixels (with the same versions of numpy and scipy); the bytes of the JPEG files also depend on the
+libjpeg inside Pillow, so the files are the same only with the same Pillow wheel. The published bytes are those that
+`data.dvc` names.
 """
 
 from __future__ import annotations
@@ -41,15 +42,15 @@ RGB = NDArray[np.uint8]
 
 
 def image_rng(seed: int, category: str, part: str, index: int) -> np.random.Generator:
-    """The random stream of one image; `part` is any name, such as 'train' or 'week 3'."""
+    """Return the random stream of one image; `part` is any name, such as 'train' or 'week 3'."""
     return np.random.default_rng([seed, zlib.crc32(category.encode()), zlib.crc32(part.encode()), index])
 
 
 def normal_image(category: str, rng: np.random.Generator, light: float = 0.0) -> RGB:
-    """A good part, uint8 (SIZE, SIZE, 3).
+    """Return a good part, uint8 (SIZE, SIZE, 3).
 
-    `light` shifts the lamp: 0 as in training, towards 1 dimmer, warmer and more one-sided, towards -1 brighter and cooler.
-    An equal `rng` gives the same part under any light.
+    `light` shifts the lamp: 0 as in training, towards 1 dimmer, warmer and more one-sided, towards -1 brighter and
+    cooler. An equal `rng` gives the same part under any light.
     """
     module = _MODULES[category]
     scene, camera = module.draw(rng), draw_camera(rng, light)
@@ -59,10 +60,10 @@ def normal_image(category: str, rng: np.random.Generator, light: float = 0.0) ->
 def defective_image(
     category: str, defect: str, rng: np.random.Generator, light: float = 0.0
 ) -> tuple[RGB, NDArray[np.bool_]]:
-    """A defective part and its mask, uint8 (SIZE, SIZE, 3) and bool (SIZE, SIZE).
+    """Return a defective part and its mask, uint8 (SIZE, SIZE, 3) and bool (SIZE, SIZE).
 
-    It is the part and photograph that `normal_image` makes from an equal `rng`, with the defect; both are the same farther
-    than a few pixels from the mask.
+    It is the part and photograph that `normal_image` makes from an equal `rng`, with the defect; both are the same
+    farther than a few pixels from the mask.
     """
     module = _MODULES[category]
     scene, camera = module.draw(rng), draw_camera(rng, light)
@@ -97,7 +98,7 @@ def write_dataset(
     Parameters
     ----------
     root : folder, made where it is absent; files of the same names are overwritten.
-    train, good, per_defect : images per category: normal for training, normal for testing, defective per kind of defect.
+    train, good, per_defect : images per category: normal for training, normal for testing, defective per kind.
     held_back : kinds of defect left out, in every category that has them.
     light : see `normal_image`.
 
@@ -132,7 +133,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Make the sample data (MVTec layout) from a seed.")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to make (default: data)")
     parser.add_argument("--seed", type=int, default=7)

@@ -16,7 +16,10 @@ VISIBLE = 0.045
 
 @dataclass(frozen=True)
 class Camera:
-    """One exposure. `light` is (SIZE, SIZE, 3) and multiplies the surface; `noise` is (SIZE, SIZE, 3), on 0..1; `blur` in pixels."""
+    """One exposure.
+
+    `light` is (SIZE, SIZE, 3) and multiplies the surface; `noise` is (SIZE, SIZE, 3), on 0..1; `blur` in pixels.
+    """
 
     light: NDArray[np.float64]
     noise: NDArray[np.float64]
@@ -26,8 +29,8 @@ class Camera:
 def draw_camera(rng: np.random.Generator, light: float = 0.0) -> Camera:
     """Draw exposure, a gradient across the image, white balance, focus and noise.
 
-    `light` shifts the lamp: 0 as in the training set; towards 1 dimmer, warmer and more one-sided, towards -1 the opposite.
-    The draws are the same for every `light`.
+    `light` shifts the lamp: 0 as in the training set; towards 1 dimmer, warmer and more one-sided, towards -1 the
+    opposite. The draws are the same for every `light`.
     """
     axis = (np.arange(SIZE) + 0.5) / SIZE * 2 - 1
     x, y = np.meshgrid(axis, axis)

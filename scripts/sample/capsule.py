@@ -122,7 +122,7 @@ def _point(c: Capsule, a: float, b: float) -> tuple[float, float]:
 
 
 def crack(c: Capsule, rng: np.random.Generator) -> Surface:
-    """The shell split: a jagged dark line with a branch and chipped edges."""
+    """Split the shell: a jagged dark line with a branch and chipped edges."""
     x, y = pixel_grid()
     start = _point(c, rng.choice([-1, 1]) * rng.uniform(12, 36), rng.uniform(-15, -8))
     angle = c.angle + np.pi / 2 + rng.normal(0, 0.5)
@@ -145,7 +145,7 @@ def crack(c: Capsule, rng: np.random.Generator) -> Surface:
 
 
 def dent(c: Capsule, rng: np.random.Generator) -> Surface:
-    """The shell pushed in: one side of the dimple dark, the other bright."""
+    """Push the shell in: one side of the dimple dark, the other bright."""
     x, y = pixel_grid()
     cx, cy = _point(c, rng.choice([-1, 1]) * rng.uniform(10, 34), rng.uniform(-9, 9))
     sigma = rng.uniform(6.0, 8.5)
@@ -171,7 +171,7 @@ def scratch(c: Capsule, rng: np.random.Generator) -> Surface:
 
 
 def misprint(c: Capsule, rng: np.random.Generator) -> Surface:
-    """The imprint smeared, doubled, or partly missing."""
+    """Smear or double the imprint, or leave part of it out."""
     kind = rng.integers(3)
     if kind == 0:
         drag = rng.uniform(1.2, 1.6)

@@ -12,7 +12,10 @@ from sample.shapes import SIZE, Field, Surface, blob, distance_to, mix, path, pi
 
 @dataclass(frozen=True)
 class Cloth:
-    """Position in the cloth of every canvas point, counted in threads (`u` across the warp, `v` across the weft), and its yarn."""
+    """Position in the cloth of every canvas point, and the cloth's yarn.
+
+    It is counted in threads, `u` across the warp and `v` across the weft.
+    """
 
     u: Field
     v: Field
@@ -43,7 +46,7 @@ def draw(rng: np.random.Generator) -> Cloth:
 
 
 def render(cloth: Cloth, missing: Field | None = None) -> Surface:
-    """The cloth's surface; `missing` (0..1) takes warp threads away."""
+    """Render the cloth's surface; `missing` (0..1) takes warp threads away."""
     u, v = cloth.u, cloth.v
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
     x, y = (u - i) * 2 - 1, (v - j) * 2 - 1
@@ -79,7 +82,7 @@ def hole(cloth: Cloth, rng: np.random.Generator) -> Surface:
 
 
 def stain(cloth: Cloth, rng: np.random.Generator) -> Surface:
-    """A dried liquid: tinted, darker towards the edge."""
+    """Spill a liquid that dried: tinted, darker towards the edge."""
     x, y = pixel_grid()
     inside = blob(rng, x, y, _spot(rng), rng.uniform(19, 30), 0.4) + 1.5 * smooth_noise(rng, 4)
     tint = np.array([[0.62, 0.46, 0.26], [0.36, 0.37, 0.38], [0.52, 0.30, 0.26]][rng.integers(3)])
@@ -100,7 +103,7 @@ def missing_thread(cloth: Cloth, rng: np.random.Generator) -> Surface:
 
 
 def cut(cloth: Cloth, rng: np.random.Generator) -> Surface:
-    """A clean slit with frayed lips, gaping in the middle."""
+    """Cut a clean slit with frayed lips, gaping in the middle."""
     x, y = pixel_grid()
     angle, length = rng.uniform(0, np.pi), rng.uniform(45, 80)
     cx, cy = _spot(rng, 40)
@@ -117,7 +120,7 @@ def cut(cloth: Cloth, rng: np.random.Generator) -> Surface:
 
 
 def foreign_fibre(cloth: Cloth, rng: np.random.Generator) -> Surface:
-    """A loose fibre of another yarn lying on the cloth, with its shadow."""
+    """Lay a loose fiber of another yarn on the cloth, with its shadow."""
     x, y = pixel_grid()
     angle = rng.uniform(0, 2 * np.pi)
     points = path(rng, _spot(rng, 48), angle, rng.uniform(70, 120), 0.28)

@@ -26,7 +26,10 @@ from sample.shapes import (
 
 @dataclass(frozen=True)
 class Sheet:
-    """Position on the sheet of every canvas point (`u`, `v`, in pixels, holes at multiples of `pitch`) and the sheet's finish."""
+    """Position on the sheet of every canvas point, and the sheet's finish.
+
+    `u` and `v` are in pixels, holes at multiples of `pitch`.
+    """
 
     u: Field
     v: Field
@@ -67,7 +70,10 @@ def _to_hole(sheet: Sheet, u: Field, v: Field) -> tuple[Field, Field]:
 
 
 def render(sheet: Sheet, u: Field | None = None, v: Field | None = None, opened: Field | None = None) -> Surface:
-    """The sheet's surface. `u`, `v` replace its own coordinates; `opened` (pixels, positive inside) is a further opening."""
+    """Render the sheet's surface.
+
+    `u`, `v` replace its own coordinates; `opened` (pixels, positive inside) is a further opening.
+    """
     u = sheet.u if u is None else u
     v = sheet.v if v is None else v
     du, dv = _to_hole(sheet, u, v)
@@ -98,7 +104,7 @@ def _hole_center(sheet: Sheet, rng: np.random.Generator, margin: float = 32) -> 
 
 
 def blocked(sheet: Sheet, rng: np.random.Generator) -> Surface:
-    """A hole clogged with paint or dirt that spills over its rim."""
+    """Clog a hole with paint or dirt that spills over its rim."""
     x, y = pixel_grid()
     center = _hole_center(sheet, rng, 24)
     lump = blob(rng, x, y, center, sheet.radius * rng.uniform(1.3, 2.6), 0.35)
@@ -109,7 +115,7 @@ def blocked(sheet: Sheet, rng: np.random.Generator) -> Surface:
 
 
 def broken(sheet: Sheet, rng: np.random.Generator) -> Surface:
-    """The bridge between two neighboring holes torn out, or two or three in a row."""
+    """Tear out the bridge between two neighboring holes, or two or three in a row."""
     x, y = pixel_grid()
     cx, cy = _hole_center(sheet, rng)
     angle = sheet.angle + rng.integers(4) * np.pi / 2
@@ -118,7 +124,7 @@ def broken(sheet: Sheet, rng: np.random.Generator) -> Surface:
 
 
 def bent(sheet: Sheet, rng: np.random.Generator) -> Surface:
-    """A dent: holes pushed out of line, light falling differently."""
+    """Dent the sheet: holes pushed out of line, light falling differently."""
     x, y = pixel_grid()
     cx, cy = _hole_center(sheet, rng, 44)
     sigma, angle = rng.uniform(15, 21), rng.uniform(0, 2 * np.pi)
@@ -132,7 +138,7 @@ def bent(sheet: Sheet, rng: np.random.Generator) -> Surface:
 
 
 def scratch(sheet: Sheet, rng: np.random.Generator) -> Surface:
-    """A few parallel gouges, bright with a dark lip."""
+    """Draw a few parallel gouges, bright with a dark lip."""
     x, y = pixel_grid()
     out = render(sheet)
     angle, length = rng.uniform(0, np.pi), rng.uniform(75, 120)

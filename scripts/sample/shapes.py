@@ -1,4 +1,7 @@
-"""Fields on the drawing canvas: coordinates, smooth noise, blobs, paths. Lengths are in pixels of the finished image."""
+"""Fields on the drawing canvas: coordinates, smooth noise, blobs, paths.
+
+Lengths are in pixels of the finished image.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Surface = NDArray[np.float64]
 
 
 def pixel_grid() -> tuple[Field, Field]:
-    """x and y of every canvas point, 0..SIZE."""
+    """Return x and y of every canvas point, 0..SIZE."""
     axis = (np.arange(CANVAS) + 0.5) / OVERSAMPLE
     x, y = np.meshgrid(axis, axis)
     return x, y
@@ -32,7 +35,10 @@ def rotate(x: Field, y: Field, angle: float) -> tuple[Field, Field]:
 
 
 def step(distance: Field, width: float = 0.7) -> Field:
-    """0..1, smooth: 1 where `distance` (pixels, positive inside) is well above 0; `width` is the softness of the edge, pixels."""
+    """Return a smooth step, 0..1: 1 where `distance` (pixels, positive inside) is well above 0.
+
+    `width` is the softness of the edge, pixels.
+    """
     return np.clip(distance / width * 0.5 + 0.5, 0.0, 1.0)
 
 
@@ -66,7 +72,7 @@ def blob(
 def path(
     rng: np.random.Generator, start: tuple[float, float], angle: float, length: float, bend: float, jag: float = 0.0
 ) -> NDArray[np.float64]:
-    """A wandering line: points (n, 2) x, y about 4 pixels apart.
+    """Return a wandering line: points (n, 2) x, y about 4 pixels apart.
 
     `bend` is the standard deviation of a slow turn, `jag` of an abrupt one, both in radians per point.
     """
@@ -82,7 +88,8 @@ def path(
 def distance_to(points: NDArray[np.float64], x: Field, y: Field, reach: float = 14.0) -> tuple[Field, Field]:
     """Distance to a polyline (n, 2) and the place along it, 0..1, of the nearest point, for every canvas point.
 
-    Farther than `reach` pixels from the line's bounding box the distance is infinite and the place 0: most of the canvas is.
+    Farther than `reach` pixels from the line's bounding box the distance is infinite and the place 0.
+    This is most of the canvas.
     """
     low, high = points.min(axis=0) - reach, points.max(axis=0) + reach
     near = (x > low[0]) & (x < high[0]) & (y > low[1]) & (y < high[1])
