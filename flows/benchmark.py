@@ -19,13 +19,13 @@ from panda_ad.benchmark.protocols import Job, Settings
 
 
 @functools.lru_cache(maxsize=1)
-def _bench(settings_key: str, *where: Path) -> list[Bench]:
-    """A worker keeps its backbone, items and caches from job to job: a holder that the first job fills."""
+def _bench(_settings_key: str, *_where: Path) -> list[Bench]:
+    """Return a holder that the first job fills: a worker keeps its backbone, items and caches from job to job."""
     return []
 
 
 def bench_of(settings: Settings, data: Path, out: Path, cache: Path) -> Bench:
-    """The worker's Bench for these settings."""
+    """Return the worker's Bench for these settings."""
     import os
 
     import torch
@@ -41,14 +41,17 @@ def bench_of(settings: Settings, data: Path, out: Path, cache: Path) -> Bench:
 
 @task(cache_policy=NO_CACHE, task_run_name="{job.label}")
 def prepare(job: Job, settings: Settings, data: Path, out: Path, cache: Path) -> None:
-    """Compute frozen activations and pretrained features of a set's or category's test images once: all its classes share them."""
+    """Compute frozen activations and pretrained features of a set's or category's test images once.
+
+    All its classes share them.
+    """
     bench = bench_of(settings, data, out, cache)
     bench.pretrained(bench.test_items(job)[0])
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{job.label}", retries=1)
 def run_job(job: Job, settings: Settings, data: Path, out: Path, cache: Path) -> list[str]:
-    """The missing cells of a job; returns the files written."""
+    """Compute the missing cells of a job; return the files written."""
     return [str(path) for path in bench_of(settings, data, out, cache).run(job)]
 
 
@@ -69,7 +72,10 @@ def run_on_cluster(groups: list[list[Job]], settings: Settings, data: Path, out:
 
 
 def dask_runner(address: str | None = None, **cluster_kwargs: Any):
-    """A runner for `panda_ad.benchmark.benchmark`: on the Dask scheduler at `address`, else on a local cluster of one-threaded processes."""
+    """Return a runner for `panda_ad.benchmark.benchmark`.
+
+    It uses the Dask scheduler at `address`, else a local cluster of one-threaded processes.
+    """
     from prefect_dask import DaskTaskRunner
 
     def run(jobs: Sequence[Sequence[Job]], settings: Settings, data: Path, out: Path, cache: Path) -> None:
@@ -89,7 +95,10 @@ def dask_runner(address: str | None = None, **cluster_kwargs: Any):
 
 @contextlib.contextmanager
 def _prefect_server() -> Iterator[None]:
-    """The server that PREFECT_API_URL names, else one of our own for the time being: left to itself, each worker would start its own."""
+    """Use the server that PREFECT_API_URL names, else start one for the time being.
+
+    By default each worker would start its own.
+    """
     from prefect.logging.handlers import APILogHandler
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import PREFECT_API_URL, temporary_settings

@@ -15,7 +15,7 @@ from panda_ad.system.processes import Group, child_environment
 
 
 def says_more_than_the_state(record: logging.LogRecord) -> bool:
-    """Return whether a record is more than a failed run's message once again, below a stack trace of Prefect's own code."""
+    """Return whether a record is more than a failed run's message repeated below a stack trace of Prefect's code."""
     return not (record.exc_info and record.exc_info[0] is FailedRun)
 
 
@@ -62,11 +62,11 @@ class Stage:
 
 
 def read_pipeline() -> tuple[list[Stage], set[str]]:
-    """Return DVC's graph of the repository here, parents before children, and the stages that `dvc status` calls changed.
+    """Return DVC's graph of the repository here, parents before children, and the stages that have changed.
 
-    Tracked data (`*.dvc`) is a stage, too: it has nothing to run, but `dvc repro` records what has been added by hand, and what a model
-    is trained on has to be recorded. Another DVC process here, such as one of a killed run that takes a moment to die, is waited
-    for, at most `PATIENCE` seconds.
+    The latter are those that `dvc status` calls changed. Tracked data (`*.dvc`) is a stage, too: it has nothing to run,
+    but `dvc repro` records what has been added by hand, and what a model is trained on has to be recorded. Another DVC
+    process here, such as one of a killed run that takes a moment to die, is waited for, at most `PATIENCE` seconds.
 
     Raises
     ------
@@ -124,9 +124,10 @@ def select(stages: Sequence[Stage], categories: Sequence[str]) -> list[Stage]:
 def run_logged(
     command: Sequence[str], logger: logging.Logger | logging.LoggerAdapter, extra: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Run a command, log its output line by line, and return its exit status and the line that says most about a failure.
+    """Run a command and log its output line by line.
 
-    That is panda-ad's own last line ('panda-ad: ...'), which DVC follows with one that names only the stage; else the last line.
+    Return its exit status and the line that says most about a failure. That is panda-ad's own last line
+    ('panda-ad: ...'), which DVC follows with one that names only the stage; else the last line.
     Whatever ends the caller (an exception, a signal, SIGKILL) ends the command and its descendants.
     """
     last = said = ""

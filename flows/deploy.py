@@ -115,7 +115,8 @@ def retrain_on_drift(deployment_id: UUID) -> Automation:
     category: dict[str, Any] = {"__prefect_kind": "jinja", "template": "{{ event.payload.category }}"}
     return Automation(
         name="panda: retrain on drift",
-        description="Runs retrain for the category that the monitor flow found to have drifted. The gate decides about promotion.",
+        description="Runs retrain for the category that the monitor flow found to have drifted. "
+        "The gate decides about promotion.",
         trigger=EventTrigger(
             expect={"panda.drift"},
             match=ResourceSpecification({"prefect.resource.id": "panda.category.*"}),
@@ -160,7 +161,10 @@ async def _save(automation: Automation) -> None:
 
 
 def _crash_abandoned_runs(client: SyncPrefectClient) -> None:
-    """Mark crashed what a worker had begun that is dead: a run that is Pending for ever keeps its deployment's only place."""
+    """Mark crashed what a worker had begun that is dead.
+
+    A run that is Pending forever keeps its deployment's only place.
+    """
     begun = FlowRunFilter(
         state=FlowRunFilterState(
             type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])

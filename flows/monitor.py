@@ -1,7 +1,7 @@
 """Watching the models at work as a Prefect flow: the recent verdicts of each category against its calibration images.
 
-A drift is an event, `panda.drift`, on which the automation of `flows/deploy.py` runs `retrain`; whether what comes of that is any
-better, the gate decides. Nothing here promotes.
+A drift is an event, `panda.drift`, on which the automation of `flows/deploy.py` runs `retrain`. The gate decides
+whether the new model is any better. Nothing here promotes.
 
 python -m flows.monitor        # the same without a deployment
 """
@@ -27,7 +27,10 @@ EVENT = "panda.drift"
 
 
 def drift_event(check: Check) -> None:
-    """Tell Prefect of a drift: event `panda.drift` of resource `panda.category.<category>`, its payload the findings and shifts."""
+    """Tell Prefect of a drift.
+
+    The event is `panda.drift` of resource `panda.category.<category>`, its payload the findings and shifts.
+    """
     emit_event(
         EVENT,
         resource={"prefect.resource.id": f"panda.category.{check.category}", "prefect.resource.name": check.category},
@@ -107,7 +110,8 @@ def summary(found: Check) -> str:
     """Return the findings and every test of a check, as Markdown."""
     lines = [f"**{found.category}: {cell(found.drift.headline)}**", ""]
     lines += [
-        f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; {found.report}",
+        f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; "
+        f"{found.report}",
         "",
     ]
     lines += ["| what | calibration | recent | shift | p | finding |", "| --- | --- | --- | --- | --- | --- |"]

@@ -39,7 +39,8 @@ class GateResult:
     def of(cls, category: str, state: State | None) -> GateResult:
         """Return the result of a promotion's task; None: there was none.
 
-        The message of a decision repeats category, version and outcome, which stand beside it: its reason alone is taken.
+        The message of a decision repeats category, version and outcome, which stand beside it. So its reason alone is
+        taken.
         """
         if state is None:
             return cls(category, "not asked", "promotion was switched off for this run")
@@ -59,9 +60,9 @@ class GateResult:
 def publish_artifacts(gates: Sequence[GateResult], states: Mapping[str, State]) -> None:
     """Create the artifacts of a run.
 
-    `retrain-results` (table: figures per category), `retrain-summary` (Markdown), and per category `gate-<category>` (table: every
-    rule with its figure) and `mlflow-<category>` (link). A category with a failed stage has no figures: those on disk are of an
-    earlier run.
+    `retrain-results` (table: figures per category), `retrain-summary` (Markdown), and per category `gate-<category>`
+    (table: every rule with its figure) and `mlflow-<category>` (link). A category with a failed stage has no figures:
+    those on disk are of an earlier run.
 
     Parameters
     ----------

@@ -31,7 +31,10 @@ Method = Literal["as in params.yaml", *METHODS]  # type: ignore[valid-type]
 
 @task(cache_policy=NO_CACHE, retry_delay_seconds=BACKOFF)
 def run_stage(name: str, needed: bool) -> State:
-    """`dvc repro --single-item NAME`, its output in the task's log. Of tracked data that records what has changed, in the cache too."""
+    """Run `dvc repro --single-item NAME`, its output in the task's log.
+
+    Of tracked data that records what has changed, in the cache too.
+    """
     if not needed:
         return Completed(name="Unchanged", message="neither the stage nor anything it depends on has changed")
     status, last = run_logged(
@@ -49,7 +52,10 @@ def run_stage(name: str, needed: bool) -> State:
     retry_condition_fn=lambda _t, _r, state: state.name == "Unavailable",
 )
 def promote_category(category: str) -> State:
-    """The gate: the challenger moves to @staging, or the state is Refused and says why; Unavailable is tried again."""
+    """Ask the gate: the challenger moves to @staging, or the state is Refused and says why.
+
+    Unavailable is tried again.
+    """
     from panda_ad.registry.promote import promote
 
     try:
@@ -90,11 +96,11 @@ def retrain(
 
     Args:
         categories: What to retrain, e.g. fabric. No items: all categories of params.yaml.
-        method: How features are adapted in this run: none (DN2, the fastest), compactness, ses (sample-wise early stopping), ewc (elastic
-            regularisation), oe (outlier exposure, needs a folder: adapt.outliers).
-        set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5; not those of the gate, which judges the
-            run. A run with changes works in a copy of the checkout, which stays as it is, and is recorded as a DVC experiment of
-            the run's name.
+        method: How features are adapted in this run: none (DN2, the fastest), compactness, ses (sample-wise early
+            stopping), ewc (elastic regularization), oe (outlier exposure, needs a folder: adapt.outliers).
+        set_params: Parameters changed for this run, one per item, e.g. adapt.epochs=5; not those of the gate, which
+            judges the run. A run with changes works in a copy of the checkout, which stays as it is, and is recorded as
+            a DVC experiment of the run's name.
         promote: Let the gate decide about promotion to staging. Off: only the challenger is registered.
     """
     changes = set_params + ([] if method == "as in params.yaml" else [f"adapt.method={method}"])
@@ -130,7 +136,10 @@ def _retrain(categories: Sequence[str], promote: bool, recorded: bool) -> State:
 
 
 def _run_stages(stages: Sequence[Stage], changed: set[str]) -> dict[str, State]:
-    """One after another, since DVC locks its repository. What depends on a failed stage is not run, everything else is."""
+    """Run the stages one after another, since DVC locks its repository.
+
+    What depends on a failed stage is not run, everything else is.
+    """
     states: dict[str, State] = {}
     ran: set[str] = set()
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Scoring a drop folder as a Prefect flow: new images of each category through the registered model, into the verdict log.
+"""Scoring a drop folder as a Prefect flow: each category's new images through its registered model into the log.
 
 python -m flows.score        # the same without a deployment
 """

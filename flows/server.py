@@ -25,15 +25,17 @@ def leave_out_second_ui() -> None:
 def queue_writers() -> None:
     """Begin SQLite's transactions as writers.
 
-    Prefect reads first and writes later in one deferred transaction. SQLite refuses that write at once, whatever its timeout, when
-    another one was committed in between: the UI's switch of a schedule is answered 503. A transaction that begins
-    immediate waits for its turn, up to Prefect's 60 seconds.
+    Prefect reads first and writes later in one deferred transaction. SQLite refuses that write at once, whatever its
+    timeout, if another one was committed in between: the UI's switch of a schedule is answered 503. A transaction that
+    begins immediate waits for its turn, up to Prefect's 60 seconds.
     """
     begin = AioSqliteConfiguration.begin_transaction
 
     @asynccontextmanager
     async def begin_immediate(
-        self: AioSqliteConfiguration, session: AsyncSession, with_for_update: bool = False
+        self: AioSqliteConfiguration,
+        session: AsyncSession,
+        with_for_update: bool = False,  # noqa: ARG001 - Prefect names it
     ) -> AsyncGenerator[AsyncSessionTransaction, None]:
         async with begin(self, session, with_for_update=True) as transaction:
             yield transaction
