@@ -62,7 +62,7 @@ class PandaModel(PythonModel):
         self.detector = load_bundle(context.artifacts["bundle"])
         self.version = _registered_as(Path(context.artifacts["bundle"]).parents[1])
 
-    def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
+    def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:  # noqa: ARG002 - as MLflow calls it
         """Return the verdicts of a DataFrame with a column `image` (N rows) as a DataFrame of N rows.
 
         Raises
