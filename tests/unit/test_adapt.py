@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from panda_ad.adapt.batches import pooled
 from panda_ad.adapt.collapse import feature_statistics
 from panda_ad.adapt.fisher import estimate_fisher
 from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
-from panda_ad.adapt.train import adapt
+from panda_ad.adapt.train import adapt, sgd_step
 from panda_ad.errors import UserError
 from panda_ad.features.architectures import architecture
 from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
@@ -377,3 +378,33 @@ def test_scores_do_not_depend_on_batch_order_or_threads(backbone, layer2, adapte
             np.testing.assert_array_equal(found, expected[order])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_are_those_of_torch_optim_sgd(momentum):
+    torch.manual_seed(0)
+    ours = torch.nn.ModuleList([torch.nn.Linear(50, 20), torch.nn.Linear(3, 2)])  # the second has no gradient and stays
+    theirs = copy.deepcopy(ours)
+    settings = params(momentum=momentum)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=momentum, weight_decay=settings.weight_decay)
+    velocities = [torch.zeros_like(p) for p in ours.parameters()]
+    for x in torch.randn(20, 8, 50):
+        for layers in (ours, theirs):
+            layers.zero_grad()
+            layers[0](x).square().sum().backward()
+        sgd_step(list(ours.parameters()), velocities, 0.01, settings)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_training_does_not_import_the_compiler():
+    code = """
+import sys, numpy as np
+from panda_ad.adapt.train import adapt
+from panda_ad.features.backbones import load_backbone
+from panda_ad.params import load_params
+images = np.random.default_rng(0).normal(size=(4, 128, 8, 8)).astype(np.float16)
+assert adapt(load_backbone("embedded").adapted, images, load_params().adapt, seed=0).steps[-1] > 0
+print("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
