@@ -136,7 +136,7 @@ def _decision(category: str) -> dict[str, Any]:
 
 
 def _figure(metrics: Mapping[str, Any], intervals: Intervals, name: str) -> str:
-    """Return e.g. '0.912 [0.880, 0.940]', '' where there is no such figure (no masks, no stage)."""
+    """Return e.g. '0.912 [0.880, 0.940]', '' if there is no such figure (no masks, no stage)."""
     value, ends = metrics.get(name), intervals.get(name)
     if not isinstance(value, int | float):
         return ""

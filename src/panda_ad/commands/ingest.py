@@ -91,7 +91,7 @@ def _output(tracked: Path) -> dict[str, Any]:
 
 
 def _version(tracked: Path) -> str:
-    """DVC's hash of the data, '' where it has none."""
+    """Return DVC's hash of the data, '' if it has none."""
     return str(_output(tracked).get("md5", "")).removesuffix(".dir")
 
 

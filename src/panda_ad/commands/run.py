@@ -17,7 +17,7 @@ from panda_ad.system.processes import Group, child_environment
 
 
 def run() -> None:
-    """Run all; GateRefused at the end where a category was not promoted, UserError where a stage failed."""
+    """Run all; GateRefused at the end if a category was not promoted, UserError if a stage failed."""
     params = load_params()
     with repository_lock("panda-ad run"):
         root = Path(params.data.root)
@@ -74,7 +74,7 @@ def dvc_meanwhile(
 
 
 def dvc(*arguments: str, folder: Path | str | None = None, extra: Mapping[str, str] | None = None) -> None:
-    """Run DVC as a child that ends with this process; UserError where it fails (its own output has said why).
+    """Run DVC as a child that ends with this process; UserError if it fails (its own output has said why).
 
     Parameters
     ----------

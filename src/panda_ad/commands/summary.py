@@ -40,7 +40,7 @@ class Trained:
 
 
 def summary(params: Params | None = None) -> str:
-    """Return the last run's figures as text; UserError where there are none yet."""
+    """Return the last run's figures as text; UserError if there are none yet."""
     params = params or load_params()
     trained = [found for category in params.categories if (found := _trained(params, category)) is not None]
     if not trained:
@@ -66,7 +66,7 @@ def summary(params: Params | None = None) -> str:
 
 
 def _trained(params: Params, category: str) -> Trained | None:
-    """Return what build/ and the registry have of a category; None where it was never published from here."""
+    """Return what build/ and the registry have of a category; None if it was never published from here."""
     from panda_ad.registry.cautions import cautions
     from panda_ad.registry.connection import connect, mlflow_errors
     from panda_ad.registry.overview import overview

@@ -141,7 +141,7 @@ def _written(
 
 
 def record(check: Check, dataset: str) -> None:
-    """Report and figures to MLflow, tags on the version. UserError where MLflow does not answer."""
+    """Log report and figures to MLflow and tag the version; UserError if MLflow does not answer."""
     record_check(dataset, check.model, check.version, check.to_dict(), [check.report, check.data])
 
 

@@ -91,7 +91,7 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
 
     Returns
     -------
-    The file, or None where nothing was new.
+    Return the file, or None if nothing was new.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
 
 
 def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
-    """sha256 of the images that the log holds of a model version. UserError where a file is damaged."""
+    """Return the sha256 of the images that the log holds of a model version; UserError if a file is damaged."""
     found: set[str] = set()
     for path in _files(log, category):
         for part in _read(path, model, version, ["sha256"]):

@@ -64,5 +64,5 @@ class Recorder:
         )  # fmt: skip
 
     def write(self) -> Path | None:
-        """Append what was kept to the log; the file, or None where nothing was new."""
+        """Append what was kept to the log; the file, or None if nothing was new."""
         return append(self._entries, self.log)

@@ -119,7 +119,7 @@ def _by_hand(alias: str, before: str | None, after: str | None) -> Move:
 
 
 def held(model: RegisteredModel, alias: str) -> str | None:
-    """Return the version that an alias points at; None where it is not set."""
+    """Return the version that an alias points at; None if it is not set."""
     version = model.aliases.get(alias)
     return None if version is None else str(version)
 

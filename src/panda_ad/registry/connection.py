@@ -148,7 +148,7 @@ def _follow_checkout() -> None:
 
 
 def require_server() -> None:
-    """Unavailable where the tracking server does not answer within seconds."""
+    """Raise Unavailable if the tracking server does not answer within seconds."""
     _preflight(tracking_uri())
 
 

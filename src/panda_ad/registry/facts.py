@@ -45,7 +45,7 @@ class Evidence:
     calibration : number of calibration images behind the threshold.
     incumbent : the version in place on the same images, column `score`, same order as `scores`.
         None if there is none.
-    incumbent_threshold : of the version in place; None where there is none.
+    incumbent_threshold : of the version in place; None if there is none.
     champion, champion_threshold : the same of the version at @champion.
         None if there is none, or it is the one in place.
     best_before : highest image AUROC on these images of the versions promoted before.
@@ -53,7 +53,7 @@ class Evidence:
     known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
     test_images : paths and sha256 of all test images of all categories, to tell a misspelled must_catch entry.
     test_defects : kinds of defect of all categories, to tell a misspelled or vanished one in a floor per defect.
-    bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None where not measured.
+    bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None if not measured.
     seed, resamples : of the paired bootstrap.
     """
 

@@ -23,7 +23,7 @@ class Origin:
     Attributes
     ----------
     run_id : the MLflow run that holds its parameters, data and lock file.
-    commit : of the code, '' where none was recorded; `dirty` where the inputs differed from it.
+    commit : of the code, '' if none was recorded; `dirty` if the inputs differed from it.
     """
 
     run_id: str

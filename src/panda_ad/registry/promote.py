@@ -241,7 +241,7 @@ def _settled(client: MlflowClient, name: str, alias: str) -> RegisteredModel:
 
 
 def _version_before(client: MlflowClient, model: RegisteredModel, alias: str) -> str | None:
-    """Return the nearest version that rolling back leads to and that was not deleted; None where there is none."""
+    """Return the nearest version that rolling back leads to and that was not deleted; None if there is none."""
     return next((v for v in audit.versions_before(model, alias) if existing(client, model.name, v)), None)
 
 

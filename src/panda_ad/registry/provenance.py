@@ -34,7 +34,7 @@ def provenance() -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """Return the output of a git command in the working directory; '' where it fails (no repository, no git)."""
+    """Return the output of a git command in the working directory; '' if it fails (no repository, no git)."""
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20, check=False)
     except OSError:

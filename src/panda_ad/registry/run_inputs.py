@@ -71,7 +71,7 @@ def digest_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def bundle_hash(folder: Path) -> str:
-    """Return the content hash of a bundle. UserError where there is none."""
+    """Return the content hash of a bundle. UserError if there is none."""
     if not (folder / "bundle.json").is_file():
         raise UserError(f"{folder}: no bundle there; run `dvc repro index@{folder.name}`")
     return digest_files(folder, (p for p in folder.rglob("*") if p.is_file()))

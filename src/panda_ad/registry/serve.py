@@ -30,7 +30,7 @@ _SHOWN = 500  # characters of an error
 
 
 def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
-    """Serve a registered model until Ctrl-C. UserError where there is no such model or the port is taken."""
+    """Serve a registered model until Ctrl-C. UserError if there is no such model or the port is taken."""
     import socket
 
     import uvicorn
@@ -105,7 +105,7 @@ def application(model: PyFuncModel) -> Starlette:
 
 
 async def _body(request: Request, most: int) -> bytes | None:
-    """Return a request's body; None where it is more than `most` bytes.
+    """Return a request's body; None if it is more than `most` bytes.
 
     What is too much is read and dropped, up to a limit: a client that is still sending would not see the answer.
     """
@@ -122,7 +122,7 @@ async def _body(request: Request, most: int) -> bytes | None:
 
 
 def _mistake(body: bytes, known: set[str]) -> str:
-    """Return what is wrong with a JSON request, '' where nothing is."""
+    """Return what is wrong with a JSON request, '' if nothing is."""
     try:
         request = json.loads(body)
     except ValueError as e:

@@ -208,7 +208,7 @@ def restore_files(client: MlflowClient, version: ModelVersion, bundle: Path, exa
 
 
 def existing(client: MlflowClient, name: str, number: str) -> ModelVersion | None:
-    """Return a version; None where it was deleted."""
+    """Return a version; None if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -225,7 +225,7 @@ def worst_spot(rgb: np.ndarray, heatmap: np.ndarray, side: int = THUMB) -> Spot 
 
     Returns
     -------
-    None where the whole image is no larger than that.
+    None if the whole image is no larger than that.
     """
     height, width = rgb.shape[:2]
     if max(height, width) <= side:

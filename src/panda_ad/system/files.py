@@ -97,7 +97,7 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def digest_file(path: Path) -> str:
-    """sha256 of a file, hex; '' where it is missing. OSError where it cannot be read."""
+    """Return the sha256 of a file, hex, '' if it is missing; OSError if it cannot be read."""
     if not path.is_file():
         return ""
     with open(path, "rb") as f:
@@ -105,7 +105,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_if_readable(path: Path) -> str:
-    """`digest_file`, '' where it cannot be read too."""
+    """Return `digest_file`, '' also if the file cannot be read."""
     try:
         return digest_file(path)
     except OSError:

@@ -129,7 +129,7 @@ def _listed(top: Path, variables: Mapping[str, str], *which: str) -> list[PurePa
 
 
 def _git(*arguments: str, cwd: Path, variables: Mapping[str, str] | None = None) -> str:
-    """Return the output of a git command; UserError where it fails."""
+    """Return the output of a git command; UserError if it fails."""
     environment = {**os.environ, **(variables or {})}
     try:
         done = subprocess.run(["git", *arguments], cwd=cwd, env=environment, capture_output=True, check=False)
