@@ -91,7 +91,7 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
 
     Returns
     -------
-    Return the file, or None if nothing was new.
+    The file, or None if nothing was new.
 
     Raises
     ------
