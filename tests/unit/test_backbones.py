@@ -166,6 +166,24 @@ def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision)
             assert torch.equal(a[0], b[i])
 
 
+@pytest.mark.parametrize("name", ["embedded", "efficientnet_lite0"])
+def test_features_do_not_depend_on_the_number_of_threads(name):
+    """A server with one thread answers what the evaluation with all cores has found, to the digit."""
+    backbone = load_backbone(name)
+    x = torch.stack([preprocess(p, (64, 64), backbone.architecture) for p in pixels(20, 0)])
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            levels = frozen_activations(backbone, x, torch.float32)
+            found.append((*levels, *in_micro_batches(lambda y: backbone.adapted(y.float()), levels[-1])))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for one, two, three in zip(*found, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
 def test_preprocess_keeps_the_whole_image_and_normalizes():
     white = np.full((30, 60, 3), 255, np.uint8)
     out = preprocess(white, (32, 32))

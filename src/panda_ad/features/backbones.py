@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -242,23 +243,29 @@ def resolve_precision(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
-@torch.inference_mode()
-def in_micro_batches(function, x: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to `x` (N, ...) in passes of exactly MICRO_BATCH rows, and concatenate.
+def in_micro_batches(function: Callable[..., Tensor | tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    """Apply `function` to `x` (N, ...) in passes of exactly MICRO_BATCH rows, without gradients, and concatenate.
 
-    The last pass is padded with zeros.
+    The last pass is padded with zeros. Passes run side by side, each on one thread.
 
-    A convolution's kernel, and with it the last bits of its result, depends on the batch size; a fixed one makes the
-    result for an image the same alone and in any batch.
+    A convolution's kernel, and with it the last bits of its result, depends on the size of the batch and on the number
+    of threads. With both fixed, the result for an image is the same alone, in any batch, and on any number of cores.
     """
-    parts = []
-    for i in range(0, len(x), MICRO_BATCH):
-        chunk = x[i : i + MICRO_BATCH]
+
+    @torch.inference_mode()
+    def one_pass(chunk: Tensor) -> list[Tensor]:
         n = len(chunk)
         if n < MICRO_BATCH:
             chunk = torch.cat([chunk, chunk.new_zeros(MICRO_BATCH - n, *chunk.shape[1:])])
         out = function(chunk.contiguous(memory_format=torch.channels_last))
-        parts.append([o[:n] for o in (out if isinstance(out, tuple) else (out,))])
+        return [o[:n] for o in (out if isinstance(out, tuple) else (out,))]
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            parts = list(pool.map(one_pass, x.split(MICRO_BATCH)))
+    finally:
+        torch.set_num_threads(threads)  # what a worker sets is also what threads to come begin with
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
@@ -274,7 +281,11 @@ def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) ->
     -------
     float16 (N, C, h, w) for each of the frozen layers' levels.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        levels = in_micro_batches(backbone.frozen, x)
+
+    def frozen(chunk: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            return backbone.frozen(chunk)
+
+    levels = in_micro_batches(frozen, x)
     limit = torch.finfo(torch.float16).max
     return tuple(level.clamp(-limit, limit).half() for level in levels)
