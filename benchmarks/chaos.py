@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kill commands at random moments, run them again, and compare what they leave with an undisturbed run's.
 
     python benchmarks/chaos.py [--kills 200] [--seed 0] [--commands publish score]

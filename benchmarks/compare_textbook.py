@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much faster `ses` on cached frozen activations is than the textbook run and the authors' loop, on this machine.
 
     PANDA_BENCH_DATA=data python -m benchmarks.compare_textbook --class airplane

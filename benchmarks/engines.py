@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The default network in PyTorch (micro-batches of 8) and in ONNX Runtime (batch 1), in turn, one process, one thread.
 
 python benchmarks/engines.py [--size 224] [--rounds 8]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What 1 % new images cost: seconds of validate and extract for a whole set, and after `panda-ad ingest` of 1 % more.
 
     python benchmarks/ingest_cost.py [--images 5000] [--share 0.01] [--input-size 224]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time per image and peak memory of both localizers against the plain implementation.
 
     python benchmarks/localization.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the pipeline of dvc.yaml on real data sets, once per method of adaptation, and print a Markdown table.
 
     python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--size 64]

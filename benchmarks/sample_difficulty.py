@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How hard the sample data is: image AUROC of kNN (k = 2, squared L2) on raw pixels and on pretrained features.
 
     python benchmarks/sample_difficulty.py [--data data] [--sizes 64 96 128 160]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact nearest-neighbor search of patches against other library calls: `python -m benchmarks.search`.
 
 Three searches in float32, in one process, in turn, repeated: ours (`faiss.knn` for candidates, whose distances are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eight weeks of a plant, with its people's commands, in a throw-away clone: what was noticed, retrained, let through.
 
     python benchmarks/simulate_operation.py [--category capsule] [--weeks 8] [--keep FOLDER]

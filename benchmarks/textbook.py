@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PANDA as a textbook writes it and as its authors wrote it, to measure against: no cache, one process.
 
 Every epoch decodes, resizes and normalizes each training image again and runs the whole network on it, frozen layers

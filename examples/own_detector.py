@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fit a model to good images and score others, without DVC, MLflow or Prefect.
 
     python examples/own_detector.py GOOD_FOLDER BUNDLE IMAGE...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Score images with a bundle, without DVC, MLflow or Prefect: python examples/score.py BUNDLE IMAGE..."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The flows, and the only code that knows Prefect."""
 
 import os

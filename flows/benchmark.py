@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark as a Prefect flow: a task per job, on a Dask cluster.
 
 panda-ad benchmark cifar10 --dask tcp://scheduler:8786

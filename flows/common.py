@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the flows share: DVC's graph, and stages as children."""
 
 from __future__ import annotations

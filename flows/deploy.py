@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bring a Prefect server up to date with this checkout: work pool, deployments of prefect.yaml, automations.
 
 python -m flows.deploy                 # the server of PREFECT_API_URL; may be run again at any time

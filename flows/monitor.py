@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watching the models at work as a Prefect flow: the recent verdicts of each category against its calibration images.
 
 A drift is an event, `panda.drift`, on which the automation of `flows/deploy.py` runs `retrain`. The gate decides

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a flow run leaves in the Prefect UI: a table of figures per category, a summary with links."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pipeline as a Prefect flow: DVC's graph, one task per stage, then gate and promotion.
 
 python -m flows.retrain        # the same without a deployment

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scoring a drop folder as a Prefect flow: each category's new images through its registered model into the log.
 
 python -m flows.score        # the same without a deployment

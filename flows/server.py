@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prefect's server for one machine: only the UI that stays on it, and writers that wait for each other.
 
 python -m flows.server 127.0.0.1 4200        # `prefect server start` with these two changes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make the sample data: three categories of inspection images in MVTec layout, from a seed.
 
     python scripts/make_sample.py [--out data] [--seed 7] [--force]

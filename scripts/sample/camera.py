@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a surface to a photograph: light, exposure, focus and sensor noise; and the mask of what a defect changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An object: a printed two-part capsule lying on a conveyor."""
 
 from __future__ import annotations

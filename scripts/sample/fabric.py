@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A texture: two-colored twill, two warp threads over, one under."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A regular structure: brushed sheet metal with round perforations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields on the drawing canvas: coordinates, smooth noise, blobs, paths.
 
 Lengths are in pixels of the finished image.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Visual anomaly detection that runs for years.
 
 Exit codes: 0 done, 2 a mistake to correct, 3 the gate refused, 4 another run is at work, 5 drift found.

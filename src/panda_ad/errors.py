@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors a user can act on. The command line prints them as one line, without a stack trace."""
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pipeline's parameters: `params.yaml`, typed and checked on load."""
 
 from __future__ import annotations

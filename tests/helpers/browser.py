@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headless Chromium for tests: `from browser import browser  # noqa: F401` gives the fixture; it closes everything it opened."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run stages in children that are killed at their n-th change to the file system; a program of its own, so that it can fork.
 
 python tests/helpers/kill_points.py undisturbed|killed     (in a project's folder)

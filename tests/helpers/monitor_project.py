@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small repository with a registered, promoted model and a drop folder, for the tests of scoring and monitoring."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For the tests of the Prefect side: a small DVC project with this repository's flows, real stages of a second each, and its server's API."""
 
 from __future__ import annotations

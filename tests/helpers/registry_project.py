@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small repository as the pipeline leaves it before `publish`, for the registry's tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A report made of generated images: woven textures with five kinds of defect, heat maps, masks and neighbors."""
 
 from __future__ import annotations

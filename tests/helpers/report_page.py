@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report of `report_demo` in headless Chromium: fixtures `report`, `page_file`, `open_page`, and what tests read off the page."""
 
 from __future__ import annotations

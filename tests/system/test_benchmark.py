@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark: protocols, resumption, tables against a hand-worked case, and the Dask flow."""
 
 from __future__ import annotations

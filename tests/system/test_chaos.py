@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kills at random moments (`make chaos`), in small; and that what goes wrong would be seen."""
 
 from __future__ import annotations

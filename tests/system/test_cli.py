@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user sees of a mistake: one line, an exit code, nothing left behind."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """New images: recognized, checked, quarantined, recorded; a kill or a second run harms nothing."""
 
 import csv

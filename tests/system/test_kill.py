@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stage killed at any moment, and run again, gives what an undisturbed run gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run at a time: who is let through, and what the others are told."""
 
 import json

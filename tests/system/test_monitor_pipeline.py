@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the bundle's reference through scoring, log and check to report, MLflow and exit codes, on a real project."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """dvc.yaml as DVC runs it."""
 
 import ast

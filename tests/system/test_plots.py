@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`dvc plots diff` of two revisions, opened in headless Chromium: drawn without a network, and the figures that it draws."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make ui` on real servers: schedules that run by themselves, one start per checkout, and pages that ask nobody else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The retrain deployment on a real Prefect server with a real worker, started and cancelled through the API as its UI does."""
 
 from __future__ import annotations

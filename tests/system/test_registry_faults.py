@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publishing, promotion and rollback killed, or out of disk, between any two of their writes, against a real SQLite store."""
 
 import contextlib

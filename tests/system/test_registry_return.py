@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publishing a model that was published before: through DVC, after others, after a rollback."""
 
 import json

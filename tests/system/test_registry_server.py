@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registry on a real MLflow server on loopback, and the same store read without it."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTML report, looked at in headless Chromium: what it shows is checked against numpy."""
 
 # ruff: noqa: F811 - fixtures are imported, and arguments are named like them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a report shows, before it is a page: outlines, colors, the worst spot."""
 
 from __future__ import annotations

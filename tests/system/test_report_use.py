@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person does with the report, in headless Chromium: carries a threshold over, copies mistakes, looks closely, prints."""
 
 # ruff: noqa: F811 - fixtures are imported, and arguments are named like them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A version's figures made again in a clone: equal digit by digit, or named; the working tree is left alone."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sample data: reproducible, annotated where it is defective and only there, complete in DVC, and no toy."""
 
 import json

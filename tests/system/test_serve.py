@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A published model as `mlflow models serve` runs it: the same numbers as the detector's, from the files that travel with it."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Machines without a name for the user, checkouts without .git, checkouts that were moved or have odd paths."""
 
 from __future__ import annotations

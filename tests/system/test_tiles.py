@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heat maps from tiles: no seams, small defects found, the same map everywhere, and all else as without tiles."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changed parameters in a copy of the checkout, which stays as it is to the byte."""
 
 from __future__ import annotations

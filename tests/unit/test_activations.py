@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The activation cache gives what the frozen layers gives, survives kills and stays within its budget."""
 
 import gc

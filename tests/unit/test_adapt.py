@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adaptation of the embedded backbone on a few images."""
 
 import copy

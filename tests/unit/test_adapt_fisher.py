@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Fisher diagonal: closed form, labels, files."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each formula of the paper against a naive reference, on tiny modules."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every network that can be a backbone runs, divided where its entry says, and equals the library that it is from."""
 
 import importlib.metadata

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backbones: weights from every source, one clear line where they cannot be had, and the same numbers in any company."""
 
 import subprocess

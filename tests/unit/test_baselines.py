@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's baselines on features whose answer is known."""
 
 import numpy as np

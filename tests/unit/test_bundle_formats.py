@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bundles that earlier versions wrote score as they did.
 
 The fixtures were written by version 0.1.0's `save_bundle` as of format 4 (two snapshots, whitening, score `both`, a patch memory) and as of

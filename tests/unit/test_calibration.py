@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conformal p-values and thresholds: the rate is kept, the interval is exact, too few scores are reported."""
 
 import numpy as np

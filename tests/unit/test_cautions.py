@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cautions: what the gate's floors let pass and a person should know."""
 
 import pytest

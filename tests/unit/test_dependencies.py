@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scoring needs the first dependency group of pyproject.toml and no more; a lighter installation depends on it."""
 
 import subprocess

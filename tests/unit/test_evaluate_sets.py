@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `evaluate` on test sets that lack something: no defective images, no good ones, a single defect, none at all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures of test sets that lack something: what cannot be measured is left out, and the few are said to be few."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What real folders hold: links, other spellings, other tools' files; what is read, versioned and restored is the same, and nothing is silent."""
 
 import os

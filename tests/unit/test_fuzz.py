@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What comes from outside, at random: every outcome is a value or one UserError line. `make fuzz` tries far more inputs."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One score per image: its parts, their scale, and the same number everywhere."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folder layouts, torchvision's sets, subsampling and the manifest."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SPADE and the patch memory against naive references; same map alone, in a batch and after saving."""
 
 import numpy as np

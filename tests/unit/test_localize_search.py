@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search equals pairwise distances by broadcasting, whatever the data."""
 
 import pytest

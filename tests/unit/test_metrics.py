@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image metrics against scikit-learn and plain loops, their intervals, and what they refuse."""
 
 import time

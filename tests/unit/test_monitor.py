@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image statistics, the verdict log and drift: formulas against naive ones, names on the sample's camera, no alarm without cause."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict log: whole files, each image once, the newest of them whoever scored when."""
 
 from __future__ import annotations

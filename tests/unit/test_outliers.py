@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Outliers come to the network at the resolution of the normal images, in the benchmark and in stage `adapt`."""
 
 import json

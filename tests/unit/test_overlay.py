@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Overlays of `panda-ad score --heatmaps`: the heat map's color, and a box around a defect's region."""
 
 from __future__ import annotations

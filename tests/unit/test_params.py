@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """params.yaml: what is wrong is one line that names the key."""
 
 import copy

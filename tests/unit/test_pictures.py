@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures as cameras, phones and broken copies produce them: decoded rightly, refused in one line, or doubted aloud."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixel metrics against naive sweeps over every threshold, scikit-learn, and degenerate masks and maps."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publishing, promotion, rollback and lineage against a real SQLite store."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cleaning the registry: what is in use stays and still loads, what is not goes with its files."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small steps down, each within the margin, come to an end."""
 
 import pytest

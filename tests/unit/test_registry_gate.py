@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gate's rules, on score tables alone."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs hold: many categories and many checks of one version, and categories of which one fails."""
 
 from datetime import UTC, datetime, timedelta

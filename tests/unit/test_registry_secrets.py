@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A password in the tracking server's address is seen by nobody else."""
 
 import http.server

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The locked environment: its versions fit each other, are the ones these tests run with, and are those that the docs name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files in, a table out: every file has a row, and what cannot be written costs only itself."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks on a data set, their agreement with Great Expectations, and the validate stage."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whitening against what it is defined by, and through the pipeline's stages and the bundle."""
 
 import shutil

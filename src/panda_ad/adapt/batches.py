@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen activations as the batches that training and feature passes read, in bounded memory."""
 
 from __future__ import annotations

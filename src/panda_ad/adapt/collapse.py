@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Watch whether features collapse in training (paper, section 3.2: 'catastrophic collapse').
 
 The compactness loss has a useless minimum, f(x) = c for every image.

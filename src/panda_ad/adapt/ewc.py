@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Elastic weight consolidation, EWC (paper, section 3.2, equation 4; Kirkpatrick et al., PNAS 2017)."""
 
 from __future__ import annotations

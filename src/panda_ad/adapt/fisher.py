@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Diagonal of the Fisher information of the pretrained classifier, what EWC weighs parameters by (paper, section 3.2).
 
 F_i = E_x E_y [(d log p(y | x) / d theta_i)^2] over the adapted layers' parameters theta.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of training, by the names that `params.METHODS` gives them.
 
 A loss is a function of the network's outputs, float32 (B, ...), and of their target.

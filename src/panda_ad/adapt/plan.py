@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the parameters of adaptation come to: steps, rate, and what is kept of the way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Snapshots of the adapted layers as what a bundle keeps of them: float16 differences from the pretrained weights.
 
 Adapted weights lie within about 1e-3 of the pretrained ones, so in float16 they would lose the adaptation.

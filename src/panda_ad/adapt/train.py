@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning of the adapted layers on a category's normal images (paper, sections 3.2 to 3.4).
 
 The methods are those of `params.METHODS`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Methods that the paper compares with, on the same features; used by the benchmark only.
 
 Each takes the pretrained features of normal training images, float32 (M, D), and of test images, (N, D), and returns

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One job of the benchmark: adapt, score the test images, write a cell per method.
 
 Features, training and scoring are the functions that the stages call. A cell is a JSON file: which data set, class,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is run: jobs of a data set under the paper's protocols, and the settings their figures depend on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's benchmark: {data sets} x {methods} x {normal classes} x {seeds}, resumable, one table per data set."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The paper's data sets: where each is found, which images train and which test, and which class each test image has.
 
 Every set lives under the folder that the environment variable PANDA_BENCH_DATA names, in the layout `SETS` states.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of finished cells: mean over classes per method, with intervals, beside the paper's figures."""
 
 from __future__ import annotations

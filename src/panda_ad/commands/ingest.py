@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad ingest`: new images into the data set, and the new set into DVC."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An image with its heat map over it and its worst region in a box: what `panda-ad score --heatmaps` writes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad reproduce`: make a version's figures again from what was recorded of it, and compare the digits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad run`: data, pipeline, promotion, summary. What has not changed is not done again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad score`: verdicts for image files, streamed in small batches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make ui`: MLflow and Prefect servers with a worker, on this machine, until Ctrl-C."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad summary`: the figures of what was made here last, what the gate said of it, and what is in place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Add new images to the data set: each is decoded and compared with what is there before it counts."""
 
 from __future__ import annotations

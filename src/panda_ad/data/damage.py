@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signs that a picture which decodes is only part of one.
 
 Decoders fill what is missing in silence: a JPEG whose data ends early becomes gray below, a copy that broke off black.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The outcome of validation as one HTML page that loads and runs nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is worth a look in usable images: nothing here stops the pipeline."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data set's contract: one table of expectations, each with what it says of a row that breaks it.
 
 Great Expectations decides which rows break which expectation (`validation`).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode image files that nobody vouches for, to one form: uint8 RGB, upright.
 
 What is decided here, for every caller (pipeline, command line, REST):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From folders of images to a list of entries: each image's category, split, label and mask.
 
 Two layouts (parameter `data.layout`):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refuse links that DVC and this package would follow differently.
 
 DVC records a link to a folder as an empty folder. It records a whole set through a link, and at the next checkout

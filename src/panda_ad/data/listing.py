@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which entries of a folder are images, wherever folders are listed.
 
 These are data sets, files to score, drop folders and files to add.

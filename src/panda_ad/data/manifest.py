@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifest: one row per category and image, from files read once each.
 
 Columns (COLUMNS): path, sha256 (of the file), width, height (upright, pixels), mode (Pillow's, as stored), category,

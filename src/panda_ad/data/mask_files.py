@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which mask belongs to which image of a category in the layout `mvtec`.
 
 Masks lie in `ground_truth/<defect>/` or in `ground_truth/` itself, and are called `<stem>_mask.*` or `<stem>.*`.

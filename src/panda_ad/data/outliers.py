@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images beside the data set: outliers, brought to the resolution of the normal images, and labeled source images.
 
 Sharpness and color would otherwise tell outliers apart without a look at what they show, and nothing would be learned.

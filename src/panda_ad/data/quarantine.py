@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of files that cannot be used, with the reasons."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one reading of an image or mask file found, kept from run to run."""
 
 from __future__ import annotations

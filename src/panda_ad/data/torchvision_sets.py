@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torchvision's CIFAR10, CIFAR100, FashionMNIST and Flowers102, unpacked once to class-per-folder images.
 
 They are read by `torchvision.datasets` from `data.root`, where torchvision keeps the originals, and puts them if it can

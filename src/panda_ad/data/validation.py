@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validate a data set: Great Expectations decides by the table in `expectations`, whose reasons are in words."""
 
 from __future__ import annotations

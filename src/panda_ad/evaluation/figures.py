@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of a category's test set, and the tables that its plots are drawn from.
 
 A figure that the test images cannot give (an AUROC without defective ones) is left out, never made up.

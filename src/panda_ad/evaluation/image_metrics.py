@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image metrics on raw scores, and their bootstrap intervals.
 
 All of them are functions of one curve: how many anomalous (`tp`) and normal (`fp`) images score at or above each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Intervals of the figures in metrics.json, in a file of their own: DVC and MLflow would show each end as a metric."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Of stage `evaluate`: what is known of where defects are, and the heat maps that are compared with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixel metrics over a test set: AUROC, AU-PRO and best F1, exact over all thresholds, and their intervals.
 
 Masks are bool: a pixel is defective where its mask's value is at least half (`data.images.read_mask` binarizes).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks that can be a backbone: one entry per family, and any convolutional network of timm's by name.
 
 An entry says where a network is from and under which license, and how its input is made.

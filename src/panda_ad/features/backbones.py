@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained feature extractors (paper, section 3.1), split where PANDA splits them.
 
 The *frozen layers* stay as they are, the *adapted layers* are fine-tuned.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cache of frozen activations: each image is decoded and sent through the frozen layers once.
 
 PANDA uses no augmentation and fixed batch-norm statistics, so the frozen layers' output for an image is a constant.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """EfficientNet-Lite: Google's variant of EfficientNet for devices.
 
 EfficientNet: Tan and Le, ICML 2019, https://arxiv.org/abs/1905.11946.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a photograph is like, whatever it shows: light, contrast, focus, color. One number each, none needs a network.
 
 Values are the decoded sRGB bytes divided by 255, not linear light.

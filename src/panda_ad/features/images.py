@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images as fitting and scoring read them: pixels, frozen activations and pretrained features.
 
 They come from a cache, or are computed at once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A backbone with the adapted layers of each snapshot.
 
 Images become activations, activations become features and maps.

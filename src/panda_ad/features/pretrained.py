@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretrained weights, from wherever they lie.
 
 The places are a local file, the package's data, a Python distribution, and torchvision's or timm's downloads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ResNets (He et al., CVPR 2016) and Wide-ResNets (Zagoruyko and Komodakis, BMVC 2016).
 
 Modules and parameters have torchvision's names, and torchvision's classes compute the same.

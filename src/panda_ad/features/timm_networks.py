@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Networks of timm by name, as sequences of modules.
 
 timm: Wightman, https://github.com/huggingface/pytorch-image-models, Apache-2.0.

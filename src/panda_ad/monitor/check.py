@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A category's recent window against its model's calibration images, with a report.
 
 This is what `panda-ad monitor` and the flow do.

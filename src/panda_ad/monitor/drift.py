@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests for drift: has what the model sees changed since calibration, and how would one say so.
 
 A recent window is tested against the calibration images: verdicts (share of alarms, scores), image statistics one by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which images of a drop folder are to be scored."""
 
 from __future__ import annotations

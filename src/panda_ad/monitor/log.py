@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The verdict log: Parquet files under monitoring/log/<category>/, one per batch, each written whole or not at all.
 
 Columns: time (UTC, microseconds), path, sha256 (of the image file), category, model, version, score, p_value, decision

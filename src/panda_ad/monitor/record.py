@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From scoring to the verdict log: which images are new, and what is kept of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The drift report: one HTML page that opens offline, with the verdict, the tests and the figures over time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who moved which alias, when, from where to where and why: append-only tags of the registered model, one per move.
 
 A move is recorded before it is made, and its record is marked as done afterwards. So the records say at any time what

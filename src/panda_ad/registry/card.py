@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card: what a version is, written from facts at hand only. The text is card.md.j2."""
 
 from __future__ import annotations

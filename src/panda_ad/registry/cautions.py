@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a person should know of a version that keeps the gate's rules. Pure functions of the evaluation's figures."""
 
 from __future__ import annotations

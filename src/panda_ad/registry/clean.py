@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Old versions and their runs out of the registry, so that its disk use stays bounded."""
 
 from __future__ import annotations

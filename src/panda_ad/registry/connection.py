@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where MLflow is, and quick clear failure when it is not there.
 
 MLFLOW_TRACKING_URI names a server. Without it a SQLite file and a folder beside params.yaml are used. Credentials come

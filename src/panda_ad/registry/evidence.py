@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the gate looks at, gathered from MLflow: scores of candidate and incumbent on the same test images."""
 
 from __future__ import annotations

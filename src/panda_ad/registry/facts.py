@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the gate's rules look at, and what each of them says."""
 
 from __future__ import annotations

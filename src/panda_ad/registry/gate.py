@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gate: rules that a candidate must pass before an alias moves to it.
 
 The rules are pure functions of score tables and parameters. The candidate is compared with the version in place, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a registered version back to what made it."""
 
 from __future__ import annotations

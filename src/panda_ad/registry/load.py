@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model to score with: from the registry, or from a bundle folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registered model's code: MLflow copies this file into the model and runs it there.
 
 This is a model from code: nothing is pickled. The input is a column `image` of encoded image files: bytes or, over

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bundle as the files of an MLflow model: `model.py`, the bundle, the package's own source, and its requirements."""
 
 from __future__ import annotations

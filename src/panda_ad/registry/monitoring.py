@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What monitoring leaves in MLflow: a run per version with the figures over time, and tags on the version."""
 
 from __future__ import annotations

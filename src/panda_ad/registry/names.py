@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a category is called in MLflow's registry; `params.plain_name` is how in its runs."""
 
 from __future__ import annotations

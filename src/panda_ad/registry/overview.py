@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a category stands in the registry, in words: what the gate said of a version, and what is in place instead."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Promotion through the gate, and rollback.
 
 The order of writes is such that a crash or a lost server at any point leaves the alias where it was or where it goes,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a run comes from: git commit, DVC experiment, Prefect run, user."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A local store whose checkout was moved, copied or mounted elsewhere: MLflow keeps absolute paths of artifacts."""
 
 from __future__ import annotations

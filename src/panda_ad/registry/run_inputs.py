@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What decides a run's figures: parameters, validated data and code, as one hash; and hashes of files and bundles."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One MLflow run per set of run inputs, written so that doing it again, or again after a kill, adds nothing twice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`panda-ad serve`: a registered model over REST, in MLflow's request format, with bounded work and errors of one line.
 
 MLflow's own server answers a mistake with the whole request, ignores parameters that it does not know, and goes on

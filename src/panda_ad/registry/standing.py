@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the version at an alias came there, in words: said by promotion, summary, monitoring and scoring alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Registered versions: found by name, downloaded, and registered once per content."""
 
 from __future__ import annotations

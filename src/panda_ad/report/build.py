@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Build the report: figures, curves, pictures and provenance in one HTML string that opens offline.
 
 How pages are put together is in `page.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of the report as text: JPEG, 8-bit heat maps, outlines as SVG paths."""
 
 from __future__ import annotations

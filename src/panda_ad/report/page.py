@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One HTML page that opens offline, from a template, scripts and data.
 
 Everything is inlined. A content security policy with the hashes of the page's own scripts and styles lets nothing else

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bundle: a detector as files. Safetensors, faiss and JSON, no pickle."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Earlier layouts of a bundle, brought to today's names at load. Nothing else knows them.
 
 1  features score; no whitening, no localizer with tiles.

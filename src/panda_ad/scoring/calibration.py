@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From scores to verdicts: conformal p-values, and a threshold that keeps a false-alarm budget.
 
 Calibration scores are those of normal images that neither the gallery nor the adaptation saw; test images play no part.

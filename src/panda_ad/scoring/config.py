@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a detector is of and how it scores: the typed part of bundle.json."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The detector: scores images. Evaluation, command line, REST and UI all go through it."""
 
 from __future__ import annotations

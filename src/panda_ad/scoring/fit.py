@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fit a detector: galleries of normal features, a localizer, and calibration, in bounded memory.
 
 Whatever describes normal images (SES's means, the robust scales of the two scores, the pixel statistics of heat maps)

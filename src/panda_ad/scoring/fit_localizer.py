@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fit the localizer, and what the image score needs of its heat maps: pixel statistics and scales."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one division of training images that all out-of-fold figures use.
 
 These figures are SES's means, robust scales and pixel statistics.

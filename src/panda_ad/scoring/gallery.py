@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact k-nearest-neighbor search among the features of normal images (paper, section 3.3) and its compression.
 
 faiss finds candidates in float32. Their distances are computed again in float64, pair by pair, so that an image's score

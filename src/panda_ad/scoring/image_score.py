@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One score per image: the feature score (PANDA, section 3.3), the map score, or the sum of both.
 
 Pooled features see what the whole image shows, and lose a defect of a few pixels in the mean. The peak of the heat map

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sample-wise early stopping, SES (paper, section 3.2: 'PANDA-SES').
 
 No labeled anomalies exist to stop training by. Adapted layers are kept at fixed intervals, and each image is scored by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What scoring answers: scores of many images with their evidence, and the verdict on one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whitening of features before the search for neighbors: distances count in units of what normal images vary by.
 
 Not in the paper; its authors name it a strong method for small sets (github.com/talreiss/PANDA, issue 7).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DVC stages, one module each: read files, call the core, write files.
 
 Each is run as `python -m panda_ad.stages.NAME [CATEGORY]`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `adapt`: fine-tune the adapted layers on a category's normal training images (paper, sections 3.2 to 3.5)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stages share: the backbone, the activation cache, and access to images by manifest row."""
 
 from __future__ import annotations

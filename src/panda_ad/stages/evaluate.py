@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `evaluate`: score a category's test images with its bundle; metrics, curves and the report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What stage `evaluate` puts into the HTML report: pictures with their evidence, figures per defect, provenance."""
 
 from __future__ import annotations

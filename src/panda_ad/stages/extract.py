@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `extract`: frozen activations of every image into the cache, and their pretrained features into build/features.
 
 Each category has a folder there. It holds rows.csv, its part of the manifest; pretrained.npy, float32 (N, D), a row of

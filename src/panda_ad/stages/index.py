@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `index`: build a category's model, the bundle."""
 
 from __future__ import annotations

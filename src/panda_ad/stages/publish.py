@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage `publish`: the MLflow run of these run inputs, and the category's bundle as a registered version @challenger.
 
 The only stage that logs. It reads what the others left under build/, so a server that is down fails this stage alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stage validate: read every image once, check the data set, write the manifest of what can be used.
 
 In: the images under `data.root`. Out, in build/validation: manifest.csv, problems.csv (path, reason), report.json,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Atomic writes, and what a file holds, as a hash.
 
 A kill at any moment leaves the old file or the new one, never half of one.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders of a project, relative to its root: where stages write, and where caches lie."""
 
 from pathlib import Path

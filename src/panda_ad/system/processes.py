@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Child processes that end with everything they start, even if this process is killed; and this process's memory."""
 
 from __future__ import annotations

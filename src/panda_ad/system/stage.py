@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stage as a process: the lock, one line for a user's mistake, the exit code, and its timing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the libraries should find around them: telemetry off, a user's name, git or word that there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run with changed parameters: in a temporary copy of the checkout, which itself stays as it is."""
 
 from __future__ import annotations

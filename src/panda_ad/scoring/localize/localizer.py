@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the defect is: two localizers behind one seam, `heatmaps`, `save` and `load_localizer`."""
 
 from __future__ import annotations

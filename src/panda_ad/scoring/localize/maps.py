@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature maps as rows of positions, and distances per position as heat maps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patch memory (PatchCore), for comparison with SPADE.
 
 Source: Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3.

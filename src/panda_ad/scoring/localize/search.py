@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact nearest-neighbor distance of many positions to many rows, in bounded memory.
 
 `faiss.knn` finds candidates by matrix products in float32. Their distances are computed again as sums of squared

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SPADE, the paper's way to segment anomalies.
 
 Source: Cohen and Hoshen 2020, https://arxiv.org/abs/2005.02357, sections 3.2-3.3.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Large images in overlapping tiles, and tile results blended so that no seam shows."""
 
 from __future__ import annotations
