@@ -53,8 +53,9 @@ stages:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without servers, locks and settings of whoever runs the tests."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "PANDA_", "DVC_"))}
+    """The environment without servers, locks and settings of whoever runs the tests, `make test` among them."""
+    theirs = ("PREFECT_", "MLFLOW_", "PANDA_", "DVC_", "MAKE", "MFLAGS")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
     return kept | {
         "PATH": os.pathsep.join([BIN, kept.get("PATH", os.defpath)]),
         "DVC_NO_ANALYTICS": "1",
