@@ -49,7 +49,7 @@ ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the de
 lint: $(VENV)/.ready-dev  ## ruff (rules and format), mypy, import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
-format: $(VENV)/.ready-dev      ## let ruff format and mend what it can
+format: $(VENV)/.ready-dev      ## let ruff format and correct what it can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 help:                     ## this list
