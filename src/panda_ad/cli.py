@@ -105,8 +105,10 @@ def monitor(
 
 @app.command()
 def ingest(
-    paths: Annotated[list[Path], typer.Argument(help="New images, or folders of images (searched recursively).")],
     category: Annotated[str, typer.Option("--category", "-c", help="What they show, one of params.yaml's categories.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="New images, or folders of images (searched recursively).")
+    ] = None,
     label: Annotated[
         Literal["good", "defect"], typer.Option(help="Good images go to train, defects to test.")
     ] = "good",
@@ -118,14 +120,24 @@ def ingest(
         Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Have the present model look at images labeled good.")] = True,
+    decided: Annotated[
+        bool, typer.Option("--decided", help="The images decided on the inspector's page, in place of PATHS.")
+    ] = False,
 ) -> None:
     """Add images to the data set.
 
     Records its new version with DVC; what cannot be used goes to quarantine/, with the reason.
     """
-    from panda_ad.commands.ingest import ingest
+    from panda_ad.commands.ingest import ingest, ingest_decided
 
-    ingest(paths, category, label, kind, split, masks, check)
+    if decided and (paths or label != "good" or kind or split or masks):
+        raise UserError("--decided: the decisions say what is what; give it with --category alone")
+    if decided:
+        ingest_decided(category, check)
+    elif not paths:
+        raise UserError("ingest: give images or folders, or --decided")
+    else:
+        ingest(paths, category, label, kind, split, masks, check)
 
 
 @app.command()

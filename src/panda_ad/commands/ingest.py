@@ -17,6 +17,7 @@ from panda_ad.data.add_images import Additions, Label, Request, Split, add_image
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
 from panda_ad.params import load_params
+from panda_ad.system.files import digest_if_readable
 from panda_ad.system.lock import repository_lock
 
 _SHOWN = 20
@@ -42,6 +43,43 @@ def ingest(
     Busy
         Another run is at work.
     """
+    _ingest(category, [Request(category, tuple(paths), label, kind, split, masks)], check)
+
+
+def ingest_decided(category: str, check: bool = True) -> None:
+    """Add the images that people decided on the inspector's page: good ones to train, defects to test by kind.
+
+    Those that the set holds already are passed over, so that it may be done again and again.
+
+    Raises
+    ------
+    UserError
+        Nothing was decided, none of its images can be read any more, or as `ingest`.
+    """
+    from panda_ad.inspect.decisions import open_decisions
+
+    groups: dict[tuple[str, str], list[Path]] = {}
+    gone: list[str] = []
+    decided = [d for d in open_decisions().standing(category).values() if d.label in ("good", "defect")]
+    for decision in sorted(decided, key=lambda d: d.id):
+        if digest_if_readable(Path(decision.path)) == decision.sha256:
+            groups.setdefault((decision.label, decision.kind), []).append(Path(decision.path))
+        else:
+            gone.append(decision.path)
+    if gone:
+        more = f" and {len(gone) - _SUSPECTS} more" if len(gone) > _SUSPECTS else ""
+        named = ", ".join(gone[:_SUSPECTS]) + more
+        print(f"panda-ad: warning: decided, but gone or replaced since: {named}", file=sys.stderr)
+    if not groups:
+        raise UserError(f"--decided: no image of {category} was decided good or defect and is still there")
+    requests = [
+        Request(category, tuple(paths), "good" if label == "good" else "defect", kind or None)
+        for (label, kind), paths in sorted(groups.items())
+    ]
+    _ingest(category, requests, check)
+
+
+def _ingest(category: str, requests: Sequence[Request], check: bool) -> None:
     params = load_params()
     with repository_lock("panda-ad ingest"):
         root = Path(params.data.root)
@@ -50,12 +88,15 @@ def ingest(
         tracked = _tracked(root)
         _complete(tracked)
         before = _version(tracked)
-        found = add_images(params, Request(category, tuple(paths), label, kind, split, masks))
+        results = [add_images(params, request) for request in requests]
+        good = [
+            path for r, found in zip(requests, results, strict=True) if r.label == "good" for _, path in found.added
+        ]
         unversioned = _unversioned(root)
         with nullcontext() if unversioned else dvc_meanwhile("add", "--quiet", str(tracked.with_suffix(""))):
-            asked = check and label == "good" and found.added
-            opinion, doubtful = _opinion(root, category, [path for _, path in found.added]) if asked else ("", False)
-    print(_summary(found, category, root))
+            opinion, doubtful = _opinion(root, category, good) if check and good else ("", False)
+    for found in results:
+        print(_summary(found, category, root))
     after = _version(tracked)
     if unversioned:
         print(unversioned)
@@ -65,7 +106,7 @@ def ingest(
         print(f"data: {before or 'none'} -> {after} ({tracked})")
     if opinion:
         print(f"panda-ad: warning: {opinion}" if doubtful else opinion, file=sys.stderr if doubtful else sys.stdout)
-    if found.added:
+    if any(found.added for found in results):
         keep = (
             ""
             if unversioned

@@ -56,6 +56,7 @@ class Additions:
     Attributes
     ----------
     folder : where good ones went, relative to the data's root.
+    label : of the request.
     added : (file, its path in the set, relative to the data's root).
     duplicates : (file, the image with the same content).
     refused : (file, reason).
@@ -67,6 +68,7 @@ class Additions:
     """
 
     folder: str
+    label: Label
     added: list[tuple[Path, str]] = field(default_factory=list)
     duplicates: list[tuple[Path, str]] = field(default_factory=list)
     refused: list[tuple[Path, str]] = field(default_factory=list)
@@ -137,7 +139,7 @@ class _Batch:
         there: list[tuple[Entry, Record]],
         wants_masks: bool,
     ) -> None:
-        self.found = Additions(target.images)
+        self.found = Additions(target.images, "defect" if target.label else "good")
         self.read: list[tuple[str, str, Record]] = []
         self._root, self._decoding, self._target = Path(params.data.root), Decoding.of(params.data), target
         self._given, self._wants_masks = given, wants_masks
@@ -193,6 +195,12 @@ class _Batch:
         self.read.append((kind, name, record))
 
 
+def refuse_kind(kind: str) -> None:
+    """Raise UserError where a kind of defect cannot be a folder's name."""
+    if not kind.strip() or kind.startswith(".") or not kind.isprintable() or set(kind) & set('/\\:*?"<>|'):
+        raise UserError(f"--kind: {kind!r} cannot be a folder's name; use letters, digits, - and _")
+
+
 def _target(params: Params, request: Request) -> _Target:
     """Find out where images of a request go. UserError where it makes no sense."""
     category, kind = request.category, request.kind
@@ -206,10 +214,8 @@ def _target(params: Params, request: Request) -> _Target:
             f"--category: {category!r} is not one of categories in params.yaml "
             f"({', '.join(params.categories)}); add it there first"
         )
-    if kind is not None and (
-        not kind.strip() or kind.startswith(".") or not kind.isprintable() or set(kind) & set('/\\:*?"<>|')
-    ):
-        raise UserError(f"--kind: {kind!r} cannot be a folder's name; use letters, digits, - and _")
+    if kind is not None:
+        refuse_kind(kind)
     root = Path(params.data.root)
     folder = category_folder(root, category).name if layout == "mvtec" else category
     return (_defect_target if request.label == "defect" else _good_target)(params, request, folder)
