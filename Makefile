@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+PEERS := benchmarks/peers/.venv
 BIN := $(VENV)/bin
 HERE := PATH="$$(pwd -P)/$(BIN):$$PATH"
 UV = $$(command -v uv || echo $(BIN)/uv)
@@ -24,7 +25,7 @@ build-anew:
 	@echo "this checkout has been moved: its environment is built anew"
 	@rm -rf $(VENV)
 
-.PHONY: help run test test-fast coverage chaos fuzz ui lint format lock
+.PHONY: help run test test-fast coverage chaos fuzz peers ui lint format lock
 run: $(VENV)/.ready       ## everything: environment, data, pipeline, registration, promotion; then says where to look
 	@$(HERE) panda-ad run
 
@@ -42,6 +43,10 @@ chaos: $(VENV)/.ready-dev       ## 200 kills at random moments, compared with un
 
 fuzz: $(VENV)/.ready-dev        ## 10,000 random inputs for each thing that comes from outside
 	@PANDA_FUZZ=$${PANDA_FUZZ:-10000} $(HERE) pytest -n 2 --timeout=0 tests/unit/test_fuzz.py
+
+peers: $(PEERS)/.ready    ## beside anomalib's PatchCore, in an environment of its own (several GB), on the sample's categories
+	@$(HERE) dvc checkout --quiet data.dvc 2>/dev/null || $(HERE) dvc pull --quiet data.dvc
+	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -W ignore benchmarks/peers/compare.py data/*
 
 ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
 	@$(HERE) panda-ad ui
@@ -65,6 +70,11 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(UV) pip install --quiet --python "$$(pwd -P)/$(BIN)/python" --no-deps -e .
 	@touch $@
 
+$(PEERS)/.ready: benchmarks/peers/requirements.lock $(VENV)/.ready
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(UV) pip install --quiet --python $(PEERS)/bin/python --require-hashes -r benchmarks/peers/requirements.lock
+	@touch $@
+
 # browser tests drive Debian's Chromium; without it they say why they are skipped
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
@@ -75,3 +85,5 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 lock:                     ## resolve the dependencies of pyproject.toml anew
 	@$(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
 	    --extra dev pyproject.toml -o requirements.lock
+	@$(UV) pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	    benchmarks/peers/requirements.in -o benchmarks/peers/requirements.lock
