@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by the tests."""
 
+import os
+
+# Two workers on two cores: with as many threads as cores in each, threads spin while they wait for one another, for ten times
+# the processor time. Before NumPy and PyTorch are imported; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 from collections.abc import Callable
 from pathlib import Path
