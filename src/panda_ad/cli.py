@@ -119,6 +119,9 @@ def ingest(
     masks: Annotated[
         Path | None, typer.Option(help="Folder of the defects' masks, named as the images are, or NAME_mask.png.")
     ] = None,
+    session: Annotated[
+        str | None, typer.Option(help="Shift, lot or camera they are of, a folder of its own.  [default: none]")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Have the present model look at images labeled good.")] = True,
     decided: Annotated[
         bool, typer.Option("--decided", help="The images decided on the inspector's page, in place of PATHS.")
@@ -129,15 +132,16 @@ def ingest(
     Records its new version with DVC; what cannot be used goes to quarantine/, with the reason.
     """
     from panda_ad.commands.ingest import ingest, ingest_decided
+    from panda_ad.data.add_images import Request
 
-    if decided and (paths or label != "good" or kind or split or masks):
+    if decided and (paths or label != "good" or kind or split or masks or session):
         raise UserError("--decided: the decisions say what is what; give it with --category alone")
     if decided:
         ingest_decided(category, check)
     elif not paths:
         raise UserError("ingest: give images or folders, or --decided")
     else:
-        ingest(paths, category, label, kind, split, masks, check)
+        ingest(Request(category, tuple(paths), label, kind, split, masks, session), check)
 
 
 @app.command()

@@ -38,6 +38,14 @@ class Data(_Section):
     on_invalid: Literal["fail", "quarantine"]
     gray_range: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
     max_megapixels: Annotated[int, Field(ge=1, le=10_000)] = 100
+    sessions: Literal["folder"] | dict[str, str | int | float] | None = None
+
+    @field_validator("sessions", mode="before")
+    @classmethod
+    def _one_way_to_tell(cls, value: object) -> object:
+        if problem := _sessions_problem(value):
+            raise ValueError(problem)
+        return value
 
     @field_validator("gray_range")
     @classmethod
@@ -45,6 +53,30 @@ class Data(_Section):
         if values is not None and values[0] >= values[1]:
             raise ValueError(f"[lowest, highest] 16-bit gray is expected, found {values}")
         return values
+
+
+def _sessions_problem(value: object) -> str:
+    """Return what is wrong with `data.sessions`, '' where nothing is."""
+    if value is None or value == "folder":
+        return ""
+    ways = "null, folder, {name: REGEX}, {csv: FILE} or {gap_minutes: M} is expected"
+    if not isinstance(value, dict) or len(value) != 1:
+        return f"{ways}, found {_shown(value)}"
+    ((way, how),) = value.items()
+    if way == "gap_minutes":
+        good = isinstance(how, int | float) and not isinstance(how, bool) and 0 < how < float("inf")
+        return "" if good else f"gap_minutes is a number of minutes above 0, found {_shown(how)}"
+    if way not in ("name", "csv"):
+        return f"{ways}, found {_shown(value)}"
+    if not isinstance(how, str) or not how:
+        return f"{way} is a text, found {_shown(how)}"
+    if way == "csv":
+        return ""
+    try:
+        re.compile(how)
+    except re.error as e:
+        return f"{how!r} is no regular expression: {e}"
+    return ""
 
 
 class BackboneParams(_Section):

@@ -249,7 +249,7 @@ def test_the_first_images_of_a_category(project, drop, make_params):
 def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path, make_params):
     for i in range(60):
         save(noise(88_000 + i, (200, 200)), tmp_path / "big" / f"{i:02d}.png")
-    code = "from pathlib import Path; from panda_ad.commands.ingest import ingest; ingest([Path('../big')], 'nut')"
+    code = "from pathlib import Path; from panda_ad.commands.ingest import ingest; from panda_ad.data.add_images import Request; ingest(Request('nut', (Path('../big'),)))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"})
     train = project / "data/nut/train/good"
     deadline = time.monotonic() + 60
@@ -272,7 +272,7 @@ def test_one_at_a_time(project, drop, monkeypatch):
     with lock_held(project, "other"):
         before = files()
         with pytest.raises(Busy):
-            ingest([drop], "nut")
+            ingest(Request("nut", (drop,)))
         assert files() == before
 
 
@@ -285,7 +285,7 @@ def test_the_new_version_is_recorded_with_dvc(project, drop, capfd, monkeypatch)
     tracked.write_text(tracked.read_text() + "desc: nuts from line 3\n")
     old = yaml.safe_load(tracked.read_text())["outs"][0]["md5"]
     shutil.copy(drop / "part 0.png", drop / "part 0 copy.png")
-    ingest([drop], "nut")
+    ingest(Request("nut", (drop,)))
     out = capfd.readouterr().out
     new = yaml.safe_load(tracked.read_text())
     assert new["outs"][0]["md5"] != old and new["desc"] == "nuts from line 3"
@@ -293,16 +293,16 @@ def test_the_new_version_is_recorded_with_dvc(project, drop, capfd, monkeypatch)
     assert f"data: {old.removesuffix('.dir')} -> {new['outs'][0]['md5'].removesuffix('.dir')} (data.dvc)" in out
     assert "dvc repro" in out and "dvc push" in out and "taken on trust" in out
     assert "up to date" in call("dvc", "status", cwd=project).lower()
-    ingest([drop], "nut")
+    ingest(Request("nut", (drop,)))
     assert "as before" in capfd.readouterr().out
     for path in (project / "data/nut/train/good").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"holds \d+ files, its recorded version"):
-        ingest([drop], "nut")
+        ingest(Request("nut", (drop,)))
     shutil.rmtree(project / "data")
     shutil.move(project / ".dvc/cache", project / "remote")  # a fresh clone: nothing here, all in the remote
     call("dvc", "remote", "add", "-d", "store", str(project / "remote"), cwd=project)
-    ingest([drop], "nut")
+    ingest(Request("nut", (drop,)))
     assert "0 added" in capfd.readouterr().out and len(files()) == 28
 
 
@@ -355,10 +355,10 @@ def test_images_labelled_good_are_shown_to_the_present_model(project, tmp_path, 
     adapt.main("nut")
     index.main("nut")
     capfd.readouterr()
-    ingest([tmp_path / "batch"], "nut")
+    ingest(Request("nut", (tmp_path / "batch",)))
     out, err = capfd.readouterr()
     assert "4 added" in out and "build/bundle/nut calls" in err and "spot0-" in err and "spot1-" in err
     assert "about 1 are to be expected" in err
     save(part(True), tmp_path / "late.png")
-    ingest([tmp_path / "late.png"], "nut", check=False)
+    ingest(Request("nut", (tmp_path / "late.png",)), check=False)
     assert "warning" not in capfd.readouterr().err

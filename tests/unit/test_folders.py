@@ -69,6 +69,7 @@ def test_data_that_is_a_link_is_refused_and_the_share_keeps_its_files(make_param
 @pytest.mark.parametrize("command", ["run", "ingest"])
 def test_commands_refuse_links_before_they_call_dvc(command, monkeypatch):
     from panda_ad.commands import ingest, run
+    from panda_ad.data.add_images import Request
 
     raw = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8")) | {"categories": ["nut"]}
     Path("params.yaml").write_text(yaml.safe_dump(raw))
@@ -78,7 +79,7 @@ def test_commands_refuse_links_before_they_call_dvc(command, monkeypatch):
     monkeypatch.setattr("panda_ad.commands.ingest.dvc_meanwhile", lambda *_: pytest.fail("DVC was called"))
     before = sorted(Path("share").rglob("*"))
     with pytest.raises(UserError, match="data: is a link"):
-        run.run() if command == "run" else ingest.ingest([Path("share/nut/test/good")], "nut")
+        run.run() if command == "run" else ingest.ingest(Request("nut", (Path("share/nut/test/good"),)))
     assert sorted(Path("share").rglob("*")) == before
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from panda_ad.commands.run import dvc_meanwhile, fetch_images
-from panda_ad.data.add_images import Additions, Label, Request, Split, add_images
+from panda_ad.data.add_images import Additions, Request, add_images
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
 from panda_ad.params import load_params
@@ -26,11 +26,8 @@ _CHANCE = 0.25
 """So many alarms or more on good images are a warning where they are less likely than this."""
 
 
-def ingest(
-    paths: Sequence[Path], category: str, label: Label = "good", kind: str | None = None, split: Split | None = None,
-    masks: Path | None = None, check: bool = True,
-) -> None:  # fmt: skip
-    """Add images, record the new version with DVC, say what happened; see `Request` for the parameters.
+def ingest(request: Request, check: bool = True) -> None:
+    """Add images, record the new version with DVC, say what happened.
 
     With `check`, images labeled good are scored with build/bundle/<category> if that is there, and those that it calls
     defect are named: a batch with the wrong label spoils every model trained on it.
@@ -43,7 +40,7 @@ def ingest(
     Busy
         Another run is at work.
     """
-    _ingest(category, [Request(category, tuple(paths), label, kind, split, masks)], check)
+    _ingest(request.category, [request], check)
 
 
 def ingest_decided(category: str, check: bool = True) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +39,7 @@ class Request:
     split : of good images, default train.
     masks : folder with a mask for each image, <stem>_mask.* or <stem>.*; None: no masks.
         Images of the set without a mask get theirs.
+    session : the folder that they go to inside the folder of images, where `data.sessions` goes by folders; None: none.
     """
 
     category: str
@@ -47,6 +48,7 @@ class Request:
     kind: str | None = None
     split: Split | None = None
     masks: Path | None = None
+    session: str | None = None
 
 
 @dataclass
@@ -195,10 +197,10 @@ class _Batch:
         self.read.append((kind, name, record))
 
 
-def refuse_kind(kind: str) -> None:
-    """Raise UserError where a kind of defect cannot be a folder's name."""
+def refuse_kind(kind: str, option: str = "--kind") -> None:
+    """Raise UserError where a kind of defect, or a session, cannot be a folder's name."""
     if not kind.strip() or kind.startswith(".") or not kind.isprintable() or set(kind) & set('/\\:*?"<>|'):
-        raise UserError(f"--kind: {kind!r} cannot be a folder's name; use letters, digits, - and _")
+        raise UserError(f"{option}: {kind!r} cannot be a folder's name; use letters, digits, - and _")
 
 
 def _target(params: Params, request: Request) -> _Target:
@@ -216,9 +218,14 @@ def _target(params: Params, request: Request) -> _Target:
         )
     if kind is not None:
         refuse_kind(kind)
+    if request.session is not None:
+        refuse_kind(request.session, "--session")
+        if params.data.sessions != "folder":
+            raise UserError("--session: params.yaml tells sessions otherwise; set data.sessions: folder")
     root = Path(params.data.root)
     folder = category_folder(root, category).name if layout == "mvtec" else category
-    return (_defect_target if request.label == "defect" else _good_target)(params, request, folder)
+    target = (_defect_target if request.label == "defect" else _good_target)(params, request, folder)
+    return target if request.session is None else replace(target, images=f"{target.images}/{request.session}")
 
 
 def _defect_target(params: Params, request: Request, folder: str) -> _Target:

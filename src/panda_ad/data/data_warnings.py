@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from panda_ad.data.records import THUMB
+from panda_ad.data.sessions import unknown_sessions
 from panda_ad.params import Params
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ def find_warnings(good: pd.DataFrame, params: Params) -> list[str]:
         part = good[good["category"] == category]
         for kind in (_modes, _sizes, _masks, _defects, _doubts, lambda p: _gray_range(p, params), _near_copies):
             found += [" ".join(f"{category}: {line}".split()) for line in kind(part)]
+        stray = part.loc[(part["session"] == "") & (part["label"] == 0), "path"].tolist()
+        if params.data.sessions is not None and stray:
+            found.append(unknown_sessions(params, category, stray))
     return found
 
 

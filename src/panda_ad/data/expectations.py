@@ -56,6 +56,7 @@ class CountRule:
     least : so many are needed.
     folder, reason : what is said where there are fewer; {n} is how many there are.
     needed : False: what is missing is only said, and training goes on.
+    column : where given, its distinct values among these images are counted, '' aside, and not the images.
     """
 
     category: str
@@ -66,6 +67,7 @@ class CountRule:
     folder: str
     reason: str
     needed: bool = True
+    column: str = ""
 
 
 def small_reason(width: int, height: int) -> str:
@@ -172,6 +174,19 @@ def count_rules(params: Params, training_images: Mapping[str, int]) -> Iterator[
             left = f"{{n}} of {n} training images of {category} left beside calibration, {MIN_GALLERY} needed"
             hint = f"{left}: add images or lower data.calibration_fraction ({fraction})"
             yield CountRule(category, "training images left in the gallery", ("train",), 0, MIN_GALLERY, train, hint)
+        if params.data.sessions is not None:
+            yield CountRule(
+                category,
+                "sessions of training images",
+                both,
+                0,
+                2,
+                train,
+                f"training images of {category} are of {{n}} known session(s): what a session never seen will bring "
+                "cannot be told from that; add good images of another shift, lot or camera",
+                needed=False,
+                column="session",
+            )
         yield CountRule(
             category,
             "normal test images",

@@ -92,6 +92,7 @@ class _Folder:
     split: str
     label: int
     defect: str
+    sessions: bool = False  # whether it may hold a folder of images per session
 
     def entry(self, path: Path, mask: Path | None = None, problem: str = "") -> Entry:
         """Return one of its files as an entry; a name that is not UTF-8 is a problem, since no table could hold it."""
@@ -140,7 +141,7 @@ def category_folder(root: Path, category: str) -> Path:
     return next((p for p in visible(root) if same_name(p.name, category) and p.is_dir()), root / category)
 
 
-def _mvtec(_params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
+def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
     folder = category_folder(root, category)
     if not folder.is_dir():
         found = [p.name for p in visible(root) if (p / "train").is_dir() or (p / "test").is_dir()]
@@ -162,7 +163,8 @@ def _mvtec(_params: Params, root: Path, category: str, passed: list[Path], warni
     masks = MaskFiles(mask_folders, passed)
     for name in ("train", "validation", "val", "test"):
         for split_folder in found_splits[name]:
-            yield from _split(_Folder(root, split_folder, category, SPLITS[name], 0, "good"), masks, passed)
+            part = _Folder(root, split_folder, category, SPLITS[name], 0, "good", params.data.sessions == "folder")
+            yield from _split(part, masks, passed)
     for path, problem in masks.unused():
         yield _Folder(root, path, category, "test", 1, "good").entry(path, problem=problem)
 
@@ -173,7 +175,9 @@ def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Ent
     where = split.path.name
     if split.split == "test":
         masks.kinds = [nfc(p.name) for p in kinds if p.name.casefold() != "good"]
-        masks.claim_direct({nfc(p.name): [f for f in visible(p) if f.is_file() and is_image(f)] for p in kinds})
+        masks.claim_direct(
+            {nfc(p.name): [f for f in _files(p, split.sessions) if f.is_file() and is_image(f)] for p in kinds}
+        )
     for child in visible(split.path):
         defect = nfc(child.name)
         if not child.is_dir():
@@ -197,11 +201,12 @@ def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Ent
 def _images(folder: _Folder, passed: list[Path], masks: MaskFiles | None = None) -> Iterator[Entry]:
     """Yield a folder's images, with their masks where there are any."""
     files = []
-    for path in visible(folder.path):
+    for path in _files(folder.path, folder.sessions):
         if path.is_dir():
-            yield folder.entry(
-                path, problem="is a folder inside a folder of images and is not read: move its images up"
-            )
+            deep = path.parent != folder.path
+            hint = "" if deep else ", or set data.sessions: folder where each such folder is a session"
+            problem = f"is a folder inside a folder of images and is not read: move its images up{hint}"
+            yield folder.entry(path, problem=problem)
         elif is_image(path):
             files.append(path)
         else:
@@ -210,6 +215,12 @@ def _images(folder: _Folder, passed: list[Path], masks: MaskFiles | None = None)
     for path in files:
         mask, problem = pairs.get(path, (None, ""))
         yield folder.entry(path, mask, problem)
+
+
+def _files(folder: Path, sessions: bool) -> list[Path]:
+    """Return a folder's entries; with `sessions`, the entries of each folder in it in place of that folder."""
+    entries = visible(folder)
+    return [f for p in entries for f in (visible(p) if p.is_dir() else [p])] if sessions else entries
 
 
 def _folders(params: Params, root: Path, category: str, passed: list[Path], _warnings: list[str]) -> Iterator[Entry]:
@@ -226,7 +237,8 @@ def _folders(params: Params, root: Path, category: str, passed: list[Path], _war
             label = int(nfc(folder.name) not in normal)
             if split == "train" and label:
                 continue
-            part = _Folder(root, folder, category, split, label, nfc(folder.name) if label else "good")
+            defect, sessions = nfc(folder.name) if label else "good", params.data.sessions == "folder"
+            part = _Folder(root, folder, category, split, label, defect, sessions)
             yield from (replace(e, stratum=folder.name) for e in _images(part, passed))
         for path in visible(root / split):
             if path.is_dir():

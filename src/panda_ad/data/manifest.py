@@ -3,7 +3,8 @@
 
 Columns (COLUMNS): path, sha256 (of the file), width, height (upright, pixels), mode (Pillow's, as stored), category,
 split (train, calibration, test), label (0 normal, 1 anomalous), defect ('good' or its name), mask ('' or path), pixels
-(sha256 of the decoded RGB pixels: equal for the same picture in another file format), mask_sha256.
+(sha256 of the decoded RGB pixels: equal for the same picture in another file format), mask_sha256, session ('' or its
+name, `sessions`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from panda_ad.data.images import Decoding
 from panda_ad.data.layouts import Entry, image_root, list_entries
 from panda_ad.data.records import Record, Records, digest, inspect_image, inspect_mask, read_all
+from panda_ad.data.sessions import sessions_of
 from panda_ad.errors import UserError
 from panda_ad.params import Params
 from panda_ad.system.files import atomic_file
@@ -40,10 +42,11 @@ COLUMNS = [
     "mask",
     "pixels",
     "mask_sha256",
+    "session",
 ]
 
 
-_NEEDED = [name for name in COLUMNS if name not in ("pixels", "mask_sha256")]
+_NEEDED = [name for name in COLUMNS if name not in ("pixels", "mask_sha256", "session")]
 """Columns that readers of a manifest need."""
 
 
@@ -70,6 +73,9 @@ def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
     rows = [_row(e, read.get(e.path, {}), masks.get(e.mask, {})) for e in entries]
     measures = ["mask_width", "mask_height", "mask_marked", "mask_largest", "low", "high"]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "misplaced", "unreadable", "doubt", "thumb", *measures])
+    for _, part in frame.groupby("category", sort=False):
+        taken = [read.get(path, {}).get("taken", "") for path in part["path"]]
+        frame.loc[part.index, "session"] = sessions_of(part["path"].tolist(), taken, params, root)
     types = {"width": "Int64", "height": "Int64", "label": "int64", **dict.fromkeys(measures, "Int64")}
     return frame.astype(types), listing.warnings
 
@@ -81,6 +87,7 @@ def _row(entry: Entry, image: Record, mask: Record) -> dict[str, Any]:
         **{k: image.get(k, "") for k in ("sha256", "mode", "pixels", "doubt", "thumb")},
         **{k: image.get(k) for k in ("width", "height")},
         "mask_sha256": mask.get("sha256", ""),
+        "session": "",
         **{f"mask_{k}": mask.get(k) for k in ("width", "height", "marked", "largest")},
         "low": low,
         "high": high,
@@ -177,7 +184,11 @@ def load_manifest(path: Path | str, category: str | None = None) -> pd.DataFrame
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8", index_col=False)
         if missing := [name for name in _NEEDED if name not in rows.columns]:
             raise ValueError(f"it has no column {', '.join(missing)}")
-        rows = rows.fillna("").astype({"width": "int64", "height": "int64", "label": "int64"})
+        rows = (
+            rows.assign(session=rows.get("session", ""))
+            .fillna("")
+            .astype({"width": "int64", "height": "int64", "label": "int64"})
+        )
         odd = ~rows["split"].isin(("train", "calibration", "test")) | ~rows["label"].isin((0, 1))
         odd |= (rows["width"] < 1) | (rows["height"] < 1)
         if odd.any():

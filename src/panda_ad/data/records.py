@@ -21,6 +21,8 @@ from panda_ad.data.damage import __file__ as damage_code
 from panda_ad.data.damage import doubt
 from panda_ad.data.images import Decoding
 from panda_ad.data.mask_files import mask_parts
+from panda_ad.data.sessions import __file__ as sessions_code
+from panda_ad.data.sessions import taken_at
 from panda_ad.errors import UserError
 from panda_ad.system.files import atomic_file
 
@@ -30,7 +32,7 @@ Record = dict[str, Any]
 """What one reading of a file found.
 
 Every record has sha256, width, height and problem. One of an image has also mode, pixels, thumb, doubt and, for 16-bit
-gray, values; one of a mask has marked and largest.
+gray, values and, where EXIF data say so, taken; one of a mask has marked and largest.
 """
 
 _Stored = tuple[list[list[int]], Record]
@@ -67,6 +69,7 @@ def image_record(data: bytes, path: str, decoding: Decoding = images.DEFAULT) ->
         "thumb": _thumb(picture.rgb),
         **({"doubt": found} if (found := doubt(data, picture.rgb)) else {}),
         **({"values": picture.values} if picture.values else {}),
+        **({"taken": when} if (when := taken_at(data)) else {}),
     }
 
 
@@ -124,7 +127,7 @@ class Records:
     def __init__(self, root: Path, keep: bool = False, decoding: Decoding = images.DEFAULT):
         self.root, self.keep = root, keep
         # Another way to decode would find other things: the cache is void when that code or Pillow changes.
-        rules = b"".join(Path(file).read_bytes() for file in (images.__file__, damage_code, __file__))
+        rules = b"".join(Path(file).read_bytes() for file in (images.__file__, damage_code, sessions_code, __file__))
         self.rules = hashlib.sha256(rules + f"{PIL.__version__} {decoding}".encode()).hexdigest()
         # by the root as it is written: a copy of the checkout that shares its .cache has the same records
         self.path = CACHE / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.json"

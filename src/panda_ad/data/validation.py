@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -153,16 +154,14 @@ class _Suite:
         from great_expectations.expectations.row_conditions import Column
 
         descriptions = [f"{r.category}: at least {r.least} usable {r.description}" for r in rules]
-        expectations = [
-            gxe.ExpectTableRowCountToBeBetween(
-                min_value=rule.least,
-                row_condition=(Column("category") == rule.category)
-                & Column("split").is_in(list(rule.splits))
-                & (Column("label") == rule.label),
-                description=description,
-            )
-            for rule, description in zip(rules, descriptions, strict=True)
-        ]
+        expectations: list[Any] = []
+        for rule, description in zip(rules, descriptions, strict=True):
+            count: Any = gxe.ExpectTableRowCountToBeBetween
+            if rule.column:
+                count = functools.partial(gxe.ExpectColumnUniqueValueCountToBeBetween, column=rule.column)
+            chosen = (Column("category") == rule.category) & Column("split").is_in(list(rule.splits))
+            chosen &= Column("label") == rule.label
+            expectations.append(count(min_value=rule.least, row_condition=chosen, description=description))
         results = self._run(expectations, rows)
         outcomes = [
             Expectation(result.expectation_config.type, description, bool(result.success), None, rule.needed)
