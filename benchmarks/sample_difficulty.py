@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import rankdata
 
-from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone, preprocess
+from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
+from panda_ad.features.preprocessing import preprocess
 
 Images = list[NDArray[np.uint8]]
 RAW_LIMIT = 0.75
@@ -50,7 +51,7 @@ def pixels(images: Images, side: int) -> NDArray[np.float32]:
 
 def features(images: Images, side: int, backbone: Backbone) -> NDArray[np.float32]:
     """Pooled features of the head at network input `side` x `side`, (N, D)."""
-    x = torch.stack([preprocess(rgb, (side, side)) for rgb in images])
+    x = torch.from_numpy(np.stack([preprocess(rgb, (side, side), backbone.architecture) for rgb in images]))
     _, layer2 = frozen_activations(backbone, x, torch.float32)
     return in_micro_batches(backbone.adapted, layer2.float())[0].numpy()
 

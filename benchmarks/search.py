@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.localization import features, random_images
-from panda_ad.features.backbones import preprocess
+from panda_ad.features.architectures import ARCHITECTURES
+from panda_ad.features.preprocessing import preprocess
 from panda_ad.scoring.localize.maps import positions
 from panda_ad.scoring.localize.patch_memory import patch_features
 from panda_ad.scoring.localize.search import nearest, pack
@@ -78,7 +79,9 @@ def main() -> None:
     if args.images:
         files = sorted(file for file in args.images.iterdir() if file.is_file())[:51]
         pixels = [np.array(Image.open(file).convert("RGB")) for file in files]
-        images = torch.stack([preprocess(rgb, (args.size, args.size)) for rgb in pixels])
+        images = torch.stack(
+            [torch.from_numpy(preprocess(rgb, (args.size, args.size), ARCHITECTURES["resnet18"])) for rgb in pixels]
+        )
     searches = {"ours": ours, "faiss": faiss_search, "blocked": blocked_search}
     print(f"{args.size} px, {args.threads} thread(s), processor ms an image, medians of {args.repeats} in turn\n")
     print(f"{'search':<28}{'queries':>8}{'rows':>9}{'dims':>6}" + "".join(f"{name:>10}" for name in searches))

@@ -17,8 +17,9 @@ from registry_project import make_project, read_rows, write_rows
 from scipy import ndimage
 
 from panda_ad.data.images import decode, read_image
-from panda_ad.features.backbones import load_backbone, preprocess
+from panda_ad.features.backbones import load_backbone
 from panda_ad.features.network import Network
+from panda_ad.features.preprocessing import preprocess
 from panda_ad.params import LocalizeParams, load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.localize.localizer import build_localizer

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from panda_ad.errors import UserError
 from panda_ad.features.architectures import ARCHITECTURES, architecture
-from panda_ad.features.backbones import Backbone, frozen_activations, load_backbone, preprocess
+from panda_ad.features.backbones import Backbone, frozen_activations, load_backbone
+from panda_ad.features.preprocessing import preprocess
 
 LITE = [name for name in ARCHITECTURES if name.startswith("efficientnet_lite")]
 TIMM = ["timm/resnet10t", "timm/mobilenetv3_small_050", "timm/regnetx_002", "timm/convnext_atto"]
@@ -36,8 +37,8 @@ def test_each_runs_and_its_parts_make_the_whole(name):
     backbone = Backbone(name, state)
     net = entry.build(3).eval()
     net.load_state_dict(state)
-    x = torch.stack([preprocess(np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8), (64, 96), entry)])
-    x = x.to(memory_format=torch.channels_last)
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    x = torch.from_numpy(preprocess(rgb, (64, 96), entry))[None].to(memory_format=torch.channels_last)
     with torch.inference_mode():
         frozen = backbone.frozen(x)
         maps = backbone.adapted.maps(frozen[-1])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from panda_ad.errors import UserError
+from panda_ad.features.architectures import architecture
 from panda_ad.features.backbones import (
     EMBEDDED,
     Backbone,
@@ -19,8 +20,8 @@ from panda_ad.features.backbones import (
     frozen_activations,
     in_micro_batches,
     load_backbone,
-    preprocess,
 )
+from panda_ad.features.preprocessing import preprocess
 from panda_ad.features.resnet import NAMES, ResNet
 
 
@@ -31,6 +32,10 @@ def backbone():
 
 def pixels(n, seed=0, size=(40, 50)):
     return [np.random.default_rng(seed + i).integers(0, 256, (*size, 3), np.uint8) for i in range(n)]
+
+
+def network_input(backbone, images, size):
+    return torch.from_numpy(np.stack([preprocess(image, size, backbone.architecture) for image in images]))
 
 
 def plain_state(classes=7):
@@ -46,7 +51,7 @@ def test_agrees_with_torchvisions_own_forward_pass(backbone):
 
     net = torchvision.models.resnet18(num_classes=200)
     net.load_state_dict({k: v.float() for k, v in load_file(EMBEDDED).items()}, strict=False)
-    x = torch.stack([preprocess(p, (64, 64)) for p in pixels(3)])
+    x = network_input(backbone, pixels(3), (64, 64))
     with torch.inference_mode():
         expected = net.eval()(x)
         got = backbone.fc(backbone.adapted(backbone.frozen(x)[1]))
@@ -155,7 +160,7 @@ def test_tensors_rebuild_the_same_backbone(backbone):
 @given(st.integers(1, 20), st.integers(0, 100), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision):
     backbone = load_backbone("embedded")
-    x = torch.stack([preprocess(p, (32, 48)) for p in pixels(n, seed)])
+    x = network_input(backbone, pixels(n, seed), (32, 48))
 
     def features(t):
         layer1, layer2 = frozen_activations(backbone, t, precision)
@@ -171,7 +176,7 @@ def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision)
 def test_features_do_not_depend_on_the_number_of_threads(name):
     """A server with one thread answers what the evaluation with all cores has found, to the digit."""
     backbone = load_backbone(name)
-    x = torch.stack([preprocess(p, (64, 64), backbone.architecture) for p in pixels(20, 0)])
+    x = network_input(backbone, pixels(20, 0), (64, 64))
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -185,10 +190,25 @@ def test_features_do_not_depend_on_the_number_of_threads(name):
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
-def test_preprocess_keeps_the_whole_image_and_normalizes():
+def test_preprocess_keeps_the_whole_image_and_normalizes(backbone):
     white = np.full((30, 60, 3), 255, np.uint8)
-    out = preprocess(white, (32, 32))
-    assert out.shape == (3, 32, 32)
-    torch.testing.assert_close(
-        out[:, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
-    )
+    out = preprocess(white, (32, 32), backbone.architecture)
+    assert out.shape == (3, 32, 32) and out.dtype == np.float32
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(out, np.broadcast_to(((1 - mean) / std)[:, None, None], out.shape), rtol=1e-6)
+    image = pixels(1)[0]
+    expected = ((image / 255 - mean) / std).transpose(2, 0, 1)
+    np.testing.assert_allclose(preprocess(image, image.shape[:2], backbone.architecture), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+@pytest.mark.parametrize("size", [(16, 20), (64, 48)])
+def test_the_resize_is_that_of_pytorch(name, size):
+    """Antialiased, bilinear and bicubic, smaller and larger: at most one gray level apart, and rarely."""
+    entry = architecture(name)
+    image = pixels(1)[0]
+    x = torch.from_numpy(image).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(x, size=size, mode=entry.interpolation, antialias=True)[0]
+    values = (resized / 255 - torch.tensor(entry.mean).view(3, 1, 1)) / torch.tensor(entry.std).view(3, 1, 1)
+    away = np.abs(preprocess(image, size, entry) - values.numpy()) * np.array(entry.std)[:, None, None] * 255
+    assert away.max() < 1.01 and (away > 0.5).mean() < 0.01

@@ -7,7 +7,8 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
-from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, preprocess
+from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone
+from panda_ad.features.preprocessing import preprocess
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.patch_memory import choose, patch_features
@@ -42,7 +43,11 @@ def world(request):
     images = [texture(rng, size) for _ in range(15)]
     images[-1][8:24, 8:24] = 255 - images[-1][8:24, 8:24] // 3
     backbone = load_backbone("embedded")
-    layer1, layer2 = frozen_activations(backbone, torch.stack([preprocess(i, size) for i in images]), torch.float32)
+    layer1, layer2 = frozen_activations(
+        backbone,
+        torch.from_numpy(np.stack([preprocess(i, size, backbone.architecture) for i in images])),
+        torch.float32,
+    )
     layer3, pooled = in_micro_batches(
         lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
     )
@@ -214,7 +219,7 @@ def test_patch_features_of_an_image_do_not_depend_on_the_batch(world):
 def test_tiles_cover_and_blend_without_seams(shape, size, overlap):
     rng = np.random.default_rng(0)
     image = ndimage.gaussian_filter(rng.normal(size=shape), 3).astype(np.float32)
-    parts = tiles(torch.from_numpy(image), size, overlap).numpy()
+    parts = tiles(image, size, overlap)
     np.testing.assert_allclose(blend(parts, shape, size, overlap), image, atol=1e-6)
     spans = sorted({(y0, y1) for y0, _, y1, _ in boxes(shape, size, overlap)})
     assert spans[0][0] == 0 and spans[-1][1] == shape[0]

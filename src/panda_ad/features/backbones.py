@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from panda_ad.errors import UserError
-from panda_ad.features.architectures import ARCHITECTURES, TIMM, Architecture, architecture
+from panda_ad.features.architectures import TIMM, Architecture, architecture
 from panda_ad.features.pretrained import EMBEDDED, is_file, published, state_of_file
 
-__all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint", "load_backbone", "preprocess"]
+__all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint", "load_backbone"]
 
 _EMBEDDED_NAME = "resnet18"
 MICRO_BATCH = 8
@@ -214,26 +213,6 @@ def load_backbone(name: str, weights: str = "DEFAULT") -> Backbone:
         return Backbone(known, state)
     except (ValueError, RuntimeError) as e:
         raise UserError(f"backbone.weights: {weights} cannot be used: {' '.join(str(e).split())[:200]}") from None
-
-
-def preprocess(rgb: np.ndarray, size: tuple[int, int], entry: Architecture = ARCHITECTURES["resnet18"]) -> Tensor:
-    """Resize (antialiased, the whole image: nothing is cropped away) and normalize as the network's training did.
-
-    Parameters
-    ----------
-    rgb : uint8 (H, W, 3), any size.
-    size : network input (height, width), pixels.
-    entry : says the interpolation, and mean and standard deviation of the channels.
-
-    Returns
-    -------
-    float32 (3, height, width).
-    """
-    x = torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)[None]
-    if x.shape[2:] != size:
-        x = nn.functional.interpolate(x, size=size, mode=entry.interpolation, antialias=True)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (entry.mean, entry.std))
-    return (x[0].float() / 255 - mean) / std
 
 
 def resolve_precision(precision: str) -> torch.dtype:

@@ -25,10 +25,14 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, preprocess
+from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches
+from panda_ad.features.preprocessing import preprocess
 
 _RULES = (
-    *(f"features/{name}.py" for name in ("architectures", "backbones", "efficientnet_lite", "resnet", "timm_networks")),
+    *(
+        f"features/{name}.py"
+        for name in ("architectures", "backbones", "efficientnet_lite", "preprocessing", "resnet", "timm_networks")
+    ),
     "data/images.py",
     "data/outliers.py",
 )
@@ -129,7 +133,8 @@ class Activations:
         return self._values(self._decoded(items))
 
     def _decoded(self, items: Sequence[Item]) -> torch.Tensor:
-        return torch.stack([preprocess(item.read(), self.size, self.backbone.architecture) for item in items])
+        pixels = [preprocess(item.read(), self.size, self.backbone.architecture) for item in items]
+        return torch.from_numpy(np.stack(pixels))
 
     def _values(self, x: torch.Tensor) -> dict[str, np.ndarray]:
         values = frozen_activations(self.backbone, x, self.precision)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from panda_ad.features.backbones import AdaptedLayers, Backbone, frozen_activations, in_micro_batches, preprocess
+from panda_ad.features.backbones import AdaptedLayers, Backbone, frozen_activations, in_micro_batches
+from panda_ad.features.preprocessing import preprocess
 
 Activations = Mapping[str, np.ndarray]
 """Level name to float16 (N, C, h, w)."""
@@ -54,13 +55,13 @@ class Network:
         """Levels that a patch memory compares."""
         return self.backbone.architecture.map_levels
 
-    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Resize and normalize images, uint8 (H, W, 3) of any size: float32 (N, 3, *size)."""
-        return torch.stack([preprocess(image, self.size, self.backbone.architecture) for image in images])
+    def preprocess(self, images: Sequence[np.ndarray], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Resize and normalize images, uint8 (H, W, 3) of any size: float32 (N, 3, H, W), of `size` or the input's."""
+        return np.stack([preprocess(image, size or self.size, self.backbone.architecture) for image in images])
 
-    def activations(self, pixels: Tensor) -> dict[str, np.ndarray]:
+    def activations(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Return frozen activations of preprocessed images, float32 (N, 3, H, W)."""
-        values = frozen_activations(self.backbone, pixels, self.precision)
+        values = frozen_activations(self.backbone, torch.from_numpy(pixels), self.precision)
         return {level: value.numpy() for level, value in zip(self.frozen_levels, values, strict=True)}
 
     def features(self, activations: Activations, pretrained: np.ndarray | None = None) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from panda_ad.errors import UserError
 from panda_ad.features.backbones import Backbone
 from panda_ad.features.image_statistics import NAMES, Reference
 from panda_ad.features.network import Network, with_state
-from panda_ad.scoring.bundle_formats import FORMAT, pixel_statistics_file, tensor_name, upgrade_config
+from panda_ad.scoring.bundle_formats import FORMAT, check_format
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.gallery import Gallery
@@ -71,23 +71,18 @@ def save_bundle(detector: Detector, folder: Path) -> None:
 
 
 def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> Detector:
-    """Read what `save_bundle` wrote, of any format so far, optionally with another false-alarm rate.
+    """Read what `save_bundle` wrote, optionally with another false-alarm rate.
 
     Raises
     ------
     UserError
-        The bundle is missing, damaged or of a newer format.
+        The bundle is missing, damaged or of another format.
     """
     folder = Path(folder)
     try:
         facts = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        if facts["format"] > FORMAT:
-            raise UserError(
-                f"{folder}: bundle format {facts['format']} is newer than this panda-ad's ({FORMAT}); update panda-ad"
-            )
-        return _load(
-            folder, upgrade_config(facts), {} if false_alarm_rate is None else {"false_alarm_rate": false_alarm_rate}
-        )
+        check_format(facts, folder)
+        return _load(folder, facts, {} if false_alarm_rate is None else {"false_alarm_rate": false_alarm_rate})
     except UserError:
         raise
     except FileNotFoundError as e:
@@ -120,7 +115,7 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
         whitenings=tuple(whitenings),
         classifier={name: value.numpy() for name, value in weights["classifier"].items()} or None,
         localizer=load_localizer(folder / "localizer") if (folder / "localizer").exists() else None,
-        pixel_statistics=_pixel_statistics(pixel_statistics_file(folder), config.score != "features"),
+        pixel_statistics=_pixel_statistics(folder / "pixel_statistics.safetensors", config.score != "features"),
         scales=(scales[0], scales[1]) if config.score == "both" else None,
         calibration=np.array(scores, dtype=np.float64),
         reference=_reference(folder / "reference.safetensors"),
@@ -150,7 +145,7 @@ def _read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
     groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "snapshots": {}, "classifier": {}, "whitening": {}}
     with safe_open(path, "pt") as f:
         for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-            group, name = tensor_name(key).split(".", 1)
+            group, name = key.split(".", 1)
             groups[group][name] = f.get_tensor(key)
     return groups
 

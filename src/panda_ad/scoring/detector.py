@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
-import torch
 
 from panda_ad.errors import UserError
 from panda_ad.features.image_statistics import Reference
@@ -182,7 +181,7 @@ class Detector:
 
         step, parts, rest = max(1, _TILES // localizer.tiles**2), [], iter(images)
         for i in range(0, len(features), step):
-            tiles = torch.cat([image_tiles(image, self.network, localizer.tiles) for image in islice(rest, step)])
+            tiles = np.concatenate([image_tiles(image, self.network, localizer.tiles) for image in islice(rest, step)])
             maps = self.network.maps(self.network.activations(tiles), localizer.levels)
             parts.append(localizer.heatmaps(maps, features[i : i + step], self.size))
         return np.concatenate(parts)

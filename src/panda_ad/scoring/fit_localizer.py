@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
-import torch
 
 from panda_ad.features.backbones import MICRO_BATCH
 from panda_ad.features.images import Images
@@ -94,12 +93,12 @@ def image_maps(network: Network, images: Images, levels: tuple[str, ...], tiles:
         return network.maps(images.activations(index, needed), levels)
 
     @lru_cache(maxsize=1)
-    def tiles_of(image: int) -> torch.Tensor:
+    def tiles_of(image: int) -> np.ndarray:
         return image_tiles(images.read(image), network, tiles)
 
     def tiled(index: slice | np.ndarray) -> dict[str, np.ndarray]:
         chosen = np.arange(len(images) * tiles**2)[index].tolist()
-        pixels = torch.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen])
+        pixels = np.stack([tiles_of(i // tiles**2)[i % tiles**2] for i in chosen])
         return network.maps(network.activations(pixels), levels)
 
     return whole if tiles == 1 else tiled

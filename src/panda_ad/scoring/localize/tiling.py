@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from panda_ad.errors import UserError
 from panda_ad.features.network import Network
@@ -31,13 +28,13 @@ def grid(size: Pair, count: int) -> tuple[Pair, Pair]:
     return (count * (size[0] - overlap[0]) + overlap[0], count * (size[1] - overlap[1]) + overlap[1]), overlap
 
 
-def image_tiles(rgb: np.ndarray, network: Network, count: int) -> Tensor:
+def image_tiles(rgb: np.ndarray, network: Network, count: int) -> np.ndarray:
     """Bring an image, uint8 (H, W, 3), to `grid`'s shape, preprocess and cut it.
 
     The tiles are float32 (count^2, 3, *size), row by row.
     """
     shape, overlap = grid(network.size, count)
-    return tiles(replace(network, size=shape).preprocess([rgb])[0], network.size, overlap)
+    return tiles(network.preprocess([rgb], shape)[0], network.size, overlap)
 
 
 def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
@@ -54,10 +51,10 @@ def boxes(shape: Pair, size: Pair, overlap: Pair) -> list[Box]:
     return [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
 
 
-def tiles(image: Tensor, size: Pair, overlap: Pair) -> Tensor:
+def tiles(image: np.ndarray, size: Pair, overlap: Pair) -> np.ndarray:
     """Cut an image (..., H, W) into parts, in the order of `boxes`: (T, ..., h, w)."""
     shape = (image.shape[-2], image.shape[-1])
-    return torch.stack([image[..., y0:y1, x0:x1] for y0, x0, y1, x1 in boxes(shape, size, overlap)])
+    return np.stack([image[..., y0:y1, x0:x1] for y0, x0, y1, x1 in boxes(shape, size, overlap)])
 
 
 def blend(tile_maps: Sequence[np.ndarray], shape: Pair, size: Pair, overlap: Pair) -> np.ndarray:
