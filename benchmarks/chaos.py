@@ -58,8 +58,9 @@ TIMED = re.compile(r"data_docs/|report\.html$|timings/|validation/report\.json$|
 REGISTRY = f"""
 import json
 from panda_ad.registry.audit import history
-from panda_ad.registry.change import bundle_hash
-from panda_ad.registry.connection import bundle_of, connect
+from panda_ad.registry.connection import connect
+from panda_ad.registry.run_inputs import bundle_hash
+from panda_ad.registry.versions import bundle_of
 client, found = connect(), {{}}
 for version in client.search_model_versions("name='{NAME}'"):
     run = client.get_run(version.run_id)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.scoring.checksums import write_checksums
 from panda_ad.system.files import digest_file
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def write_bundle(folder: Path, category: str, weights: bytes) -> None:
     write_json(bundle / "bundle.json", config)
     write_json(bundle / "calibration.json", {"scores": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "threshold": {"value": 0.6}})
     (bundle / "weights.safetensors").write_bytes(weights)
+    write_checksums(bundle)
 
 
 def write_scores(folder: Path, category: str, quality: float = 1.0) -> None:

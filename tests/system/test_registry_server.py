@@ -163,5 +163,7 @@ def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_
         ]
         bundle = download_version(f"models:/{NAME}@staging")[2]
         assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
+        (bundle / "weights.safetensors").write_bytes(b"damaged")  # the copy is fetched again
         assert download_version(f"models:/{NAME}/1")[2] == bundle
+        assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
     assert not (folder / "mlflow.db").exists() and not (folder / "mlartifacts").exists()

@@ -392,6 +392,11 @@ def test_files_that_were_lost_are_published_again(project):
         download_version(f"models:/{NAME}/1")
     publish("fabric")
     assert download_version(f"models:/{NAME}/1")[2] == bundle and (bundle / "weights.safetensors").is_file()
+    (bundle / "weights.safetensors").write_bytes(b"weights of another model")
+    with pytest.raises(UserError, match="damaged, 'weights.safetensors' is not what was written in .*; `dvc repro"):
+        download_version(f"models:/{NAME}/1")
+    publish("fabric")
+    assert download_version(f"models:/{NAME}/1")[2] == bundle
     assert promote()[0].outcome == "promoted"
 
 

@@ -15,6 +15,7 @@ from panda_ad.registry import audit
 from panda_ad.registry.connection import connect, first_line, mlflow_errors, tracking_uri, without_credentials
 from panda_ad.registry.model_files import save
 from panda_ad.registry.standing import standing
+from panda_ad.scoring.checksums import damage
 from panda_ad.system.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -93,14 +94,16 @@ def bundle_of(client: MlflowClient, version: ModelVersion) -> Path:
     import mlflow.artifacts
 
     if (folder := _local_folder(client, version)) is not None:
+        category = version.tags["panda.category"]
+        again = f"`dvc repro --force --single-item publish@{category}` puts them back where the bundle is the same"
         if not folder.is_dir():
-            category = version.tags["panda.category"]
-            again = f"`dvc repro --force --single-item publish@{category}` puts them back where the bundle is the same"
             raise UserError(f"{version.name} version {version.version}: its files are gone from {folder}; {again}")
+        if found := damage(folder):
+            raise UserError(f"{version.name} version {version.version}: damaged, {found} in {folder}; {again}")
         return folder
     uri = _bundle_uri(client, version)
     kept = _MODELS / version.tags["panda.bundle"]
-    if not kept.is_dir():
+    if not kept.is_dir() or damage(kept):
         with atomic_folder(kept) as folder:
             mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
             if (folder / "bundle").is_dir():  # MLflow puts the folder itself below dst_path
@@ -202,9 +205,9 @@ def _upload(client: MlflowClient, model_id: str, bundle: Path, example: bytes) -
 
 
 def restore_files(client: MlflowClient, version: ModelVersion, bundle: Path, example: bytes) -> None:
-    """Upload a version's files again where its own place on this machine has lost them."""
+    """Upload a version's files again where its own place on this machine has lost them, or they are damaged."""
     folder = _local_folder(client, version)
-    if folder is not None and not folder.is_dir():
+    if folder is not None and (not folder.is_dir() or damage(folder)):
         _upload(client, str(version.source).rpartition("/")[2], bundle, example)
 
 

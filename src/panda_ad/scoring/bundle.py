@@ -22,6 +22,7 @@ from panda_ad.features.backbones import Backbone
 from panda_ad.features.image_statistics import NAMES, Reference
 from panda_ad.features.network import Network, with_state
 from panda_ad.scoring.bundle_formats import FORMAT, check_format
+from panda_ad.scoring.checksums import CHECKSUMS, damage, write_checksums
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.gallery import Gallery
@@ -68,6 +69,7 @@ def save_bundle(detector: Detector, folder: Path) -> None:
             "images": list(detector.images),
         },
     )
+    write_checksums(folder)
 
 
 def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> Detector:
@@ -80,8 +82,11 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
     """
     folder = Path(folder)
     try:
+        if found := damage(folder):
+            raise UserError(f"{folder}: damaged bundle, {found}; build it again, or pull or copy it again")
         facts = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
         check_format(facts, folder)
+        (folder / CHECKSUMS).stat()
         return _load(folder, facts, {} if false_alarm_rate is None else {"false_alarm_rate": false_alarm_rate})
     except UserError:
         raise
