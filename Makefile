@@ -50,7 +50,7 @@ peers: $(PEERS)/.ready    ## beside anomalib's PatchCore, in an environment of i
 	@$(HERE) dvc checkout --quiet data.dvc 2>/dev/null || $(HERE) dvc pull --quiet data.dvc
 	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -W ignore benchmarks/peers/compare.py data/*
 
-ui: $(VENV)/.ready        ## MLflow and Prefect servers on loopback, with the deployments
+ui: $(VENV)/.ready        ## MLflow, Prefect and the inspector's page on loopback, with the deployments
 	@$(HERE) panda-ad ui
 
 lint: $(VENV)/.ready-dev  ## ruff (rules and format), mypy, import contracts

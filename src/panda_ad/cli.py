@@ -145,6 +145,23 @@ def ingest(
 
 
 @app.command()
+def inspect(
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes any free one.")] = 5002,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs tokens.")] = "127.0.0.1",
+    alias: Annotated[str, typer.Option(help="The registered versions that score and explain.")] = "staging",
+    folder: Annotated[Path | None, typer.Option(help="Score the images of this folder into the log first.")] = None,
+    category: Annotated[str | None, typer.Option("--category", "-c", help="What the folder shows.")] = None,
+) -> None:
+    """Serve the inspector's page, until Ctrl-C.
+
+    People look at what was scored, decide, set thresholds, promote; see docs/inspect.md.
+    """
+    from panda_ad.inspect.server import inspect
+
+    inspect(port, host, alias, category, folder)
+
+
+@app.command()
 def promote(
     category: Categories = None,
     to: Annotated[str, typer.Option(help="staging, or champion.")] = "staging",
@@ -226,8 +243,9 @@ def clean(
 def ui(
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
+    inspect_port: Annotated[int, typer.Option(help="Port of the inspector's page on 127.0.0.1.")] = 5002,
 ) -> None:
-    """Start the MLflow and Prefect servers, until Ctrl-C.
+    """Start the MLflow and Prefect servers and the inspector's page, until Ctrl-C.
 
     On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them.
     """
@@ -235,7 +253,7 @@ def ui(
     from panda_ad.params import load_params
 
     load_params()  # a wrong folder, or a mistake in params.yaml, is better said now than by a flow
-    serve_ui(mlflow_port=mlflow_port, prefect_port=prefect_port)
+    serve_ui(mlflow_port, prefect_port, inspect_port)
 
 
 @app.command()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make ui`: MLflow and Prefect servers with a worker, on this machine, until Ctrl-C."""
+"""`make ui`: MLflow and Prefect servers with a worker and the inspector's page, on this machine, until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,18 +42,21 @@ otherwise.
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the servers answer, e.g. http://127.0.0.1:5000."""
+    """Where the servers answer, e.g. http://127.0.0.1:5000; '' for the inspector's page where it was not asked for."""
 
     mlflow: str
     prefect: str
+    inspect: str = ""
 
 
-def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[str], None] = print) -> None:
+def serve_ui(
+    mlflow_port: int = 5000, prefect_port: int = 4200, inspect_port: int = 5002, say: Callable[[str], None] = print
+) -> None:
     """Run the servers until Ctrl-C or SIGTERM, then end them and everything they started.
 
     Parameters
     ----------
-    mlflow_port, prefect_port : TCP ports on 127.0.0.1; 0 takes any free one.
+    mlflow_port, prefect_port, inspect_port : TCP ports on 127.0.0.1; 0 takes any free one.
     say : called with each line for the user.
 
     Raises
@@ -63,10 +66,12 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
     UserError
         A port is taken, or a server does not start or ends; names its log.
     """
-    with _sigterm_as_interrupt(), running_servers(mlflow_port, prefect_port, say) as (addresses, groups):
+    servers = running_servers(mlflow_port, prefect_port, say, inspect_port)
+    with _sigterm_as_interrupt(), servers as (addresses, groups):
         say(f"MLflow   {without_credentials(addresses.mlflow)}")
         say(f"Prefect  {without_credentials(addresses.prefect)}/deployments   (there: Run, and each schedule's switch)")
-        say("Ctrl-C stops both.")
+        say(f"Inspect  {addresses.inspect}   (decide, thresholds, versions)")
+        say("Ctrl-C stops all.")
         try:
             while True:
                 for name, group in groups.items():
@@ -79,10 +84,11 @@ def serve_ui(mlflow_port: int = 5000, prefect_port: int = 4200, say: Callable[[s
 
 @contextmanager
 def running_servers(
-    mlflow_port: int = 0, prefect_port: int = 0, say: Callable[[str], None] = print
+    mlflow_port: int = 0, prefect_port: int = 0, say: Callable[[str], None] = print, inspect_port: int | None = None
 ) -> Iterator[tuple[Addresses, dict[str, Group]]]:
     """Give the addresses and processes of MLflow, Prefect with its deployments, and a worker; end all on leaving.
 
+    With a port for it, the inspector's page is one of them.
     A server elsewhere, named by MLFLOW_TRACKING_URI or PREFECT_API_URL (http...), is used and not started.
     """
     mlflow, prefect = _remote("MLFLOW_TRACKING_URI"), _remote("PREFECT_API_URL")
@@ -127,6 +133,12 @@ def running_servers(
         if "mlflow" in groups:
             _await(groups["mlflow"], "mlflow", f"{mlflow}/health")
             ready("MLflow answers")
+        if inspect_port is not None:
+            port = _free_port(inspect_port, "--inspect-port")
+            addresses = replace(addresses, inspect=f"http://{HOST}:{port}")
+            page = start("inspect", ["panda_ad.cli", "inspect", "--port", str(port)], MLFLOW_TRACKING_URI=mlflow)
+            _await(page, "inspect", f"{addresses.inspect}/static/icon.svg")
+            ready("the inspector's page answers")
         publish(addresses)
         yield addresses, groups
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LOG = Path("monitoring/log")
+VERDICT = ("time", "path", "sha256", "model", "version", "score", "p_value", "decision", "threshold")
 _NUMBERS = ("score", "p_value", "threshold")
 
 
@@ -148,6 +149,16 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
             ):
                 found.setdefault(sha256, set()).add((model, version))
     return found
+
+
+def verdict_files(category: str, log: Path = LOG) -> list[Path]:
+    """Return a category's files, oldest first."""
+    return _files(log, category)
+
+
+def read_verdicts(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one file of the log with the columns `VERDICT`; UserError if it is damaged."""
+    return [row for part in _read(path, None, None, list(VERDICT)) for row in part.select(VERDICT).to_pylist()]
 
 
 def read_window(
