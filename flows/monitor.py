@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watching the models at work as a Prefect flow: the recent verdicts of each category against its calibration images.
+"""Watching the models at work as a Prefect flow: have the images of a category changed since the last change.
 
-A drift is an event, `panda.drift`, on which the automation of `flows/deploy.py` runs `retrain`. The gate decides
-whether the new model is any better. Nothing here promotes.
+A new alarm is an event, `panda.drift`, once, on which the automation of `flows/deploy.py` runs `retrain`. The gate
+decides whether the new model is any better. Nothing here promotes.
 
 python -m flows.monitor        # the same without a deployment
 """
@@ -19,6 +19,7 @@ from flows.results import artifact_key, cell
 from flows.retrain import BACKOFF
 from flows.score import Alias
 from panda_ad.errors import UserError
+from panda_ad.monitor.alarms import tell
 from panda_ad.monitor.check import Check, check_category, chosen_categories, record
 from panda_ad.monitor.drift import TooFew
 from panda_ad.monitor.log import NothingLogged
@@ -27,23 +28,31 @@ from panda_ad.params import load_params
 EVENT = "panda.drift"
 
 
-def drift_event(check: Check) -> None:
-    """Tell Prefect of a drift.
+def tell_alarms(check: Check) -> None:
+    """Tell Prefect of the alarms that it has not had yet, each once, whoever found them.
 
-    The event is `panda.drift` of resource `panda.category.<category>`, its payload the findings and shifts.
+    The event is `panda.drift` of resource `panda.category.<category>`, its payload the findings and since when. One
+    event causes one retraining, however long an alarm stays open.
     """
-    emit_event(
-        EVENT,
-        resource={"prefect.resource.id": f"panda.category.{check.category}", "prefect.resource.name": check.category},
-        payload={
-            "category": check.category,
-            "model": check.model,
-            "version": check.version,
-            "findings": check.drift.findings,
-            "shifts": {t.name: t.shift for t in check.drift.tests if t.drifted},
-            "images": check.drift.window,
-        },
-    )
+    for alarm in check.open:
+        if alarm.told:
+            continue
+        emit_event(
+            EVENT,
+            resource={
+                "prefect.resource.id": f"panda.category.{check.category}",
+                "prefect.resource.name": check.category,
+            },
+            payload={
+                "category": check.category,
+                "model": alarm.model,
+                "version": alarm.version,
+                "findings": list(alarm.findings),
+                "since": alarm.since,
+                "images": check.drift.window,
+            },
+        )
+        tell(check.category, alarm)
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=BACKOFF)
@@ -56,7 +65,7 @@ def check(category: str, alias: str) -> State:
     except UserError as e:
         return Failed(message=str(e))
     create_markdown_artifact(summary(found), key=f"monitor-{artifact_key(category)}", description=str(found))
-    return Completed(name="Drift" if found.drift.drifted else "Steady", message=str(found), data=found)
+    return Completed(name="Drift" if found.alarms else "Steady", message=str(found), data=found)
 
 
 @task(cache_policy=NO_CACHE, retries=3, retry_delay_seconds=BACKOFF)
@@ -67,13 +76,13 @@ def log_check(found: Check) -> None:
 
 @flow(
     name="monitor",
-    description="Tests each category's recent images for drift. Beyond the limits, event panda.drift runs retrain.",
+    description="Tests each category's images for a change. A new one is event panda.drift, once, which runs retrain.",
 )
 def monitor(
     categories: list[str] = [],  # noqa: B006  never changed, and the UI's form shows a plain list
     alias: Alias = "staging",
 ) -> State:
-    """Compare recent images with the calibration images.
+    """Find out whether images have changed.
 
     Args:
         categories: What to look at, e.g. fabric. No items: all categories of params.yaml.
@@ -89,9 +98,9 @@ def monitor(
     failed = {c: str(s.message) for c, s in states.items() if not s.is_completed()}
     checks: list[Check] = [s.result() for s in states.values() if s.name in ("Drift", "Steady")]
     for found in checks:
-        if found.drift.drifted:
+        if found.alarms:
             get_run_logger().warning("%s", found)
-            drift_event(found)  # first, so that it does not wait for MLflow
+        tell_alarms(found)  # first, so that it does not wait for MLflow
         logged = log_check.with_options(task_run_name=f"log {found.category}")(found, return_state=True)
         if not logged.is_completed():
             failed[found.category] = str(logged.message)
@@ -99,7 +108,7 @@ def monitor(
     create_table_artifact(rows, key="monitor-results", description="What has drifted, per category.")
     if failed:
         return Failed(message="; ".join(f"{c}: {m}" for c, m in failed.items()))
-    drifted = [f"{f.category}: {f.drift.headline}" for f in checks if f.drift.drifted]
+    drifted = [f"{f.category}: {f.headline}" for f in checks if f.alarms]
     waiting = sum(s.name == "Waiting" for s in states.values())
     return Completed(
         name="Drift" if drifted else "Completed",
@@ -108,14 +117,17 @@ def monitor(
 
 
 def summary(found: Check) -> str:
-    """Return the findings and every test of a check, as Markdown."""
-    lines = [f"**{found.category}: {cell(found.drift.headline)}**", ""]
+    """Return alarms and every test of a check, as Markdown."""
+    lines = [f"**{found.category}: {cell(found.headline)}**", ""]
     lines += [
         f"{found.model} version {found.version}, {found.drift.window} images against {found.drift.reference}; "
         f"{found.report}",
         "",
     ]
-    lines += ["| what | calibration | recent | shift | p | finding |", "| --- | --- | --- | --- | --- | --- |"]
+    if found.open:
+        command = f"`panda-ad monitor --acknowledge -c {found.category} --reason TEXT`"
+        lines += [f"A person who knows and accepts the change ends the alarm with {command}.", ""]
+    lines += ["| what | reference | recent | shift | p | finding |", "| --- | --- | --- | --- | --- | --- |"]
     for t in found.drift.tests:
         before, after = ("" if v is None else f"{v:.4g}" for v in (t.before, t.after))
         lines.append(f"| {t.name} | {before} | {after} | {t.shift:.2f} | {t.adjusted:.2g} | {t.finding} |")

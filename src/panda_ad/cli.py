@@ -83,21 +83,32 @@ def score(
 def monitor(
     category: Categories = None,
     alias: Annotated[str, typer.Option(help="The registered version whose verdicts are looked at.")] = "staging",
+    acknowledge: Annotated[
+        bool, typer.Option("--acknowledge", help="End the open alarms: what images are like now is known and accepted.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="With --acknowledge: why, for the record.")] = "",
 ) -> None:
-    """Test the newest logged images for drift.
+    """Test the logged images for a change.
 
+    A change is an alarm once, with the time since when. Then images are compared with those since the change.
     Writes a report per category into monitoring/reports.
 
-    Exit code 0: no drift. 5: drift. 2: no drift found, but a category could not be checked.
+    Exit code 0: no new change. 5: a change. 2: no change found, but a category could not be checked.
     """
-    from panda_ad.monitor.check import DRIFT_FOUND, monitor
+    from panda_ad.monitor.check import DRIFT_FOUND, acknowledge_alarms, monitor
 
+    if reason and not acknowledge:
+        raise UserError("--reason: goes with --acknowledge")
+    if acknowledge:
+        for line in acknowledge_alarms(category or [], reason):
+            print(line)
+        return
     checks, problems = monitor(category or [], alias)
     for check in checks:
         print(check)
     for problem in problems:
         print(f"panda-ad: {problem}", file=sys.stderr)
-    if any(check.drift.drifted for check in checks):
+    if any(check.alarms for check in checks):
         raise typer.Exit(DRIFT_FOUND)
     if problems:
         raise typer.Exit(UserError.exit_code)

@@ -169,6 +169,69 @@ def test_steady_and_darker_images_by_exit_code_report_and_mlflow(project, browse
     assert log == []
 
 
+def test_an_alarm_is_raised_once_and_a_person_ends_it(project):
+    drop(project, 20, seed=1)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
+    assert run("monitor")[0] == 0
+    assert run("monitor", "--acknowledge")[0::2] == (2, "no alarm is open, nothing to acknowledge")
+    drop(project, 20, seed=3, shift=-40)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "b.csv")
+    code, said, _ = run("monitor")
+    since = read_window("fabric", NAME, "1").times[20]
+    assert code == 5 and "darker" in said and f"since {str(since)[:16].replace('T', ' ')} UTC" in said
+    code, said, _ = run("monitor")
+    assert code == 0 and "no new drift; open: " in said and "darker" in said
+    assert "darker" in connect().get_model_version(NAME, "1").tags["panda.drift"]
+    drop(project, 20, seed=4, shift=-40)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "c.csv")
+    assert run("monitor")[0] == 0, "more of the same is nothing new"
+    code, said, _ = run("monitor", "--acknowledge", "--reason", "lamp of line 2")
+    assert code == 0 and "acknowledged by" in said and said.rstrip().endswith(": lamp of line 2")
+    code, said, _ = run("monitor")
+    assert code == 0 and said.startswith("fabric: no drift in 25 images")
+    assert connect().get_model_version(NAME, "1").tags["panda.drift"] == "none"
+    drop(project, 20, seed=5, shift=40)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "d.csv")
+    code, said, _ = run("monitor")
+    assert code == 5 and "brighter" in said, "what comes next is an alarm again"
+    assert run("monitor", "--reason", "x")[0] == 2
+
+
+def test_a_lamp_that_is_mended_ends_its_alarm(project):
+    for seed, shift in ((1, 0), (3, -40)):
+        drop(project, 20, seed=seed, shift=shift)
+        run("score", "inbox", "--model", MODEL, "--log", "--out", f"{seed}.csv")
+        run("monitor")
+    drop(project, 30, seed=6)
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "6.csv")
+    code, said, _ = run("monitor")
+    assert code == 0 and "over: " in said and "images are as before again since" in said
+    assert run("monitor")[1].startswith("fabric: no drift")
+
+
+def test_a_version_trained_on_the_new_state_ends_the_alarm_and_the_flow_tells_once(project, monkeypatch):
+    events: list[dict] = []
+    monkeypatch.setattr(monitor_flow, "emit_event", lambda event, resource, payload: events.append(payload))
+    for seed, shift in ((1, 0), (3, -40)):
+        drop(project, 20, seed=seed, shift=shift)
+        run("score", "inbox", "--model", MODEL, "--log", "--out", f"{seed}.csv")
+    first = check_category("fabric")
+    assert first.alarms
+    monitor_flow.tell_alarms(first)
+    again = check_category("fabric")
+    assert again.open and not again.alarms
+    monitor_flow.tell_alarms(again)
+    assert [e["category"] for e in events] == ["fabric"] and "darker" in events[0]["findings"]
+
+    model = model_at("fabric", "staging", load_params())
+    dark = [digest_file(path) for path in sorted(Path("inbox/fabric").glob("3-*"))[:9]]
+    knows = dataclasses.replace(model.detector, seen=model.detector.seen | set(dark))
+    monkeypatch.setattr("panda_ad.monitor.check.model_at", lambda *_: dataclasses.replace(model, detector=knows))
+    check = check_category("fabric")
+    assert not check.open and "trained on 9 images since then" in check.ended[0].end
+    assert not check_category("fabric").ended
+
+
 def test_recording_a_check_again_adds_nothing(project):
     drop(project, 10, seed=1)
     run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")

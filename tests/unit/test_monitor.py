@@ -225,7 +225,7 @@ def test_bad_windows_are_one_line():
     with pytest.raises(UserError, match="3 calibration images are too few"):
         find_drift(arrays_of(3, 0), arrays_of(20, 1), 0.05, LIMITS)
     with pytest.raises(ValueError, match="sample"):
-        Sample(np.zeros(3), np.zeros((2, len(NAMES))), np.zeros((3, 4)))
+        Sample(np.zeros(3), np.zeros((3, len(NAMES))), np.zeros((2, 4)))
 
 
 def test_bad_limits_name_their_key(repo_root):

@@ -70,7 +70,7 @@ def test_a_version_can_be_checked_for_years(project, monkeypatch):
             "sample",
             NAME,
             "1",
-            {"checked": time, "window": 30, "drifted": False, "findings": [], "tests": []},
+            {"checked": time, "window": 30, "drifted": False, "findings": [], "tests": [], "open": [], "evidence": {}},
             [report, data],
         )
     client = connect()

@@ -41,12 +41,13 @@ class TooFew(UserError):
 
 @dataclass(frozen=True)
 class Sample:
-    """N images as the model and the statistics see them.
+    """Images as the model and the statistics see them.
 
     Attributes
     ----------
-    scores : (N,) float64.  statistics : (N, S) float64, columns as `statistics.NAMES`.
-    features : (N, D) float, pooled features under the model's last head.
+    scores : (N,) float64.  features : (N, D) float, pooled features under the model's last head.
+    statistics : (M, S) float64, columns as `statistics.NAMES`; of a reference M may differ from N, since what images
+        are like is known of those that earlier versions have scored too.
     """
 
     scores: np.ndarray
@@ -54,9 +55,7 @@ class Sample:
     features: np.ndarray
 
     def __post_init__(self) -> None:
-        if len({len(self.scores), len(self.statistics), len(self.features)}) != 1 or self.statistics.shape[1:] != (
-            len(STATISTICS),
-        ):
+        if len(self.scores) != len(self.features) or self.statistics.shape[1:] != (len(STATISTICS),):
             raise ValueError(
                 f"sample: {self.scores.shape} scores, {self.statistics.shape} statistics, "
                 f"{self.features.shape} features"
@@ -93,6 +92,10 @@ class Test:
     after: float | None
     drifted: bool
     finding: str
+
+    def is_large(self, min_shift: float) -> bool:
+        """Return whether the shift is large: from `min_shift` standard deviations on, of alarms from `TWICE` on."""
+        return self.shift >= TWICE if self.name == "alarms" else abs(self.shift) >= min_shift
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,9 @@ def find_drift(reference: Sample, window: Sample, rate: float, limits: MonitorPa
             f"{len(reference)} calibration images are too few to compare with; "
             "raise data.calibration_fraction and retrain"
         )
-    raw = [_alarms(reference.scores, window.scores, rate), _scores(reference.scores, window.scores)]
-    raw += [_statistic(i, reference.statistics[:, i], window.statistics[:, i]) for i in range(len(STATISTICS))]
-    raw.append(_content(reference.features, window.features, seed))
+    raw = [compare_alarms(reference.scores, window.scores, rate), compare_scores(reference.scores, window.scores)]
+    raw += [compare_statistic(i, reference.statistics[:, i], window.statistics[:, i]) for i in range(len(STATISTICS))]
+    raw.append(compare_content(reference.features, window.features, seed))
     adjusted = stats.false_discovery_control([t.p_value for t in raw], method="bh")
     tests = [_judged(test, float(p), limits) for test, p in zip(raw, adjusted, strict=True)]
     image = [t for t in tests[2:-1] if t.drifted]
@@ -169,8 +172,7 @@ def find_drift(reference: Sample, window: Sample, rate: float, limits: MonitorPa
 
 
 def _judged(test: Test, adjusted: float, limits: MonitorParams) -> Test:
-    large = test.shift >= TWICE if test.name == "alarms" else abs(test.shift) >= limits.min_shift
-    drifted = adjusted <= limits.significance and large
+    drifted = adjusted <= limits.significance and test.is_large(limits.min_shift)
     return Test(
         **(asdict(test) | {"adjusted": adjusted, "drifted": drifted, "finding": test.finding if drifted else ""})
     )
@@ -180,7 +182,7 @@ def _with_finding(test: Test, finding: str) -> Test:
     return Test(**(asdict(test) | {"finding": finding}))
 
 
-def _alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
+def compare_alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
     """Test whether there are more alarms than the budget allows.
 
     The budget itself is known only from M calibration images: the true false-alarm rate of their k-th largest score is
@@ -206,12 +208,14 @@ def _alarms(reference: np.ndarray, window: np.ndarray, rate: float) -> Test:
     )
 
 
-def _scores(reference: np.ndarray, window: np.ndarray) -> Test:
+def compare_scores(reference: np.ndarray, window: np.ndarray) -> Test:
+    """Test whether scores are higher or lower than the reference's."""
     test = _compared("scores", reference, window, 0.0)
     return _with_finding(test, "scores are higher" if test.shift > 0 else "scores are lower")
 
 
-def _statistic(index: int, reference: np.ndarray, window: np.ndarray) -> Test:
+def compare_statistic(index: int, reference: np.ndarray, window: np.ndarray) -> Test:
+    """Test whether an image statistic, by its index in `STATISTICS`, is higher or lower than the reference's."""
     known = STATISTICS[index]
     test = _compared(known.name, reference, window, known.resolution)
     return _with_finding(test, known.higher if test.shift > 0 else known.lower)
@@ -228,7 +232,7 @@ def _compared(name: str, reference: np.ndarray, window: np.ndarray, resolution: 
     )
 
 
-def _content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
+def compare_content(reference: np.ndarray, window: np.ndarray, seed: int) -> Test:
     """Permutation test of the energy distance (Szekely and Rizzo 2013) between features.
 
     Features are projected on principal components of both samples together: components of the reference alone would

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,25 @@ class Window:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def last(self, count: int) -> Window:
+        """Return the newest verdicts, at most so many."""
+        return self.of(np.array(self.sha256[-count:]))
+
+    def of(self, keys: np.ndarray) -> Window:
+        """Return the verdicts of some images, by their sha256, in that order."""
+        place = {key: i for i, key in enumerate(self.sha256)}
+        at = np.array([place[str(key)] for key in keys], dtype=np.int64)
+        sample = Sample(self.sample.scores[at], self.sample.statistics[at], self.sample.features[at])
+        return replace(
+            self,
+            times=self.times[at],
+            paths=[self.paths[i] for i in at],
+            sha256=[self.sha256[i] for i in at],
+            p_values=self.p_values[at],
+            alarms=self.alarms[at],
+            sample=sample,
+        )
+
 
 def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
     """Add verdicts of one category as one file; an image that the log holds of the same model version is left out.
@@ -127,8 +146,8 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
 def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
     """Return the sha256 of the images that the log holds of a model version; UserError if a file is damaged."""
     found: set[str] = set()
-    for path in _files(log, category):
-        for part in _read(path, model, version, ["sha256"]):
+    for path in files_of(log, category):
+        for part in read_file(path, model, version, ["sha256"]):
             found.update(part["sha256"].to_pylist())
     return found
 
@@ -142,8 +161,8 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
         A file is damaged.
     """
     found: dict[str, set[tuple[str, str]]] = {}
-    for path in _files(log, category):
-        for part in _read(path, None, None, ["sha256"]):
+    for path in files_of(log, category):
+        for part in read_file(path, None, None, ["sha256"]):
             for sha256, model, version in zip(
                 *(part[name].to_pylist() for name in ("sha256", "model", "version")), strict=True
             ):
@@ -162,14 +181,20 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_window(
-    category: str, model: str, version: str, last: int | None = None, log: Path = LOG, without: Set[str] = frozenset()
+    category: str,
+    model: str,
+    version: str,
+    last: int | None = None,
+    log: Path = LOG,
+    without: Set[str] = frozenset(),
+    only: Set[str] | None = None,
 ) -> Window:
     """Return the newest verdicts of a model version, each image once, oldest first.
 
     Parameters
     ----------
     last : at most so many images; None: all there are.
-    without : sha256 (hex) of images that do not count.
+    without : sha256 (hex) of images that do not count.  only : of those that do; None: all others.
 
     Raises
     ------
@@ -182,13 +207,14 @@ def read_window(
 
     parts: list[pa.Table] = []
     found: dict[str, datetime] = {}
-    for newest, path in sorted(((_newest(path), path) for path in _files(log, category)), reverse=True):
+    for newest, path in sorted(((_newest(path), path) for path in files_of(log, category)), reverse=True):
         if last is not None and len(found) >= last and newest < sorted(found.values())[-last]:
             break  # scorers that ran at the same time have files whose times overlap
-        for table in _read(path, model, version, None):
+        for table in read_file(path, model, version, None):
             part = table
-            if without:
-                part = part.filter([key not in without for key in part["sha256"].to_pylist()])
+            if without or only is not None:
+                keys = part["sha256"].to_pylist()
+                part = part.filter([key not in without and (only is None or key in only) for key in keys])
             parts.append(part)
             for sha256, time in zip(part["sha256"].to_pylist(), part["time"].to_pylist(), strict=True):
                 found[sha256] = min(time, found.get(sha256, time))
@@ -245,7 +271,7 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
     return pa.table(columns)
 
 
-def _files(log: Path, category: str) -> list[Path]:
+def files_of(log: Path, category: str) -> list[Path]:
     """Return a category's files, oldest first; one that is being written is hidden and does not count."""
     return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
 
@@ -271,7 +297,7 @@ def _newest(path: Path) -> datetime:
             return datetime.max.replace(tzinfo=UTC)
 
 
-def _read(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
+def read_file(path: Path, model: str | None, version: str | None, columns: list[str] | None) -> Iterator[pa.Table]:
     """Return the rows of a model version (None: of all) in one file; nothing if there are none."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from panda_ad.features.image_statistics import STATISTICS
-from panda_ad.monitor.drift import Drift, Sample
+from panda_ad.monitor.drift import Sample
+from panda_ad.monitor.judge import Judgement
 from panda_ad.monitor.log import Window
 from panda_ad.report.page import render
 from panda_ad.system.files import write_text
+
+if TYPE_CHECKING:
+    from panda_ad.monitor.check import Check
 
 SCRIPTS = ("vendor/uPlot.iife.min.js", "charts.js", "monitor.js")
 NAMES = {
@@ -46,27 +48,28 @@ BAND = (0.05, 0.5, 0.95)
 """Quantiles of the calibration images that the plots show."""
 
 
-def write_report(path: Path, drift: Drift, reference: Sample, window: Window, rate: float, checked: datetime) -> None:
-    """Write the page atomically.
+def write_report(check: Check, found: Judgement, rate: float) -> None:
+    """Write the page of a check atomically.
 
     Parameters
     ----------
-    drift : what `find_drift` said of `window.sample` and `reference`.
-    rate : false-alarm budget.
-    checked : when.
+    found : what the check rests on.  rate : false-alarm budget.
     """
-    write_text(path, build_report(drift, reference, window, rate, checked))
+    write_text(check.report, build_report(check, found, rate))
 
 
-def build_report(drift: Drift, reference: Sample, window: Window, rate: float, checked: datetime) -> str:
+def build_report(check: Check, found: Judgement, rate: float) -> str:
     """Return the page as HTML."""
+    window = found.window
     group = max(10, len(window) // 20)
     times = [str(t)[:19].replace("T", " ") for t in window.times]
     return render(
         "monitor.html.j2",
         SCRIPTS,
-        _data(reference, window, rate, group, times),
-        drift=drift,
+        _data(found.reference, window, rate, group, times),
+        check=check,
+        found=found,
+        drift=found.drift,
         window=window,
         statistics=STATISTICS,
         names={s.name: s.name for s in STATISTICS} | NAMES,
@@ -75,7 +78,7 @@ def build_report(drift: Drift, reference: Sample, window: Window, rate: float, c
         rate=rate,
         first=times[0],
         last=times[-1],
-        checked=f"{checked:%Y-%m-%d %H:%M} UTC",
+        checked=f"{check.checked:%Y-%m-%d %H:%M} UTC",
     )
 
 

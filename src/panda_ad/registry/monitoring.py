@@ -23,7 +23,8 @@ def record_check(dataset: str, model: str, version: str, figures: Mapping[str, A
     """Log one check of a version: figures as the next step, files in a folder named by its time, tags on the version.
 
     The run, in experiment panda-<dataset>-monitoring, carries tags panda.model and panda.version. The version gets
-    panda.monitored (when) and panda.drift (the findings, or 'none'). Doing it again for the same check logs it once.
+    panda.monitored (when) and panda.drift (the findings of the open alarms, or 'none'). Doing it again for the same
+    check logs it once.
 
     Parameters
     ----------
@@ -49,7 +50,8 @@ def record_check(dataset: str, model: str, version: str, figures: Mapping[str, A
             client.set_tag(run.info.run_id, "panda.monitored", figures["checked"])
         client.set_terminated(run.info.run_id)
         client.set_model_version_tag(model, version, "panda.monitored", figures["checked"])
-        client.set_model_version_tag(model, version, "panda.drift", "; ".join(figures["findings"]) or "none")
+        known = [finding for alarm in figures["open"] for finding in alarm["findings"]]
+        client.set_model_version_tag(model, version, "panda.drift", "; ".join(dict.fromkeys(known)) or "none")
         return str(run.info.run_id)
 
 
@@ -74,6 +76,7 @@ def _log_metrics(client: MlflowClient, run: Run, figures: Mapping[str, Any]) -> 
         values |= {f"shift/{name}": test["shift"], f"p_value/{name}": test["p_value"]}
         if test["after"] is not None:
             values[f"value/{name}"] = test["after"]
+    values |= {f"evidence/{name}": value for name, value in figures["evidence"].items()}
     now = int(time.time() * 1000)
     client.log_batch(
         run.info.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items() if math.isfinite(v)]

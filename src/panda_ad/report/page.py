@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 
@@ -74,7 +75,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain, "whole": _whole}
+    environment.filters |= {"figure": _figure, "percent": _percent, "plain": _plain, "whole": _whole, "minute": _minute}
     return environment
 
 
@@ -88,6 +89,11 @@ def _figure(value: float | None) -> str:
 def _whole(value: int) -> str:
     """Return a count, thousands set apart."""
     return f"{value:,}"
+
+
+def _minute(time: str) -> str:
+    """Return an ISO time as text, to the minute, UTC."""
+    return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _percent(value: float) -> str:
