@@ -146,7 +146,7 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
 def known(category: str, model: str, version: str, log: Path = LOG) -> set[str]:
     """Return the sha256 of the images that the log holds of a model version; UserError if a file is damaged."""
     found: set[str] = set()
-    for path in files_of(log, category):
+    for path in verdict_files(category, log):
         for part in read_file(path, model, version, ["sha256"]):
             found.update(part["sha256"].to_pylist())
     return found
@@ -161,7 +161,7 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
         A file is damaged.
     """
     found: dict[str, set[tuple[str, str]]] = {}
-    for path in files_of(log, category):
+    for path in verdict_files(category, log):
         for part in read_file(path, None, None, ["sha256"]):
             for sha256, model, version in zip(
                 *(part[name].to_pylist() for name in ("sha256", "model", "version")), strict=True
@@ -170,14 +170,9 @@ def holders(category: str, log: Path = LOG) -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-def verdict_files(category: str, log: Path = LOG) -> list[Path]:
-    """Return a category's files, oldest first."""
-    return _files(log, category)
-
-
 def read_verdicts(path: Path) -> list[dict[str, Any]]:
     """Return the rows of one file of the log with the columns `VERDICT`; UserError if it is damaged."""
-    return [row for part in _read(path, None, None, list(VERDICT)) for row in part.select(VERDICT).to_pylist()]
+    return [row for part in read_file(path, None, None, list(VERDICT)) for row in part.select(VERDICT).to_pylist()]
 
 
 def read_window(
@@ -207,7 +202,7 @@ def read_window(
 
     parts: list[pa.Table] = []
     found: dict[str, datetime] = {}
-    for newest, path in sorted(((_newest(path), path) for path in files_of(log, category)), reverse=True):
+    for newest, path in sorted(((_newest(path), path) for path in verdict_files(category, log)), reverse=True):
         if last is not None and len(found) >= last and newest < sorted(found.values())[-last]:
             break  # scorers that ran at the same time have files whose times overlap
         for table in read_file(path, model, version, None):
@@ -271,7 +266,7 @@ def _table(entries: Sequence[Entry]) -> pa.Table:
     return pa.table(columns)
 
 
-def files_of(log: Path, category: str) -> list[Path]:
+def verdict_files(category: str, log: Path = LOG) -> list[Path]:
     """Return a category's files, oldest first; one that is being written is hidden and does not count."""
     return sorted(p for p in (log / category).glob("*.parquet") if not p.name.startswith("."))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from panda_ad.features.image_statistics import NAMES
-from panda_ad.monitor.log import LOG, files_of, read_file
+from panda_ad.monitor.log import LOG, read_file, verdict_files
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def read_stream(category: str, model: str, version: str, seen: Set[str] = frozen
     """
     rows: dict[str, tuple[Any, ...]] = {}
     scores: dict[str, float] = {}
-    for path in files_of(log, category):
+    for path in verdict_files(category, log):
         for table in read_file(path, None, None, ["time", "sha256", "score", *NAMES]):
             times = table["time"].to_numpy().astype("datetime64[us]")
             hashes = table["sha256"].to_pylist()
