@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.covariance import LedoitWolf
 
 from panda_ad.benchmark.cells import Bench, read_cell
 from panda_ad.benchmark.protocols import choose_test, train_files
@@ -114,15 +115,29 @@ def test_every_method_gives_a_cell_and_a_row(run, data, tmp_path):
     assert (tmp_path / "out" / "shapes.csv").read_text().count("\n") == len(METHODS) + 1
 
 
-def test_dn2_is_the_paper_s_score(run, data, params, tmp_path, monkeypatch):
-    run(["shapes"], ["none"], classes=["stripes"])
-    cell = cells_of(tmp_path / "out")["stripes none"]
-    settings = make_settings(params, ["none"], None, None, [], data)
-    (job,) = plan(["shapes"], data, ["none"], "one-vs-rest", ["stripes"], [0])[0]
+@pytest.mark.parametrize("method", ["none", "normalized", "whitened"])
+def test_neighbors_of_pretrained_features_by_hand(run, data, params, tmp_path, method):
+    """DN2 is the paper's score, of the last level (320 channels of 624), whatever the galleries compare."""
+    run(["shapes"], [method], classes=["stripes"])
+    cell = cells_of(tmp_path / "out")[f"stripes {method}"]
+    settings = make_settings(params, [method], None, None, [], data)
+    (job,) = plan(["shapes"], data, [method], "one-vs-rest", ["stripes"], [0])[0]
     bench = Bench(settings, data, tmp_path / "again", tmp_path / "cache")
-    train, test = bench.pretrained(bench.train_items(job)), bench.pretrained(bench.test_items(job)[0])
-    naive = [sorted(((train.astype(float) - q) ** 2).sum(1))[:2] for q in test]
-    np.testing.assert_allclose(cell["scores"], np.sum(naive, axis=1), rtol=1e-6)
+    train, test = (
+        bench.pretrained(items).astype(float) for items in (bench.train_items(job), bench.test_items(job)[0])
+    )
+    assert train.shape[1] == 624
+    if method == "none":
+        train, test = train[:, -320:], test[:, -320:]
+    else:
+        train, test = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    if method == "whitened":
+        precision = np.linalg.inv(LedoitWolf().fit(train).covariance_)
+        naive = [sorted(np.einsum("md,de,me->m", train - q, precision, train - q))[:2] for q in test]
+        np.testing.assert_allclose(cell["scores"], np.sum(naive, axis=1), rtol=1e-3)
+        return
+    naive = [sorted(((train - q) ** 2).sum(1))[:2] for q in test]
+    np.testing.assert_allclose(cell["scores"], np.sum(naive, axis=1), rtol=1e-5)
 
 
 def test_killed_run_resumes_at_its_cell(run, tmp_path, monkeypatch):
@@ -222,19 +237,19 @@ def cell(target: str, method: str, seed: int, labels: list[int], scores: list[fl
 
 
 def test_table_by_hand():
-    """Two classes, DN2 at .75 and 1, SES at 1 and .5 / 1 over two seeds; every resampling of a separated set stays separated."""
+    """Two classes, the baseline at .75 and 1, SES at 1 and .5 / 1 over two seeds; every resampling of a separated set stays separated."""
     a, b = [0, 0, 1, 1], [1, 1, 0, 0]
     cells = [
-        cell("airplane", "none", 0, a, [0, 2, 1, 3]),
-        cell("cat", "none", 0, b, [1, 1, 0, 0]),
+        cell("airplane", "whitened", 0, a, [0, 2, 1, 3]),
+        cell("cat", "whitened", 0, b, [1, 1, 0, 0]),
         cell("airplane", "ses", 0, a, [0, 0, 1, 1]),
         cell("cat", "ses", 0, b, [1, 1, 1, 1]),
         cell("airplane", "ses", 1, a, [0, 0, 1, 1]),
         cell("cat", "ses", 1, b, [1, 1, 0, 0]),
     ]
-    none, ses = build_table("cifar10", cells, 2000, 0.95)
-    assert (none.mean, none.gain, none.seed_sd) == (87.5, None, None)
-    assert (none.low, none.high) == (50.0 + 0.0, 100.0)  # airplane alone varies, from 0 to 1, around .75
+    base, ses = build_table("cifar10", cells, 2000, 0.95)
+    assert (base.mean, base.gain, base.seed_sd) == (87.5, None, None)
+    assert (base.low, base.high) == (50.0 + 0.0, 100.0)  # airplane alone varies, from 0 to 1, around .75
     assert (ses.mean, ses.gain, ses.low, ses.high) == (87.5, 0.0, 87.5, 87.5)
     assert (ses.tuned, ses.held_out) == (100.0, 75.0)
     assert ses.seed_sd == pytest.approx(np.std([75, 100], ddof=1))

@@ -2,10 +2,12 @@
 """Adaptation of the embedded backbone on a few images."""
 
 import copy
+import functools
 import io
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +19,21 @@ from panda_ad.adapt import losses
 from panda_ad.adapt.batches import pooled
 from panda_ad.adapt.collapse import feature_statistics
 from panda_ad.adapt.fisher import estimate_fisher
+from panda_ad.adapt.metric import Metric
 from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
 from panda_ad.adapt.train import adapt, sgd_step
 from panda_ad.errors import UserError
 from panda_ad.features.architectures import architecture
 from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
 from panda_ad.params import METHODS as ALL
-from panda_ad.params import AdaptParams
+from panda_ad.params import AdaptParams, load_params
+from panda_ad.scoring.detector import normalize
 from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.ses import ses_scores
+from panda_ad.scoring.whitening import fit_whitening
+from panda_ad.stages.adapt import fit_metric
 
+ROOT = Path(__file__).parents[2]
 METHODS = tuple(name for name, method in ALL.items() if method.loss)
 
 
@@ -231,21 +238,38 @@ def test_training_that_leaves_the_numbers_is_one_clear_line(backbone, layer2, ep
         adapt(backbone.adapted, layer2, params(epochs=epochs, batch_size=10, learning_rate=1e20), seed=0)
 
 
-def test_features_are_normalized_where_scoring_normalizes(backbone, layer2):
-    """The loss falls on the unit sphere: its start is the compactness loss of normalized features, and its center theirs."""
-    result = adapt(backbone.adapted, layer2, params(epochs=10, learning_rate=1.0), seed=0, normalize=True)
-    unit = torch.nn.functional.normalize(pooled(backbone.adapted, layer2))
-    assert result.history[0]["center_distance"] == pytest.approx(
-        float((unit - unit.mean(dim=0)).norm(dim=1).mean()), rel=1e-5
-    )
-    assert result.history[-1]["center_distance"] < 0.99 * result.history[0]["center_distance"]
-    assert result.provenance["normalize"] and set(result.snapshots[0]) == {
+@pytest.mark.parametrize("whiten", [False, True])
+def test_training_compares_what_scoring_compares(backbone, layer2, whiten):
+    """The watch's first row is of features as scoring would compare them, and training draws these together."""
+    gallery = load_params(ROOT / "params.yaml").gallery.model_copy(update={"normalize": True, "whiten": whiten})
+    metric = functools.partial(fit_metric, gallery=gallery)
+    result = adapt(backbone.adapted, layer2, params(epochs=10, learning_rate=1.0), seed=0, metric=metric)
+    features = normalize(pooled(backbone.adapted, layer2).numpy())
+    compared = fit_whitening(features)(features) if whiten else features
+    start, end = result.history[0]["center_distance"], result.history[-1]["center_distance"]
+    assert start == pytest.approx(float(np.linalg.norm(compared - compared.mean(axis=0), axis=1).mean()), rel=1e-4)
+    assert end < 0.99 * start
+    assert result.provenance["as_scored"] and set(result.snapshots[0]) == {
         k for k in backbone.adapted.state_dict() if not k.endswith("num_batches_tracked")
     }
 
 
+@pytest.mark.parametrize(("normalizes", "whitens"), itertools.product([False, True], repeat=2))
+def test_the_metric_is_that_of_scoring(normalizes, whitens):
+    gallery = load_params(ROOT / "params.yaml").gallery.model_copy(update={"normalize": normalizes, "whiten": whitens})
+    features = np.random.default_rng(0).normal(1, 2, (20, 6)).astype(np.float32)
+    metric = fit_metric(torch.from_numpy(features), gallery)
+    others = np.random.default_rng(1).normal(1, 2, (4, 6)).astype(np.float32)
+    scaled, other = (normalize(x) if normalizes else x for x in (features, others))
+    expected = fit_whitening(scaled)(other) if whitens else other
+    np.testing.assert_allclose(metric(torch.from_numpy(others)), expected, rtol=1e-4, atol=1e-5)
+    assert not list(metric.parameters())
+
+
 def test_outlier_exposure_sees_features_as_they_come(backbone, layer2, outliers, adapted):
-    again = adapt(backbone.adapted, layer2, params("oe"), seed=0, normalize=True, outliers=outliers)
+    again = adapt(
+        backbone.adapted, layer2, params("oe"), seed=0, metric=lambda _: Metric(normalize=True), outliers=outliers
+    )
     assert all(torch.equal(v, adapted["oe"].snapshots[0][k]) for k, v in again.snapshots[0].items())
 
 

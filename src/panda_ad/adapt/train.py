@@ -8,7 +8,7 @@ Training knows only one thing of a network's adapted layers: they map frozen act
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,18 +54,13 @@ class Adapted:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-class _UnitNorm(nn.Module):
-    def forward(self, features: Tensor) -> Tensor:
-        return nn.functional.normalize(features.float())  # (B, D)
-
-
 def adapt(
     layers: nn.Module,
     activations: Any,
     params: AdaptParams,
     *,
     seed: int,
-    normalize: bool = False,
+    metric: Callable[[Tensor], nn.Module] | None = None,
     outliers: Any = None,
     fisher: Mapping[str, Tensor] | None = None,
 ) -> Adapted:
@@ -77,8 +72,9 @@ def adapt(
     activations, outliers : array-likes of float16 (N, C, h, w), indexed by integer arrays.
         `outliers` is for method oe only.
     seed : of shuffling and of oe's classifier. Equal seeds give equal weights on one machine.
-    normalize : train on L2-normalized features, where scoring compares such.
-        Not for oe, whose classifier takes features without normalization.
+    metric : pretrained features of the normal images, (N, D) -> a module like `metric.Metric`.
+        The loss is measured on what that makes of features (B, D). None: on the features as they are.
+        Not for oe, whose classifier takes features as they are.
     fisher : for ewc: parameter name -> F_i.
 
     Raises
@@ -92,16 +88,19 @@ def adapt(
     method, plan = METHODS[params.method], plan_training(params, len(activations))
     exposed = outliers if method.outliers else None
     layers = copy.deepcopy(layers).eval().requires_grad_(True)
-    network = nn.Sequential(layers, _UnitNorm()) if normalize and exposed is None else layers
     generator = torch.Generator().manual_seed(seed)
-    pretrained = pooled(network, activations)  # (N, D)
+    pretrained, network = pooled(layers, activations), layers  # (N, D)
+    if metric is not None and exposed is None:
+        compared = metric(pretrained)
+        pretrained = compared(pretrained)
+        network = nn.Sequential(layers, compared.to(next(layers.parameters()).device))
     center = pretrained.double().mean(dim=0).float()  # (D,)
     classifier = losses.linear_classifier(len(center), generator) if exposed is not None else None
     penalty = ElasticPenalty(layers, fisher or {}, params.ewc_lambda) if method.penalty else None
     rows = chosen_rows(len(activations), SAMPLE, seed)
     watch = Watch(pretrained[rows], center, layer_state(layers), plan.keep, judge=exposed is None)
     batches = minibatches(activations, exposed, params.batch_size, generator, next(layers.parameters()).device)
-    facts = provenance(params, plan, fisher) | {"normalize": network is not layers, "seed": seed}
+    facts = provenance(params, plan, fisher) | {"as_scored": network is not layers, "seed": seed}
     facts |= {"images": len(activations), "outliers": 0 if exposed is None else len(exposed)}
     for figures in descend(network, classifier, batches, center, penalty, params, plan):
         fallen = watch.look(figures, pooled(network, activations, rows), layer_state(layers))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from panda_ad.adapt.train import Adapted
 from panda_ad.benchmark import baselines
@@ -27,7 +28,7 @@ from panda_ad.features.cache import Activations, Item
 from panda_ad.features.images import CachedImages
 from panda_ad.features.network import Network, with_state
 from panda_ad.scoring.config import DetectorConfig
-from panda_ad.scoring.detector import Detector
+from panda_ad.scoring.detector import Detector, normalize
 from panda_ad.scoring.fit import fit_galleries, out_of_fold_scores, training_features
 from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.ses import ses_scores
@@ -94,6 +95,15 @@ class Bench:
         detector = Detector(DetectorConfig(normalize=normalize, whiten=False), network, (), np.empty(0))
         return training_features(detector, CachedImages(cache, items, (), self.pretrained(items)))
 
+    def last_level(self, features: np.ndarray) -> np.ndarray:
+        """Return what the deepest level adds to pooled features, (N, D) -> (N, C): what the paper compares."""
+        layers, cache = self.activations.backbone.adapted, self.activations
+        if layers.feature_levels[-1] not in layers.levels:
+            return features  # a single, frozen level
+        maps = layers.maps(torch.zeros(1, *cache.shapes[cache.last]))
+        width = maps[layers.levels.index(layers.feature_levels[-1])].shape[1]
+        return np.ascontiguousarray(features[:, -width:])
+
     def adapt(self, job: Job) -> Adapted:
         """Train by the settings of the job's family."""
         params = self.settings.of(job.family, job.seed)
@@ -140,33 +150,44 @@ class Bench:
 
 
 def _raw(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
-    """DN2 and the baselines, all on the pretrained features."""
-    train, test, _ = _features(bench, job, Adapted())
+    """DN2 as in the paper, its variants, and the baselines, all on the pretrained features."""
+    (train,), (test,), _ = _features(bench, job, Adapted(), normalize=False)
+    last = bench.last_level(train), bench.last_level(test)
+    joined = normalize(train), normalize(test)
+    used = joined if bench.settings.params.gallery.normalize else (train, test)
     scorers = {
-        "none": lambda: _knn(bench, job, train, test)[0][0],
-        "whitened": lambda: _knn(bench, job, train, test, whiten=True)[0][0],
-        "ocsvm": lambda: baselines.one_class_svm(train[0], test[0]),
-        "iforest": lambda: baselines.isolation_forest(train[0], test[0], job.seed),
-        "gaussian": lambda: baselines.mahalanobis(train[0], test[0]),
-        "deep_svdd": lambda: baselines.deep_svdd(train[0], test[0], job.seed),
+        "none": lambda: _knn(bench, job, *last, whiten=False),
+        "normalized": lambda: _knn(bench, job, *joined, whiten=False),
+        "whitened": lambda: _knn(bench, job, *joined, whiten=True),
+        "ocsvm": lambda: baselines.one_class_svm(*used),
+        "iforest": lambda: baselines.isolation_forest(*used, job.seed),
+        "gaussian": lambda: baselines.mahalanobis(*used),
+        "deep_svdd": lambda: baselines.deep_svdd(*used, job.seed),
     }
     return {method: (scorers[method](), {}) for method in methods}
 
 
 def _adapted(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
-    """Score by kNN under the snapshots of one training run.
+    """Score by kNN under the snapshots of one training run, as `gallery` says.
 
     SES takes all of them; the last alone is the plain method.
     """
     adapted = bench.adapt(job)
-    train, test, labels = _features(bench, job, adapted)
-    scores, means = _knn(bench, job, train, test)
+    gallery = bench.settings.params.gallery.model_copy(update={"compression": "none"})
+    train, test, labels = _features(bench, job, adapted, normalize=gallery.normalize)
+    scores = fit_galleries(train, gallery, gallery.whiten, job.seed).score(test, gallery.k)
+    folds = split_folds(len(train[0]), job.seed)
+    means = out_of_fold_scores(train, folds, gallery, gallery.whiten, job.seed).mean(axis=1)
     facts = {
         "steps": adapted.steps,
         "snapshot_auroc": [auroc(labels, s) for s in scores],
         "collapsed_at": adapted.collapsed_at,
         "train_means": means.tolist(),
+        "history": adapted.history,
     }
+    if gallery.whiten:
+        plain = fit_galleries(train, gallery, False, job.seed).score(test, gallery.k)
+        facts["snapshot_auroc_not_whitened"] = [auroc(labels, s) for s in plain]
     return {method: (ses_scores(scores, means)[0] if method == "ses" else scores[-1], facts) for method in methods}
 
 
@@ -182,24 +203,21 @@ def _oe(bench: Bench, job: Job, _methods: Sequence[str]) -> Results:
     return {"oe": ((features @ weight.T + bias)[:, 0], {"steps": adapted.steps})}
 
 
-def _features(bench: Bench, job: Job, adapted: Adapted) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+def _features(
+    bench: Bench, job: Job, adapted: Adapted, *, normalize: bool
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Features of training and test images under each snapshot, S times (M, D) and (N, D), and test labels (N,)."""
     test_items, labels = bench.test_items(job)
-    normalize = bench.settings.params.gallery.normalize
     train, test = (
         bench.features(items, adapted, normalize=normalize) for items in (bench.train_items(job), test_items)
     )
     return train, test, labels
 
 
-def _knn(
-    bench: Bench, job: Job, train: Sequence[np.ndarray], test: Sequence[np.ndarray], *, whiten: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores of the test images under each snapshot (S, N), and mean out-of-fold training scores (S,)."""
+def _knn(bench: Bench, job: Job, train: np.ndarray, test: np.ndarray, *, whiten: bool) -> np.ndarray:
+    """Return kNN scores (N,) of test features (N, D) by training features (M, D)."""
     gallery = bench.settings.params.gallery.model_copy(update={"compression": "none"})
-    scores = fit_galleries(train, gallery, whiten, job.seed).score(test, gallery.k)
-    folds = split_folds(len(train[0]), job.seed)
-    return scores, out_of_fold_scores(train, folds, gallery, whiten, job.seed).mean(axis=1)
+    return fit_galleries([train], gallery, whiten, job.seed).score([test], gallery.k)[0]
 
 
 _RUN = {"raw": _raw, "trajectory": _adapted, "ewc": _adapted, "oe": _oe}

@@ -22,7 +22,7 @@ from panda_ad.system.files import digest_file
 Protocol = Literal["one-vs-rest", "leave-one-out"]
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "raw": ("none", "whitened", "ocsvm", "iforest", "gaussian", "deep_svdd"),
+    "raw": ("none", "normalized", "whitened", "ocsvm", "iforest", "gaussian", "deep_svdd"),
     "trajectory": ("compactness", "ses"),
     "ewc": ("ewc",),
     "oe": ("oe",),
@@ -36,6 +36,15 @@ OUTLIERS = 4
 """Where training images are limited, at most so many times as many outliers are used."""
 
 METHODS = tuple(method for methods in FAMILIES.values() for method in methods)
+
+TUNING_CLASSES = {
+    "cifar10": ("airplane", "bird", "deer", "frog", "ship"),
+    "fashion_mnist": ("T-shirt-top", "Trouser", "Pullover", "Dress", "Coat"),
+}
+"""Normal classes by which whatever is chosen may be chosen.
+
+Tables report them apart from the others. A set that is not named here is for reporting alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class Settings:
         }
         if family in ("raw", "trajectory", "ewc"):
             facts["k"] = self.params.gallery.k
+        if family in ("trajectory", "ewc"):
+            facts["whiten"] = self.params.gallery.whiten
         if family in self.adapt:
             unused = {"outliers", "fisher"} | (set() if family == "ewc" else {"ewc_lambda", "fisher_samples"})
             facts["adapt"] = self.adapt[family].model_dump(exclude={"method", *unused})

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from panda_ad.benchmark.protocols import METHODS, Settings
+from panda_ad.benchmark.protocols import METHODS, TUNING_CLASSES, Settings
 from panda_ad.evaluation.image_metrics import auroc, percentiles, resample_metric
 from panda_ad.system.files import write_text
 
 NAMES = {
-    "none": "DN2 (no adaptation)",
-    "whitened": "whitened kNN",
+    "none": "DN2 (last level, not normalized)",
+    "normalized": "normalized (all levels)",
+    "whitened": "whitened (normalized before that)",
     "ocsvm": "one-class SVM",
     "iforest": "isolation forest",
     "gaussian": "Gaussian (Mahalanobis)",
@@ -44,8 +45,8 @@ It is for ResNet-152, ImageNet weights, 224 px, all images.
 
 EXPERIMENT = "panda-benchmark"
 
-TUNING_HALF = {"cifar10": ("airplane", "bird", "deer", "frog", "ship")}
-"""Classes on which hyper-parameters may be chosen; the other half is reported apart."""
+BASELINE = "whitened"
+"""What gains are counted from: the default's score without adaptation."""
 
 Cell = Mapping[str, Any]
 
@@ -59,10 +60,10 @@ class Row:
     classes : how many classes (or categories) are finished.
     mean, low, high : with the percentile bootstrap interval over test images.
         The classes are taken as given, not resampled.
-    gain, gain_low, gain_high : minus DN2 on the same classes and the same resampled images.
-        None for DN2 or without it.
-    tuned, held_out : mean over the tuning half of the classes and over the others.
-        None if the set has no such halves.
+    gain, gain_low, gain_high : minus BASELINE on the same classes and the same resampled images.
+        None for BASELINE or without it.
+    tuned, held_out : mean over the tuning classes and over the others.
+        None if the set has no tuning classes.
     seed_sd : standard deviation over seeds of the mean over the classes run with every seed; None with one seed.
     """
 
@@ -95,14 +96,14 @@ def build_table(dataset: str, cells: Sequence[Cell], resamples: int, confidence:
         targets = by_method[method]
         point = {t: float(np.mean([c["auroc"] for c in found])) for t, found in targets.items()}
         low, high = percentiles(np.mean(list(sampled[method].values()), axis=0), confidence)
-        common = [t for t in targets if t in by_method.get("none", {})]
+        common = [t for t in targets if t in by_method.get(BASELINE, {})]
         gain = None
-        if method != "none" and common:
-            base = {t: float(np.mean([c["auroc"] for c in by_method["none"][t]])) for t in common}
-            difference = np.mean([sampled[method][t] - sampled["none"][t] for t in common], axis=0)
+        if method != BASELINE and common:
+            base = {t: float(np.mean([c["auroc"] for c in by_method[BASELINE][t]])) for t in common}
+            difference = np.mean([sampled[method][t] - sampled[BASELINE][t] for t in common], axis=0)
             gain_low, gain_high = percentiles(difference, confidence)
             gain = (100 * float(np.mean([point[t] - base[t] for t in common])), 100 * gain_low, 100 * gain_high)
-        half = TUNING_HALF.get(dataset, ())
+        half = TUNING_CLASSES.get(dataset, ())
         rows.append(
             Row(
                 method=method,
@@ -198,8 +199,8 @@ def to_markdown(dataset: str, rows: Sequence[Row], cells: Sequence[Cell], settin
     ]
     halves = any(r.tuned is not None for r in rows)
     spread = any(r.seed_sd is not None for r in rows)
-    head = ["method", "classes", f"mean [{level}]", f"minus DN2 [{level}]"]
-    head += ["tuning half", "other half"] * halves + ["sd over seeds"] * spread + ["paper"]
+    head = ["method", "classes", f"mean [{level}]", f"minus {BASELINE} [{level}]"]
+    head += ["tuning classes", "others"] * halves + ["sd over seeds"] * spread + ["paper"]
     lines += [_line(head), _line(["---"] * len(head))]
     for r in rows:
         gain = "" if r.gain is None else f"{r.gain:+.2f} [{r.gain_low:+.2f}, {r.gain_high:+.2f}]"

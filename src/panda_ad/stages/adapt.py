@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import save_file
 
 from panda_ad.adapt.fisher import cached_fisher, chosen_rows, load_fisher, source_labels
+from panda_ad.adapt.metric import Metric
 from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.outliers import coarseness, folder_files, is_gray, outlier_item, plain_item
-from panda_ad.params import METHODS, Params, load_params
+from panda_ad.params import METHODS, GalleryParams, Params, load_params
+from panda_ad.scoring.whitening import fit_whitening
 from panda_ad.stages.common import activations_for, backbone_for, category_rows, items_of, threads
 from panda_ad.system.files import atomic_folder, write_json
 from panda_ad.system.paths import BUILD
@@ -86,10 +90,19 @@ def adapt_images(
         activations.view(items),
         params.adapt,
         seed=params.seed,
-        normalize=params.gallery.normalize,
+        metric=functools.partial(fit_metric, gallery=params.gallery),
         outliers=exposed,
         fisher=fisher,
     )
+
+
+def fit_metric(features: Tensor, gallery: GalleryParams) -> Metric:
+    """Return what scoring makes of features, fitted to normal images' pretrained ones, (N, D) float32."""
+    metric = Metric(gallery.normalize)
+    if not gallery.whiten:
+        return metric
+    whitening = fit_whitening(metric(features).numpy())
+    return Metric(gallery.normalize, torch.from_numpy(whitening.mean), torch.from_numpy(whitening.matrix))
 
 
 def fisher_diagonal(activations: Activations, items: Sequence[Item], params: Params) -> dict[str, Tensor]:
