@@ -44,7 +44,7 @@ chaos: $(VENV)/.ready-dev       ## 200 kills at random moments, compared with un
 	@$(HERE) python benchmarks/chaos.py --kills 200
 
 fuzz: $(VENV)/.ready-dev        ## 10,000 random inputs for each thing that comes from outside
-	@PANDA_FUZZ=$${PANDA_FUZZ:-10000} $(HERE) pytest -n 2 --timeout=0 tests/unit/test_fuzz.py
+	@PANDA_FUZZ=$${PANDA_FUZZ:-10000} $(HERE) pytest -n 2 --timeout=0 tests/unit/test_fuzz*.py
 
 peers: $(PEERS)/.ready    ## beside anomalib's PatchCore, in an environment of its own (several GB), on the sample's categories
 	@$(HERE) dvc checkout --quiet data.dvc 2>/dev/null || $(HERE) dvc pull --quiet data.dvc

@@ -68,8 +68,9 @@ for version in client.search_model_versions("name='{NAME}'"):
     metrics = {{k: v for k, v in run.data.metrics.items() if "seconds/" not in k and "peak_mb/" not in k}}
     found[f"version {{version.version}}"] = [version.tags["panda.bundle"], whole, run.info.status, metrics]
 if found:
-    found["aliases"] = {{k: str(v) for k, v in client.get_registered_model("{NAME}").aliases.items()}}
-    found["moves"] = [[m["action"], m["alias"], str(m["from"]), str(m["to"])] for m in history(client, "{NAME}")]
+    model = client.get_registered_model("{NAME}")
+    found["aliases"] = {{k: str(v) for k, v in model.aliases.items()}}
+    found["moves"] = [[m["action"], m["alias"], str(m["from"]), str(m["to"])] for m in history(model)]
 print(json.dumps(found))
 """
 
@@ -217,7 +218,7 @@ def chaos(
 ) -> list[tuple[str, Counter[str]]]:
     """Kill each of `commands` in turn until there were so many trials.
 
-    Return the counts of each, and print every finding.
+    Return the counts of each, and print a line for every trial.
     """
     project, snapshots, rng = folder / "project", folder / "snapshots", random.Random(seed)
     make_project(project)
@@ -228,9 +229,9 @@ def chaos(
         moment = rng.uniform(0.2, 1.0) * known[name].seconds
         found = trial(name, project, snapshots / name, known[name], moment)
         counts[name].update(trials=1, **{kind: bool(items) for kind, items in found.items()})
-        for kind, items in found.items():
-            if items and kind != "killed":
-                print(f"{name}, killed after {moment:.2f} s: {kind}: {'; '.join(items)}", flush=True)
+        bad = [f"{kind}: {'; '.join(items)}" for kind, items in found.items() if items and kind != "killed"]
+        end = f"killed after {moment:.2f} s" if "killed" in found else "at its end before the kill"
+        print(f"{number + 1} of {kills}, {name}, {end}: {'. '.join(bad) or 'as undisturbed'}", flush=True)
     return list(counts.items())
 
 

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import noise
+from tiny_bundle import make_bundle
 
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import load_backbone
-from panda_ad.features.images import DecodedImages
-from panda_ad.features.network import Network
-from panda_ad.params import load_params
-from panda_ad.scoring.bundle import load_bundle, save_bundle
+from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.checksums import CHECKSUMS
-from panda_ad.scoring.config import DetectorConfig, FitParams
-from panda_ad.scoring.fit import fit_detector
 
 IMAGES = [noise(100 + i) for i in range(3)]
 
@@ -26,17 +20,7 @@ IMAGES = [noise(100 + i) for i in range(3)]
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     """Two models of other images, with everything that a bundle can hold."""
-    params = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
-    backbone = load_backbone("embedded")
-    network = Network(backbone, (backbone.adapted,), (0,), (32, 32), torch.float32)
-    fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
-    folders = []
-    for seed in (0, 1000):
-        good = [noise(seed + i) for i in range(18)]
-        train, calibration = DecodedImages(network, good[:12]), DecodedImages(network, good[12:])
-        folders.append(tmp_path_factory.mktemp("bundle"))
-        save_bundle(fit_detector(network, train, calibration, fit, DetectorConfig(category="nut")), folders[-1])
-    return folders
+    return [make_bundle(tmp_path_factory.mktemp("bundle"), seed) for seed in (0, 1000)]
 
 
 @pytest.fixture

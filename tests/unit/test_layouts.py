@@ -175,6 +175,14 @@ def test_limits_are_stratified_and_stable(make_params):
     )
 
 
+def test_a_limit_counts_good_training_images_only(make_params):
+    folder = make_mvtec(Path("data"))
+    for i in range(20):
+        save(noise(6000 + i), folder / f"train/crack/{i:03d}.png")
+    rows, _ = build(make_params, limit_train=6)
+    assert Counter(rows.loc[rows["split"] != "test", "defect"]) == {"good": 6}
+
+
 def test_calibration_is_stable_when_images_are_added(make_params):
     make_mvtec(Path("data"), train=40)
     before, _ = build(make_params)

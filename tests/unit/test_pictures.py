@@ -12,7 +12,7 @@ from PIL import Image
 
 from panda_ad.data import images
 from panda_ad.data.damage import doubt
-from panda_ad.data.images import Decoding, decode, decode_mask, picture, read_image
+from panda_ad.data.images import Decoding, decode, decode_mask, picture, read_image, read_mask
 from panda_ad.data.manifest import collect
 from panda_ad.data.validation import validate
 from panda_ad.errors import UserError
@@ -204,6 +204,16 @@ def test_more_megapixels_may_be_allowed(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="data.max_megapixels raises that"):
         read_image(tmp_path / "a.png", decoding=Decoding(max_megapixels=1))
     assert read_image(tmp_path / "a.png", decoding=Decoding(max_megapixels=3)).shape == (1000, 1100, 3)
+
+
+def test_the_limit_of_megapixels_is_that_of_masks_too(make_params, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = make_mvtec(Path("data"), defective=1)
+    path = save(np.full((1000, 1100), 255, np.uint8), folder / "ground_truth/crack/000_mask.png")
+    assert read_mask(path, decoding=Decoding(max_megapixels=2)).all()
+    ((name, problem),) = found_in(make_params, max_megapixels=1).problems
+    assert name == "nut/test/crack/000.png"
+    assert "its mask" in problem and "more than the 1,000,000 pixels" in problem
 
 
 def test_heic_says_what_to_do():

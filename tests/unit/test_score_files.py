@@ -122,6 +122,16 @@ def test_a_folder_of_unreadable_pictures_alone_is_no_good_news(drop, bundle):
         score_paths([drop], None, bundle, Path("out.csv"), None, None)
 
 
+def test_a_range_that_is_not_filled_is_a_warning(drop, bundle):
+    """Twelve bits in sixteen: five gray levels, whose verdicts say little."""
+    Image.fromarray(noise(9)[..., 0].astype(np.uint16) * 16).save(drop / "camera.tif")
+    files, model = sorted(drop.iterdir()), Model(load_bundle(bundle))
+    (warning,) = score_files(files, model, Path("out.csv")).warnings
+    assert "16-bit images hold values from" in warning and "set data.gray_range, e.g. [0, 4095]" in warning
+    model = Model(replace(model.detector, config=model.detector.config.model_copy(update={"gray_range": (0, 4095)})))
+    assert score_files(files, model, Path("out.csv")).warnings == []
+
+
 def test_images_are_decoded_as_the_model_s_were(drop, bundle):
     detector = load_bundle(bundle)
     model = Model(replace(detector, config=detector.config.model_copy(update={"gray_range": (0, 4095)})))

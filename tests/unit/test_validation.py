@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,14 @@ def mask(marked: int, size: tuple[int, int] = (16, 16)) -> np.ndarray:
     out = np.zeros(size, np.uint8)
     out[4:8, 4:8] = marked
     return out
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(make_params, tmp_path, monkeypatch):
+    make_mvtec(Path("data"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    checked(make_params)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 BAD = {

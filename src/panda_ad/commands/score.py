@@ -15,7 +15,8 @@ import numpy as np
 
 from panda_ad.commands.overlay import save_overlay
 from panda_ad.data.damage import doubt
-from panda_ad.data.images import Decoding, batches, decode, pixel_count, read_bytes
+from panda_ad.data.data_warnings import narrow_range
+from panda_ad.data.images import Decoding, Picture, batches, picture, pixel_count, read_bytes
 from panda_ad.data.listing import describe, find_images, no_images, printable, settled
 from panda_ad.data.quarantine import plain_stem
 from panda_ad.errors import UserError
@@ -36,7 +37,7 @@ _SETTLE_SECONDS = 5.0
 class Judged(NamedTuple):
     """One file: its pixels, uint8 (H, W, 3), and verdict, or why there is none.
 
-    `doubt` says that it is only part of a picture, or is ''.
+    `doubt` says that it is only part of a picture, or is ''; `values` are the smallest and largest of 16-bit gray.
     """
 
     file: Path
@@ -44,6 +45,7 @@ class Judged(NamedTuple):
     verdict: Verdict | None
     problem: str
     doubt: str
+    values: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,21 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
     decoding = Decoding.of(detector.config)
     with tqdm(total=len(files), desc="score", unit="img", disable=None) as bar:
         for batch in batches(files, pixel_count):
-            images: dict[Path, np.ndarray] = {}
+            images: dict[Path, Picture] = {}
             problems: dict[Path, str] = {}
             doubts: dict[Path, str] = {}
             for file in batch:
                 name = printable(str(file))
                 try:
                     data = read_bytes(file, name, decoding)
-                    images[file] = decode(data, name, decoding)
-                    doubts[file] = doubt(data, images[file])
+                    images[file] = picture(data, name, decoding=decoding)
+                    doubts[file] = doubt(data, images[file].rgb)
                 except UserError as e:
                     problems[file] = str(e)
-            found = dict(zip(images, detector.score(list(images.values()), heatmaps), strict=True))
+            found = dict(zip(images, detector.score([p.rgb for p in images.values()], heatmaps), strict=True))
             for file in batch:
                 if file in found:
-                    yield Judged(file, images[file], found[file], "", doubts[file])
+                    yield Judged(file, images[file].rgb, found[file], "", doubts[file], images[file].values)
                 else:
                     yield Judged(file, None, None, problems[file], "")
             bar.update(len(images) + len(problems))
@@ -201,7 +203,10 @@ def _write_rows(
     warnings: list[str] = []
     rows = csv.writer(target, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for n, (file, pixels, verdict, problem, doubtful) in enumerate(verdicts(detector, files, heatmaps is not None)):
+    gray: list[int] = []
+    for n, judged in enumerate(verdicts(detector, files, heatmaps is not None)):
+        file, pixels, verdict, problem, doubtful, values = judged
+        gray += values or ()
         name = printable(str(file))
         if verdict is None or pixels is None:
             problems.append(problem)
@@ -224,4 +229,6 @@ def _write_rows(
                 save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict, detector)
             except (OSError, ValueError, MemoryError) as e:  # the disk, or more pixels than a JPEG holds
                 warnings.append(f"{name}: scored, but its overlay was not written ({' '.join(str(e).split())[:120]})")
+    if gray and (narrow := narrow_range(min(gray), max(gray), Decoding.of(detector.config).gray_range)):
+        warnings.append(f"{narrow}, and make the model anew with it")
     return Scored(0, alarms, 0, problems, warnings)

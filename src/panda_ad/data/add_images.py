@@ -181,7 +181,7 @@ class _Batch:
             self.found.duplicates.append((file, path))
 
     def _add_mask(self, file: Path, image: Record, path: str) -> bool:
-        data, record, problem = _mask(self._given.get(file), image)
+        data, record, problem = _mask(self._given.get(file), image, self._decoding)
         if problem:
             self.found.refused.append((file, problem))
             return False
@@ -296,15 +296,15 @@ def _masks_of(files: list[Path], folder: Path) -> dict[Path, Path]:
     return {stems[stem]: mask for stem, mask in pairs.items() if mask is not None}
 
 
-def _mask(path: Path | None, image: Record) -> tuple[bytes, Record, str]:
+def _mask(path: Path | None, image: Record, decoding: images.Decoding) -> tuple[bytes, Record, str]:
     """Return a mask's bytes, what they hold, and '' or what is wrong with it."""
     if path is None:
         return b"", {}, "has no mask"
     try:
-        data = images.read_bytes(path)
+        data = images.read_bytes(path, decoding=decoding)
     except UserError as e:
         return b"", {}, f"its mask {e}"
-    record = mask_record([data], str(path))
+    record = mask_record([data], str(path), decoding)
     problem = str(record["problem"])
     if not problem and (record["width"], record["height"]) != (image["width"], image["height"]):
         sizes = f"{record['width']} x {record['height']} pixels, the image {image['width']} x {image['height']}"

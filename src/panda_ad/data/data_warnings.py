@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from panda_ad.data.images import Decoding
 from panda_ad.data.records import THUMB
 from panda_ad.data.sessions import unknown_sessions
 from panda_ad.params import Params
@@ -88,17 +89,25 @@ def _gray_range(part: pd.DataFrame, params: Params) -> Iterator[str]:
     if gray.empty:
         return
     low, high = int(gray["low"].min()), int(gray["high"].max())
-    black, white = params.data.gray_range or (0, 65535)
-    levels = max(0, min(high, white) - max(low, black)) * 255 / (white - black)
-    if levels < MIN_LEVELS:
-        full = 2 ** max(8, high.bit_length()) - 1
-        yield (
-            f"16-bit images hold values from {low} to {high}, which are {levels + 1:.0f} of 256 gray levels: "
-            f"set data.gray_range, e.g. [0, {full}], or to the window that matters"
-        )
+    black, white = Decoding.of(params.data).gray_range
+    if narrow := narrow_range(low, high, (black, white)):
+        yield narrow
     beyond = gray[(gray["low"] < black) | (gray["high"] > white)]
     if len(beyond):
         yield f"{len(beyond)} images hold values from {low} to {high}, beyond data.gray_range: {first(beyond['path'])}"
+
+
+def narrow_range(low: int, high: int, gray_range: tuple[int, int]) -> str:
+    """Say that 16-bit gray values from `low` to `high` fill few gray levels between black and white; '' where not."""
+    black, white = gray_range
+    levels = max(0, min(high, white) - max(low, black)) * 255 / (white - black)
+    if levels >= MIN_LEVELS:
+        return ""
+    full = 2 ** max(8, high.bit_length()) - 1
+    return (
+        f"16-bit images hold values from {low} to {high}, which are {levels + 1:.0f} of 256 gray levels: "
+        f"set data.gray_range, e.g. [0, {full}], or to the window that matters"
+    )
 
 
 def _near_copies(part: pd.DataFrame) -> Iterator[str]:

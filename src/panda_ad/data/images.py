@@ -20,7 +20,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -308,12 +308,15 @@ def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]
         yield batch
 
 
-def mask_levels(parts: Sequence[bytes], name: str) -> np.ndarray:
+def mask_levels(parts: Sequence[bytes], name: str, decoding: Decoding = DEFAULT) -> np.ndarray:
     """Decode a mask, of one file or several to join, before it is binarized: uint8 (H, W), the largest channel.
+
+    A mask of 16 bits is scaled from its full range, whatever the images' range is.
 
     Raises UserError as `decode` does, and where there is no file, or they differ in size.
     """
-    levels = [picture(data, name, BLACK).rgb.max(axis=2) for data in parts]
+    full = replace(decoding, gray_range=DEFAULT.gray_range)
+    levels = [picture(data, name, BLACK, full).rgb.max(axis=2) for data in parts]
     if len({part.shape for part in levels}) != 1:
         raise UserError(f"{name}: {'masks of different sizes' if levels else 'holds no masks'}")
     return np.maximum.reduce(levels)
@@ -327,16 +330,16 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     return mask_levels([data], name) >= 128
 
 
-def mask_bytes(path: Path, name: str | None = None) -> list[bytes]:
+def mask_bytes(path: Path, name: str | None = None, decoding: Decoding = DEFAULT) -> list[bytes]:
     """Read the files of a mask (see `mask_parts`). Raises UserError."""
-    return [read_bytes(part, name if part == path else None) for part in mask_parts(path)]
+    return [read_bytes(part, name if part == path else None, decoding) for part in mask_parts(path)]
 
 
-def read_mask(path: Path | str, sha256: str | None = None) -> np.ndarray:
+def read_mask(path: Path | str, sha256: str | None = None, decoding: Decoding = DEFAULT) -> np.ndarray:
     """Read a mask, a file or a folder of files: bool (H, W), true where marked.
 
     Raises UserError as `read_image` does.
     """
-    parts = mask_bytes(Path(path))
+    parts = mask_bytes(Path(path), decoding=decoding)
     _require(parts, sha256, path)
-    return mask_levels(parts, str(path)) >= 128
+    return mask_levels(parts, str(path), decoding) >= 128

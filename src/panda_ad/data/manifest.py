@@ -68,8 +68,9 @@ def collect(params: Params) -> tuple[pd.DataFrame, list[str]]:
         listing = list_entries(params, root)
         entries = _limit(listing.entries, params, cache)
         placed = [e for e in entries if not e.problem]
-        read = read_all({e.path for e in placed}, "image", functools.partial(inspect_image, decoding=decoding), cache)
-        masks = read_all({e.mask for e in placed if e.mask}, "mask", inspect_mask, cache)
+        inspect = [functools.partial(one, decoding=decoding) for one in (inspect_image, inspect_mask)]
+        read = read_all({e.path for e in placed}, "image", inspect[0], cache)
+        masks = read_all({e.mask for e in placed if e.mask}, "mask", inspect[1], cache)
     rows = [_row(e, read.get(e.path, {}), masks.get(e.mask, {})) for e in entries]
     measures = ["mask_width", "mask_height", "mask_marked", "mask_largest", "low", "high"]
     frame = pd.DataFrame(rows, columns=[*COLUMNS, "misplaced", "unreadable", "doubt", "thumb", *measures])

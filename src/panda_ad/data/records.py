@@ -80,20 +80,20 @@ def _thumb(rgb: np.ndarray) -> str:
     return base64.b64encode(reduced.astype(np.float16).tobytes()).decode()
 
 
-def inspect_mask(root: Path, path: str) -> Record:
+def inspect_mask(root: Path, path: str, decoding: Decoding = images.DEFAULT) -> Record:
     """Read and decode one mask; a failure is a `problem`, not an exception."""
     try:
-        parts = images.mask_bytes(root / path, path)
+        parts = images.mask_bytes(root / path, path, decoding)
     except UserError as e:
         return {"problem": f"its mask {e}"}
-    return mask_record(parts, path)
+    return mask_record(parts, path, decoding)
 
 
-def mask_record(parts: Sequence[bytes], path: str) -> Record:
+def mask_record(parts: Sequence[bytes], path: str, decoding: Decoding = images.DEFAULT) -> Record:
     """Return what a mask's file, or its files to join, hold."""
     record: Record = {"problem": "", "sha256": images.digest(parts) if parts else ""}
     try:
-        levels = images.mask_levels(parts, path)
+        levels = images.mask_levels(parts, path, decoding)
     except UserError as e:
         return {**record, "problem": f"its mask {e}"}
     height, width = levels.shape

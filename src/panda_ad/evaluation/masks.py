@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import adaptive_max_pool2d
 
-from panda_ad.data.images import read_mask
+from panda_ad.data.images import Decoding, read_mask
 from panda_ad.data.layouts import image_root
 from panda_ad.params import Params
 from panda_ad.scoring.verdict import resize_map
@@ -41,6 +41,7 @@ def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
     if not (rows["mask"] != "").any():
         return None
     root: Path = image_root(params)
+    decoding = Decoding.of(params.data)
     masks: Masks = []
     for row in rows.itertuples():
         if row.label and not row.mask:
@@ -48,7 +49,7 @@ def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
             continue
         scale = min(1.0, PIXEL_SIDE / max(row.height, row.width))
         size = (max(1, round(row.height * scale)), max(1, round(row.width * scale)))
-        mask = read_mask(root / row.mask, row.mask_sha256) if row.mask else np.zeros(size, bool)
+        mask = read_mask(root / row.mask, row.mask_sha256, decoding) if row.mask else np.zeros(size, bool)
         masks.append(mask if mask.shape == size else reduce_mask(mask, size))
     return masks
 

@@ -12,6 +12,7 @@ import io
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
@@ -144,14 +145,10 @@ def _files(column):
 
     MLflow gives a request's list `inputs` as one cell.
     """
-    cells = [
-        cell if isinstance(cell, list) or hasattr(cell, "tolist") and not isinstance(cell, str) else None
-        for cell in column
-    ]
-    if all(cell is None for cell in cells):
-        return [_file(value) for value in column], column.index
-    values = [v for cell, value in zip(cells, column, strict=True) for v in ([value] if cell is None else list(cell))]
-    return [_file(value) for value in values], pd.RangeIndex(len(values))
+    cell: Any = column.iloc[0] if len(column) == 1 else None
+    if isinstance(cell, list) or hasattr(cell, "tolist") and not isinstance(cell, str):
+        return [_file(value) for value in cell], pd.RangeIndex(len(cell))
+    return [_file(value) for value in column], column.index
 
 
 def _file(value):

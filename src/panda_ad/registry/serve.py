@@ -27,6 +27,7 @@ _DROPPED = 16 * MAX_BODY
 MAX_WAITING = 4
 """Requests at a time, the one that is computed among them."""
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
+_JSON = "application/json"
 _SHOWN = 500  # characters of an error
 
 
@@ -88,14 +89,16 @@ def application(model: PyFuncModel) -> Starlette:
             body = await _body(request, MAX_BODY)
             if body is None:
                 return refuse(413, f"more than {MAX_BODY // 2**20} MiB; send fewer images in one request")
-            content = request.headers.get("content-type", "application/json")
-            if content.partition(";")[0].strip() == "application/json" and (wrong := _mistake(body, known)):
+            content = request.headers.get("content-type", _JSON)
+            if content.partition(";")[0].strip().lower() != _JSON:
+                return refuse(415, f"content type {content}: {_JSON} is expected")
+            if wrong := _mistake(body, known):
                 return refuse(400, wrong)
             async with turn:
                 if await request.is_disconnected():
                     return refuse(499, "the client is gone")
-                result = await asyncio.to_thread(invocations, body, content, model, schema)
-            return Response(result.response, result.status, media_type=result.mimetype)
+                result = await asyncio.to_thread(invocations, body, _JSON, model, schema)
+            return Response(result.response, result.status, media_type=_JSON)
         except MlflowException as e:
             return refuse(e.get_http_status_code(), _reason(e.message))
         finally:
