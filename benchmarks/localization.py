@@ -3,7 +3,7 @@
 
     python benchmarks/localization.py
 
-ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 10 % of the patches, random images (blurred noise,
+ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 1,000 patches a level, random images (blurred noise,
 seeded). Each method runs in a process of its own, so that its peak memory is its own. Plain: float32, pairwise
 differences by broadcasting, in chunks of gallery rows that fit in memory, a sample of positions timed and scaled up.
 Times leave out the backbone.
@@ -30,8 +30,8 @@ from torch import Tensor
 from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, resolve_precision
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
-from panda_ad.scoring.localize.maps import positions, tensors
-from panda_ad.scoring.localize.patch_memory import PatchMemory, patch_features
+from panda_ad.scoring.localize.maps import local_means, positions
+from panda_ad.scoring.localize.patch_memory import PatchMemory
 from panda_ad.scoring.localize.search import nearest, pack
 from panda_ad.scoring.localize.spade import Spade
 
@@ -71,9 +71,7 @@ def build(folder: Path, count: int, size: int) -> None:
             arrays[name][i : i + len(value)] = value
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
-        params = LocalizeParams(
-            method=method, neighbors=50, memory_fraction=0.1, memory_limit=10**9, sigma=4.0, tiles=None
-        )
+        params = LocalizeParams(method=method, neighbors=50, memory_limit=1000, sigma=4.0, tiles=None)
         localizer = build_localizer(
             params, LEVELS[method], lambda i: {k: np.array(v[i]) for k, v in arrays.items()}, pooled, 0
         )
@@ -116,24 +114,27 @@ def measure(folder: Path, method: str, plain: bool, repeats: int, size: int) -> 
     for queries, rows, ours in searches(localizer, maps, pooled):
         chosen = torch.linspace(0, len(queries) - 1, min(SAMPLE, len(queries))).long()
         start, busy = time.perf_counter(), time.process_time()
-        expected = plain_distance(queries[chosen].float(), rows.float())
+        expected = plain_distance(*(torch.from_numpy(x).float() for x in (queries[chosen.numpy()], rows))).numpy()
         seconds += (time.perf_counter() - start) * len(queries) / len(chosen)
         cpu_seconds += (time.process_time() - busy) * len(queries) / len(chosen)
-        difference = max(difference, float(((ours[chosen] - expected).abs() / expected).max()))
+        difference = max(difference, float((np.abs(ours[chosen.numpy()] - expected) / expected).max()))
     return {"seconds": seconds, "cpu": cpu_seconds, "peak": peak(), "difference": difference}
 
 
-def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
+Search = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def searches(localizer, maps: dict[str, np.ndarray], pooled: np.ndarray) -> list[Search]:
     """Return (queries, gallery rows, our distances) of each search that the first image needs."""
     if isinstance(localizer, PatchMemory):
-        queries = positions(patch_features(tensors({k: v[:1] for k, v in maps.items()}, localizer.levels)))[0]
-        return [(queries, localizer.values, nearest(queries, [pack(localizer.values)]))]
+        asked = [(positions(local_means(maps[name][0])), m.values) for name, m in localizer.memories.items()]
+        return [(queries, rows, nearest(queries, [pack(rows)])) for queries, rows in asked]
     assert isinstance(localizer, Spade)
     chosen = localizer.nearest_images(pooled[0])
     out = []
     for level in localizer.levels:
-        queries = positions(torch.from_numpy(maps[level][:1]))[0]
-        rows = torch.from_numpy(np.asarray(localizer.values[level][chosen])).flatten(0, 1)
+        queries = positions(maps[level][0])
+        rows = np.concatenate(localizer.values[level][chosen])
         out.append((queries, rows, nearest(queries, [pack(rows)])))
     return out
 

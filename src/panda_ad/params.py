@@ -165,7 +165,6 @@ class LocalizeParams(_Section):
 
     method: Literal["none", "spade", "patch_memory"]
     neighbors: PositiveInt
-    memory_fraction: Annotated[float, Field(gt=0, le=1)]
     memory_limit: PositiveInt
     sigma: Annotated[float, Field(ge=0)]
     tiles: Annotated[int, Field(ge=2, le=8)] | None

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,17 +21,9 @@ from panda_ad.errors import UserError
 from panda_ad.params import parse_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.bundle_formats import FORMAT
-from panda_ad.scoring.folds import FOLDS, folds_of, split_folds
-from panda_ad.scoring.image_score import (
-    PixelStatistics,
-    RobustScale,
-    fit_pixel_statistics,
-    fit_robust_scale,
-    image_scores,
-    out_of_fold_map_scores,
-)
-from panda_ad.scoring.localize.maps import positions, tensors
-from panda_ad.scoring.localize.patch_memory import patch_features
+from panda_ad.scoring.folds import FOLDS, split_folds
+from panda_ad.scoring.image_score import RobustScale, fit_robust_scale, image_scores, map_scores
+from panda_ad.scoring.localize.maps import local_means, positions
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
@@ -55,40 +48,10 @@ def test_both_adds_what_the_parts_say_in_units_of_their_spread():
     assert both.tolist() == [0.0, 4.0, 5.0]
 
 
-def test_a_spot_counts_by_what_is_statistics_at_its_place():
-    rng = np.random.default_rng(0)
-    noisy = np.ones((8, 8))
-    noisy[:, 0] = 10  # a border where normal images differ
-    normal = (5 + rng.normal(size=(400, 8, 8)) * noisy).astype(np.float32)
-    statistics = fit_pixel_statistics(normal)
-    np.testing.assert_allclose(statistics.mean, normal.mean(axis=0), rtol=1e-5)
-    at_border, inside = np.full((2, 8, 8), 5, np.float32)
-    at_border[3, 0] += 12
-    inside[3, 4] += 6
-    border, middle = statistics.map_scores(np.stack([at_border, inside]))
-    assert border < 2 < 5 < middle
-    assert statistics.map_scores(inside[None])[0] == middle, "alone as in company"
-
-
-def test_no_place_is_steadier_than_the_median_place():
-    maps = np.random.default_rng(1).normal(size=(50, 6, 6)).astype(np.float32)
-    maps[:, 0, 0] = 3.0
-    statistics = fit_pixel_statistics(maps)
-    assert statistics.spread[0, 0] == pytest.approx(np.median(maps.std(axis=0)), rel=1e-5)
-    assert fit_pixel_statistics(np.ones((3, 4, 4), np.float32)).spread.tolist() == np.ones((4, 4)).tolist()
-
-
-def test_left_out_peaks_are_those_of_new_images():
-    """Smooth maps of few images: a map that shaped the mean and spread would peak too low."""
-    rng = np.random.default_rng(2)
-    maps = rng.normal(size=(40, 12, 12)).astype(np.float32)
-    new = fit_pixel_statistics(maps).map_scores(rng.normal(size=(400, 12, 12)).astype(np.float32))
-    folds = split_folds(40, 0)
-    scores = out_of_fold_map_scores(maps, folds)
-    assert np.median(scores) == pytest.approx(np.median(new), rel=0.06)
-    fold, rest = folds[0]
-    assert scores[fold].tolist() == fit_pixel_statistics(maps[rest]).map_scores(maps[fold]).tolist()
-    assert isinstance(fit_pixel_statistics(maps), PixelStatistics)
+def test_the_map_score_is_the_peak_of_each_map():
+    maps = np.random.default_rng(0).random((3, 4, 5)).astype(np.float32)
+    assert map_scores(maps).tolist() == [float(m.max()) for m in maps]
+    assert map_scores(maps[:0]).shape == (0,)
 
 
 @pytest.fixture(scope="module", params=[(64, 64)])
@@ -115,48 +78,42 @@ def test_patch_memory_without_an_image_has_none_of_its_patches(world, tiles):
     whole = build(
         "patch_memory",
         (size, gallery, pooled[: 12 // tiles**2], None, None),
-        memory_fraction=1.0,
+        memory_limit=10**6,
         tiles=tiles if tiles > 1 else None,
     )
     left = whole.without(np.array([1]))
-    rows = positions(patch_features(tensors(gallery, whole.levels)))  # (12, P, C)
-    own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].flatten(0, 1)}
-    assert own & {tuple(row.tolist()) for row in whole.values}
-    assert not own & {tuple(row.tolist()) for row in left.values}
-    assert len(left.values) >= len(whole.values) * (1 - 1.5 / (12 // tiles**2))
-    layers = tensors({k: v[tiles**2 : 2 * tiles**2] for k, v in gallery.items()}, whole.levels)
-    query = positions(patch_features(layers))[0].float()
-    sharp = left._sharp(layers, 0, tuple(gallery["layer2"].shape[2:]))  # one value a position: nothing to interpolate
-    np.testing.assert_allclose(sharp.ravel(), pairwise(query, left.values.float()), rtol=1e-5)
-    assert np.array_equal(whole.without(np.array([999])).values, whole.values)
+    layer = gallery["layer2"][tiles**2]
+    for level in whole.levels:
+        rows = np.stack([positions(local_means(image)) for image in gallery[level]])  # (12, P, C)
+        own = {tuple(row.tolist()) for row in rows[tiles**2 : 2 * tiles**2].reshape(-1, rows.shape[2])}
+        mine, theirs = whole.memories[level].values, left.memories[level].values
+        assert own & {tuple(row.tolist()) for row in mine}
+        assert not own & {tuple(row.tolist()) for row in theirs}
+        assert len(theirs) >= len(mine) * (1 - 1.5 / (12 // tiles**2))
+        assert np.array_equal(whole.without(np.array([999])).memories[level].values, mine)
+    query, memory = torch.from_numpy(positions(local_means(layer))).float(), left.memories["layer2"]
+    away = pairwise(query, torch.from_numpy(memory.values).float()) / memory.scale
+    np.testing.assert_allclose(memory.distances(layer).ravel(), away, rtol=1e-5)
+    assert whole.without(np.arange(12)).memories["layer2"] is whole.memories["layer2"], "nothing else to compare with"
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_out_of_fold_maps_are_those_of_each_image_alone_without_its_fold(world, tiles, monkeypatch):
+def test_out_of_fold_map_scores_are_those_of_each_image_alone_without_its_fold(world, tiles, monkeypatch):
     """Although many are computed together, and only some images are chosen."""
     from panda_ad.scoring import fit_localizer
 
     size, gallery, pooled, _, _ = world
     count = 12 // tiles**2
-    whole = build(
-        "patch_memory",
-        (size, gallery, pooled[:count], None, None),
-        memory_fraction=0.5,
-        tiles=tiles if tiles > 1 else None,
-    )
+    whole = build("patch_memory", (size, gallery, pooled[:count], None, None), tiles=tiles if tiles > 1 else None)
     monkeypatch.setattr(fit_localizer, "image_maps", lambda *a: lambda i: {k: v[i] for k, v in gallery.items()})
     detector = SimpleNamespace(localizer=whole, size=size, network=None)
     folds, chosen = split_folds(count, 3), np.arange(1, count)
-    found = fit_localizer.out_of_fold_maps(detector, None, pooled[:count], folds, chosen)
-    assert found.shape[0] == count - 1
+    found = fit_localizer.out_of_fold_map_scores(detector, None, pooled[:count], folds, chosen)
+    assert found.shape == (count - 1,)
     fold_of = {int(i): fold for fold, _ in folds for i in fold}
-    for heatmap, i in zip(found, chosen, strict=True):
+    for score, i in zip(found, chosen, strict=True):
         own = {k: v[i * tiles**2 : (i + 1) * tiles**2] for k, v in gallery.items()}
-        alone = whole.without(fold_of[i]).heatmaps(own, pooled[i : i + 1], size)[0]
-        np.testing.assert_array_equal(heatmap, alone)
-    parts = folds_of(folds, chosen)
-    assert sorted(np.concatenate([part for part, _ in parts])) == list(range(count - 1))
-    assert all(set(chosen[part]) <= set(fold_of[int(chosen[part[0]])]) for part, _ in parts)
+        assert score == whole.without(fold_of[i]).heatmaps(own, pooled[i : i + 1], size).max()
 
 
 def make_plant(folder, monkeypatch, gallery=None, **verdict):
@@ -252,8 +209,8 @@ def test_a_bundle_without_what_its_score_needs_is_none(tmp_path, monkeypatch):
     before = load_bundle("build/bundle/fabric")
     damaged = replace(before, config=before.config.model_copy(update={"score": "both"}))
     (tmp_path / "new").mkdir()
-    save_bundle(damaged, tmp_path / "new")  # says both, does not say what is statistics
-    with pytest.raises(UserError, match="not a bundle"):
+    save_bundle(damaged, tmp_path / "new")  # says both, does not say in what units
+    with pytest.raises(UserError, match="damaged bundle"):
         load_bundle(tmp_path / "new")
 
 

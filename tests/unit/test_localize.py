@@ -4,14 +4,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import ndimage
 from torch.nn import functional as F
 
 from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone
 from panda_ad.features.preprocessing import preprocess
 from panda_ad.params import LocalizeParams
+from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
-from panda_ad.scoring.localize.patch_memory import choose, patch_features
+from panda_ad.scoring.localize.maps import local_means, positions, resize
+from panda_ad.scoring.localize.patch_memory import choose
 from panda_ad.scoring.localize.tiling import blend, boxes, tiles
 
 LEVELS = {"spade": ("layer1", "layer2", "layer3"), "patch_memory": ("layer2", "layer3")}
@@ -21,8 +25,7 @@ def params(method, **changes):
     values = {
         "method": method,
         "neighbors": 5,
-        "memory_fraction": 0.3,
-        "memory_limit": 20_000,
+        "memory_limit": 300,
         "sigma": 2.0,
         "tiles": None,
     }
@@ -93,33 +96,67 @@ def test_spade_equals_naive(world):
         np.testing.assert_allclose(ours[i], expected, rtol=1e-5)
 
 
-def naive_patch_features(layer2, layer3):
-    """One image, neighborhood by neighborhood."""
-    layer2, layer3 = torch.from_numpy(layer2), torch.from_numpy(layer3)
+def naive_means(layer):
+    """Mean of each 3 x 3 neighborhood, zeros beyond the border counted: (C, h, w) -> float32 (h * w, C)."""
+    x = F.pad(torch.from_numpy(layer).float(), (1, 1, 1, 1))
+    return (
+        torch.stack([x[:, y : y + 3, z : z + 3].mean((1, 2)) for y, z in np.ndindex(*layer.shape[1:])]).half().float()
+    )
 
-    def mean3x3(x):
-        out = torch.empty_like(x)
-        for y in range(x.shape[1]):
-            for z in range(x.shape[2]):
-                out[:, y, z] = x[:, max(y - 1, 0) : y + 2, max(z - 1, 0) : z + 2].mean((1, 2))
-        return out
 
-    up = F.interpolate(mean3x3(layer3.float())[None], size=layer2.shape[1:], mode="bilinear")[0]
-    return torch.cat([mean3x3(layer2.float()), up]).half()
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.integers(0, 2**16))
+def test_local_means_are_those_of_each_neighborhood(channels, height, width, seed):
+    layer = np.random.default_rng(seed).normal(size=(channels, height, width)).astype(np.float16)
+    np.testing.assert_allclose(positions(local_means(layer)), naive_means(layer), atol=2e-3)
+
+
+@given(*[st.integers(1, 9)] * 2, *[st.integers(1, 40)] * 2, st.sampled_from([0.0, 0.7, 4.0]), st.integers(0, 2**16))
+def test_resize_is_bilinear_interpolation_and_a_gaussian_filter(h, w, height, width, sigma, seed):
+    values = np.random.default_rng(seed).normal(size=(h, w)).astype(np.float32)
+    plain = F.interpolate(torch.from_numpy(values)[None, None], size=(height, width), mode="bilinear")[0, 0].numpy()
+    expected = ndimage.gaussian_filter(plain, sigma) if sigma else plain
+    np.testing.assert_allclose(resize(values, (height, width), sigma), expected, atol=1e-5)
 
 
 def test_patch_memory_equals_naive(world):
+    """A map per level, each in units of what images of the other folds have on average, then their mean."""
     size, gallery, _, layers, features = world
-    localizer = build("patch_memory", world, memory_fraction=1.0)
+    localizer = build("patch_memory", world, memory_limit=10**6)
     ours = localizer.heatmaps({k: layers[k] for k in ("layer2", "layer3")}, features, size)
-    memory = [naive_patch_features(a, b) for a, b in zip(gallery["layer2"], gallery["layer3"], strict=True)]
-    rows = torch.cat([m.flatten(1).T for m in memory]).float()
+    expected = np.zeros((3, *size))
+    for level in ("layer2", "layer3"):
+        rows = torch.stack([naive_means(image) for image in gallery[level]])  # (12, P, C)
+        away = [pairwise(rows[fold].flatten(0, 1), rows[rest].flatten(0, 1)) for fold, rest in split_folds(12, 0)]
+        assert localizer.memories[level].scale == pytest.approx(float(torch.cat(away).mean()), rel=1e-3)
+        for i in range(3):
+            distance = pairwise(naive_means(layers[level][i]), rows.flatten(0, 1)).view(1, 1, *layers[level].shape[2:])
+            expected[i] += (
+                F.interpolate(distance, size=size, mode="bilinear")[0, 0].numpy() / torch.cat(away).mean().item()
+            )
     for i in range(3):
-        image = naive_patch_features(layers["layer2"][i], layers["layer3"][i])
-        distance = pairwise(image.flatten(1).T.float(), rows).view(1, 1, *image.shape[1:])
-        expected = ndimage.gaussian_filter(F.interpolate(distance, size=size, mode="bilinear")[0, 0].numpy(), 2.0)
         # means rounded to float16 may differ in their last bit between the two ways of summing nine numbers
-        np.testing.assert_allclose(ours[i], expected, rtol=2e-3)
+        np.testing.assert_allclose(ours[i], ndimage.gaussian_filter(expected[i] / 2, 2.0), rtol=2e-3)
+
+
+def test_a_normal_image_is_about_1_whatever_the_size_of_a_level(world):
+    size, gallery, pooled, layers, features = world
+    localizer = build("patch_memory", world)
+    scaled = {"layer2": 32 * gallery["layer2"], "layer3": gallery["layer3"]}
+    other = build("patch_memory", (size, scaled, pooled, None, None))
+    good = {"layer2": layers["layer2"][:1], "layer3": layers["layer3"][:1]}
+    found = localizer.heatmaps(good, features[:1], size)
+    assert 0.7 < found.mean() < 1.4
+    same = other.heatmaps({"layer2": 32 * good["layer2"], "layer3": good["layer3"]}, features[:1], size)
+    np.testing.assert_allclose(same, found, rtol=1e-3)
+
+
+def test_a_level_that_never_changes_gives_a_map_of_zeros(world):
+    size, gallery, pooled, _, features = world
+    constant = {k: np.ones_like(v) for k, v in gallery.items()}
+    localizer = build("patch_memory", (size, constant, pooled, None, None))
+    found = localizer.heatmaps({k: v[:1] for k, v in constant.items()}, features[:1], size)
+    assert found.max() == 0
+    assert len(localizer.memories["layer2"].values) < 10, "copies are kept once"
 
 
 @pytest.mark.parametrize("method", ["spade", "patch_memory"])
@@ -148,7 +185,7 @@ def test_alone_in_a_batch_and_after_saving(world, method, tmp_path):
 
 def test_a_gallery_image_is_normal_everywhere(world):
     size, gallery, pooled, _, _ = world
-    for localizer in (build("spade", world), build("patch_memory", world, memory_fraction=1.0)):
+    for localizer in (build("spade", world), build("patch_memory", world, memory_limit=10**6)):
         own = localizer.heatmaps({k: v[3:4] for k, v in gallery.items()}, pooled[3:4], size)
         assert own.max() < 1e-3
 
@@ -171,23 +208,24 @@ def test_no_smoothing(world, method):
 
 
 def test_memory_size_follows_the_parameters(world):
-    total = 12 * (world[0][0] // 8) * (world[0][1] // 8)
-    assert len(build("patch_memory", world, memory_fraction=0.1).values) == round(0.1 * total)
-    assert len(build("patch_memory", world, memory_limit=7).values) == 7
+    for limit in (7, 100):
+        memories = build("patch_memory", world, memory_limit=limit).memories
+        assert [len(memory.values) for memory in memories.values()] == [limit, limit]
+    assert build("patch_memory", world).memories["layer2"].values.dtype == np.float16
 
 
 def test_coreset_is_greedy_seeded_and_skips_copies():
-    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-    chosen = choose(rows, 40, torch.Generator().manual_seed(1)).tolist()
-    assert chosen == choose(rows, 40, torch.Generator().manual_seed(1)).tolist()
+    rows = np.random.default_rng(0).normal(size=(300, 8))
+    chosen = choose(rows, 40, 1).tolist()
+    assert chosen == choose(rows, 40, 1).tolist()
     assert len(set(chosen)) == 40
-    away = torch.full((300,), torch.inf)
+    away = np.full(300, np.inf)
     for i, (last, following) in enumerate(zip(chosen, chosen[1:], strict=False)):
-        away = torch.minimum(away, (rows - rows[last]).square().sum(1))
-        assert away[following] == pytest.approx(float(away.max()), rel=1e-4), i
-    copies = rows[:5].repeat(20, 1)
-    assert sorted(i % 5 for i in choose(copies, 50, torch.Generator().manual_seed(0)).tolist()) == [0, 1, 2, 3, 4]
-    assert len(choose(torch.ones(10, 4), 5, torch.Generator().manual_seed(0))) == 1
+        away = np.minimum(away, np.square(rows - rows[last]).sum(axis=1))
+        assert away[following] == pytest.approx(away.max(), rel=1e-4), i
+    copies = np.tile(rows[:5], (20, 1))
+    assert sorted(i % 5 for i in choose(copies, 50, 0).tolist()) == [0, 1, 2, 3, 4]
+    assert len(choose(np.ones((10, 4)), 5, 0)) == 1
 
 
 def test_coreset_covers_better_than_chance():
@@ -195,16 +233,9 @@ def test_coreset_covers_better_than_chance():
     rows = torch.from_numpy(
         rng.normal(size=(2000, 64)) * (rng.random((2000, 1)) > 0.98) * 5 + rng.normal(size=(2000, 64))
     ).half()
-    chosen = choose(rows, 100, torch.Generator().manual_seed(0))
+    chosen = choose(rows.numpy(), 100, 0)
     radius = pairwise(rows.float(), rows[chosen].float()).max()
     assert radius < 0.8 * pairwise(rows.float(), rows[:100].float()).max()
-
-
-def test_patch_features_of_an_image_do_not_depend_on_the_batch(world):
-    layers = {k: torch.from_numpy(world[3][k]) for k in LEVELS["patch_memory"]}
-    together = patch_features(layers)
-    for i in range(3):
-        assert torch.equal(together[i], patch_features({k: v[i : i + 1] for k, v in layers.items()})[0])
 
 
 @pytest.mark.parametrize(

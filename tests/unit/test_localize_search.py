@@ -14,7 +14,8 @@ def naive(queries, gallery):
 
 
 def found(queries, gallery, parts=1):
-    return search.nearest(queries, [search.pack(rows) for rows in gallery.tensor_split(parts)])
+    packed = [search.pack(rows.numpy()) for rows in gallery.tensor_split(parts)]
+    return torch.from_numpy(search.nearest(queries.numpy(), packed))
 
 
 def data(name, channels=24, seed=0):

@@ -26,7 +26,7 @@ from panda_ad.scoring.checksums import CHECKSUMS, damage, write_checksums
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.gallery import Gallery
-from panda_ad.scoring.image_score import PixelStatistics, RobustScale
+from panda_ad.scoring.image_score import RobustScale
 from panda_ad.scoring.localize.localizer import load_localizer
 from panda_ad.scoring.whitening import Whitening
 from panda_ad.system.files import write_json, write_text
@@ -45,8 +45,6 @@ def save_bundle(detector: Detector, folder: Path) -> None:
     save_file({"jpeg": data, "offsets": offsets}, folder / "thumbnails.safetensors")
     if detector.reference is not None:
         save_file(asdict(detector.reference), folder / "reference.safetensors", {"statistics": ",".join(NAMES)})
-    if detector.pixel_statistics is not None:
-        save_file(asdict(detector.pixel_statistics), folder / "pixel_statistics.safetensors")
     if detector.seen:
         write_text(folder / _SEEN, "".join(f"{key}\n" for key in sorted(detector.seen)))
     if detector.localizer is not None:
@@ -120,7 +118,6 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
         whitenings=tuple(whitenings),
         classifier={name: value.numpy() for name, value in weights["classifier"].items()} or None,
         localizer=load_localizer(folder / "localizer") if (folder / "localizer").exists() else None,
-        pixel_statistics=_pixel_statistics(folder / "pixel_statistics.safetensors", config.score != "features"),
         scales=(scales[0], scales[1]) if config.score == "both" else None,
         calibration=np.array(scores, dtype=np.float64),
         reference=_reference(folder / "reference.safetensors"),
@@ -172,12 +169,6 @@ def _reference(path: Path) -> Reference | None:
         if (f.metadata() or {}).get("statistics") != ",".join(NAMES):
             return None
         return Reference(f.get_tensor("statistics"), f.get_tensor("features"))
-
-
-def _pixel_statistics(path: Path, needed: bool) -> PixelStatistics | None:
-    if not path.exists() and not needed:
-        return None
-    return PixelStatistics(**load_file(path))
 
 
 def _smallest(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 1 to 5  PyTorch computed the network.
 6       Pillow resizes, as training's PyTorch did but for single gray levels; a score moves by up to a percent.
+        A heat map per level, whose peak is the map score.
 """
 
 from __future__ import annotations
@@ -29,8 +30,3 @@ def check_format(config: Mapping[str, Any], where: object) -> None:
             f"{where}: bundle format {found} is of an earlier panda-ad, which scored otherwise ({FORMAT} now); "
             "`panda-ad run` makes the model anew"
         )
-
-
-def upgrade_localizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of localizer.json as format `FORMAT` has it."""
-    return dict(config)

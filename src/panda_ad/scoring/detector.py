@@ -16,7 +16,7 @@ from panda_ad.features.network import Network
 from panda_ad.scoring.calibration import Threshold, p_values, threshold
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.gallery import Gallery
-from panda_ad.scoring.image_score import PixelStatistics, RobustScale, image_scores
+from panda_ad.scoring.image_score import RobustScale, image_scores, map_scores
 from panda_ad.scoring.localize.localizer import Localizer
 from panda_ad.scoring.ses import ses_scores
 from panda_ad.scoring.verdict import Scores, Verdict, region, resize_map
@@ -39,7 +39,6 @@ class Detector:
     whitenings : one per snapshot, fitted on the training images; empty: none.
     classifier : outlier exposure's linear layer {weight (1, D), bias (1,)}, float32, else None.
     localizer : makes heat maps; None without.
-    pixel_statistics : of normal images' heat maps; None without a localizer and in bundles from before.
     scales : of the feature score and of the map score, for score 'both'.
     calibration : float64 (M,), scores of the calibration images.
     reference : what these images are like; None in bundles from before monitoring.
@@ -55,7 +54,6 @@ class Detector:
     whitenings: tuple[Whitening, ...] = ()
     classifier: Mapping[str, np.ndarray] | None = None
     localizer: Localizer | None = None
-    pixel_statistics: PixelStatistics | None = None
     scales: tuple[RobustScale, RobustScale] | None = None
     calibration: np.ndarray = field(default_factory=lambda: np.empty(0))
     reference: Reference | None = None
@@ -135,8 +133,7 @@ class Detector:
             if localizer is not None:
                 maps = self._tiled_heatmaps(localizer, pixels, features[-1])
         feature_score, snapshot, neighbors, distances = self.score_features(features)
-        known = maps is not None and self.pixel_statistics is not None
-        map_score = self.pixel_statistics.map_scores(maps) if known else None  # type: ignore[union-attr, arg-type]
+        map_score = None if maps is None else map_scores(maps)
         score = image_scores(self.config.score, feature_score, map_score, self.scales)
         if not np.isfinite(score).all():
             raise UserError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fit a detector: galleries of normal features, a localizer, and calibration, in bounded memory.
 
-Whatever describes normal images (SES's means, the robust scales of the two scores, the pixel statistics of heat maps)
-comes from training images scored by a model of the other folds.
+Whatever describes normal images (SES's means, the robust scales of the two scores) comes from training images scored
+by a model of the other folds.
 An image that has shaped a model looks too normal to it.
 """
 
@@ -22,7 +22,7 @@ from panda_ad.features.network import Network
 from panda_ad.params import GalleryParams
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.detector import Detector
-from panda_ad.scoring.fit_localizer import fit_localizer, fit_pixel_statistics_and_scales
+from panda_ad.scoring.fit_localizer import fit_localizer, fit_scales
 from panda_ad.scoring.folds import Folds, split_folds
 from panda_ad.scoring.gallery import Gallery, check_finite, cluster_means, compress
 from panda_ad.scoring.verdict import Scores
@@ -85,8 +85,8 @@ def fit_detector(
     if params.localize.method != "none":
         last = detector.transformed(features)[-1]
         detector = replace(detector, localizer=fit_localizer(detector, train, last, params))
-        if config.score != "features":
-            detector = fit_pixel_statistics_and_scales(detector, train, last, knn, folds, params.seed)
+        if config.score == "both":
+            detector = fit_scales(detector, train, last, knn, folds, params.seed)
     return calibrated(detector, calibration)
 
 

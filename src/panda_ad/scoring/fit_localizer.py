@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit the localizer, and what the image score needs of its heat maps: pixel statistics and scales."""
+"""Fit the localizer, and the scales of the two scores."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from functools import lru_cache
 
@@ -14,14 +13,13 @@ from panda_ad.features.images import Images
 from panda_ad.features.network import Network
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.detector import Detector
-from panda_ad.scoring.folds import Folds, folds_of
-from panda_ad.scoring.image_score import fit_pixel_statistics, fit_robust_scale, out_of_fold_map_scores
+from panda_ad.scoring.folds import Folds
+from panda_ad.scoring.image_score import fit_robust_scale, map_scores
 from panda_ad.scoring.localize.localizer import Localizer, build_localizer
 from panda_ad.scoring.localize.maps import Maps
 from panda_ad.scoring.localize.tiling import image_tiles
-from panda_ad.system.paths import BUILD
 
-_MAPS = 64  # most training images whose heat maps pixel statistics are made of
+_MAPS = 128  # most training images whose heat maps the scale of map scores is from
 
 
 def fit_localizer(detector: Detector, train: Images, features: np.ndarray, params: FitParams) -> Localizer:
@@ -31,10 +29,10 @@ def fit_localizer(detector: Detector, train: Images, features: np.ndarray, param
     return build_localizer(params.localize, levels, maps, features, params.seed)
 
 
-def fit_pixel_statistics_and_scales(
+def fit_scales(
     detector: Detector, train: Images, features: np.ndarray, knn: np.ndarray, folds: Folds, seed: int
 ) -> Detector:
-    """Add pixel statistics and, for score `both`, scales, from out-of-fold scores.
+    """Add the scales of score `both`, from out-of-fold scores.
 
     Parameters
     ----------
@@ -44,41 +42,28 @@ def fit_pixel_statistics_and_scales(
     folds : of all training images; of at most `_MAPS` of them maps are made.
     """
     chosen = np.sort(np.random.default_rng(seed).choice(len(train), min(len(train), _MAPS), replace=False))
-    maps = out_of_fold_maps(detector, train, features, folds, chosen)
-    statistics = fit_pixel_statistics(maps)
-    if detector.config.score != "both":
-        return replace(detector, pixel_statistics=statistics)
     feature_scores, _ = detector.aggregate(knn, features)
-    map_scores = out_of_fold_map_scores(maps, folds_of(folds, chosen))
-    scales = (fit_robust_scale(feature_scores), fit_robust_scale(map_scores))
-    return replace(detector, pixel_statistics=statistics, scales=scales)
+    peaks = out_of_fold_map_scores(detector, train, features, folds, chosen)
+    return replace(detector, scales=(fit_robust_scale(feature_scores), fit_robust_scale(peaks)))
 
 
-def out_of_fold_maps(
+def out_of_fold_map_scores(
     detector: Detector, train: Images, features: np.ndarray, folds: Folds, chosen: np.ndarray
 ) -> np.ndarray:
-    """Return heat maps float32 (N, H, W), on disk, of the chosen images.
-
-    Each is by the localizer without the images of its fold.
-    """
+    """Return map scores (N,) of the chosen images, each by the localizer without the images of its fold."""
     localizer = detector.localizer
     assert localizer is not None
     tiles = localizer.tiles**2
     maps = image_maps(detector.network, train, localizer.levels, localizer.tiles)
     at_a_time = max(1, MICRO_BATCH // tiles)
-    found: np.ndarray | None = None
+    found = np.empty(len(chosen))
     for fold, _ in folds:
         others = localizer.without(fold)
         places = np.flatnonzero(np.isin(chosen, fold))
         for start in range(0, len(places), at_a_time):
             at = places[start : start + at_a_time]
             layers = maps((chosen[at][:, None] * tiles + np.arange(tiles)).ravel())
-            heatmaps = others.heatmaps(layers, features[chosen[at]], detector.size)
-            if found is None:  # joined maps of tiles may be larger together than memory
-                with tempfile.TemporaryFile(dir=BUILD if BUILD.exists() else None) as file:
-                    found = np.memmap(file, np.float32, "w+", shape=(len(chosen), *heatmaps.shape[1:]))
-            found[at] = heatmaps
-    assert found is not None
+            found[at] = map_scores(others.heatmaps(layers, features[chosen[at]], detector.size))
     return found
 
 

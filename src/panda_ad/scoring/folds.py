@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one division of training images that all out-of-fold figures use.
 
-These figures are SES's means, robust scales and pixel statistics.
+These figures are SES's means and robust scales.
 """
 
 from __future__ import annotations
@@ -19,9 +19,3 @@ def split_folds(count: int, seed: int) -> Folds:
     order = np.random.default_rng(seed).permutation(count)
     parts = np.array_split(order, min(FOLDS, count))
     return [(np.sort(part), np.setdiff1d(order, part)) for part in parts]
-
-
-def folds_of(folds: Folds, chosen: np.ndarray) -> Folds:
-    """Return the folds of a choice of images, ascending indices (N,): as positions in it, without empty ones."""
-    parts = [np.flatnonzero(np.isin(chosen, fold)) for fold, _ in folds]
-    return [(part, np.setdiff1d(np.arange(len(chosen)), part)) for part in parts if len(part)]

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from panda_ad.errors import UserError
@@ -223,9 +221,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     if method == "none" or size >= len(features):
         return features, np.arange(len(features))
     if method == "coreset":
-        chosen = greedy_coreset(
-            torch.from_numpy(features), size, int(np.random.default_rng(seed).integers(len(features)))
-        ).numpy()
+        chosen = greedy_coreset(features, size, int(np.random.default_rng(seed).integers(len(features))))
         return features[chosen], chosen
     # nredo: the best of five starts; min_points: no warning for few images; max_points: no subsampling
     options = {
@@ -241,7 +237,7 @@ def compress(features: np.ndarray, method: str, size: int, seed: int = 0) -> tup
     return centers, Gallery(features).search(centers, 1)[1][:, 0]
 
 
-def greedy_coreset(rows: Tensor, size: int, first: int, least: float = -1.0) -> Tensor:
+def greedy_coreset(rows: np.ndarray, size: int, first: int, least: float = -1.0) -> np.ndarray:
     """Choose rows by greedy k-center: `first`, then always the row farthest from all that are chosen.
 
     Parameters
@@ -254,15 +250,18 @@ def greedy_coreset(rows: Tensor, size: int, first: int, least: float = -1.0) -> 
     -------
     chosen (size,) int64 or fewer, each once.
     """
-    x = rows - rows.mean(dim=0)
-    norms = x.square().sum(dim=1)
-    away, latest = torch.full((len(x),), torch.inf), torch.empty(len(x))
-    chosen = torch.full((size,), first)
+    x = rows - rows.mean(axis=0)
+    norms = np.einsum("md,md->m", x, x)
+    away, latest = np.full(len(x), np.inf, np.float32), np.empty(len(x), np.float32)
+    chosen = np.full(size, first)
     for i in tqdm(range(1, size), desc="coreset", unit="row", disable=None, leave=False):
-        last = int(chosen[i - 1])
-        torch.addmv(norms, x, x[last], alpha=-2, out=latest)
-        torch.minimum(away, latest.add_(norms[last]).clamp_(min=0), out=away)  # float32 may put copies at less than 0
-        away[last] = -torch.inf
+        last = chosen[i - 1]
+        np.dot(x, x[last], out=latest)
+        latest *= -2
+        latest += norms
+        latest += norms[last]
+        np.minimum(away, np.maximum(latest, 0, out=latest), out=away)  # float32 may put copies at less than 0
+        away[last] = -np.inf
         chosen[i] = away.argmax()
         if away[chosen[i]] <= least:
             return chosen[:i]

@@ -3,23 +3,18 @@
 
 Pooled features see what the whole image shows, and lose a defect of a few pixels in the mean. The peak of the heat map
 is made by just that defect (Roth et al. 2022, https://arxiv.org/abs/2106.08265, section 3.3), and does not see that a
-part is missing or of another kind. Scales and pixel statistics are learned from training images, out-of-fold:
-calibration images must not shape the score that they calibrate.
+part is missing or of another kind. Scales are learned from training images, out-of-fold: calibration images must not
+shape the score that they calibrate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from panda_ad.scoring.folds import Folds
-
 IQR = 1.3489795003921634
 """Interquartile range of a normal distribution in standard deviations."""
-
-HeatMaps = Sequence[np.ndarray] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,51 +38,9 @@ def fit_robust_scale(scores: np.ndarray) -> RobustScale:
     return RobustScale(float(center), float((high - low) / IQR) or 1.0)
 
 
-@dataclass(frozen=True)
-class PixelStatistics:
-    """Mean and spread of normal images' heat maps per pixel.
-
-    Borders, edges and prints differ more from image to image than plain parts.
-
-    Attributes
-    ----------
-    mean, spread : float32 (H, W), of the heat maps' shape; the spread is positive.
-    """
-
-    mean: np.ndarray
-    spread: np.ndarray
-
-    def map_scores(self, heatmaps: HeatMaps) -> np.ndarray:
-        """Return max over pixels of (map - mean) / spread: (N, H, W) float32 -> (N,) float64."""
-        return np.array([((heatmap - self.mean) / self.spread).max() for heatmap in heatmaps], dtype=np.float64)
-
-
-def fit_pixel_statistics(heatmaps: HeatMaps) -> PixelStatistics:
-    """Fit mean and standard deviation per pixel to maps (N, H, W) of normal images.
-
-    The maps come from a localizer that has not seen these images.
-
-    No pixel counts as steadier than the median pixel: of a few maps some pixels agree by chance.
-    """
-    total, squares = np.zeros(heatmaps[0].shape), np.zeros(heatmaps[0].shape)
-    for heatmap in heatmaps:  # one at a time: joined maps of tiles are large
-        total += heatmap
-    mean = total / len(heatmaps)
-    for heatmap in heatmaps:
-        squares += np.square(heatmap - mean)
-    spread = np.sqrt(squares / len(heatmaps))
-    return PixelStatistics(
-        mean.astype(np.float32), np.maximum(spread, float(np.median(spread)) or 1.0).astype(np.float32)
-    )
-
-
-def out_of_fold_map_scores(heatmaps: HeatMaps, folds: Folds) -> np.ndarray:
-    """Return map scores (N,) of maps (N, H, W), those of each fold by the pixel statistics of the others."""
-    scores = np.empty(len(heatmaps))
-    for fold, rest in folds:
-        statistics = fit_pixel_statistics([heatmaps[i] for i in rest])
-        scores[fold] = statistics.map_scores([heatmaps[i] for i in fold])
-    return scores
+def map_scores(heatmaps: np.ndarray) -> np.ndarray:
+    """Return the largest value of each heat map: (N, H, W) float32 -> (N,) float64."""
+    return np.asarray(heatmaps.max(axis=(1, 2)), dtype=np.float64)
 
 
 def image_scores(
@@ -102,7 +55,7 @@ def image_scores(
     ----------
     method : `features`: as the paper; `heatmap`: the map score; `both`: the sum of the two in units of their `scales`.
     feature_score : (N,), of the pooled features (kNN, SES or outlier exposure).
-    map_score : (N,), `PixelStatistics.map_scores`; None only for `features`.
+    map_score : (N,), `map_scores`; None only for `features`.
     scales : of the two; None only for a single one.
 
     Returns

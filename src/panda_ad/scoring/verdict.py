@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import nn
+
+from panda_ad.scoring.localize.maps import resize
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Scores:
     features : (N, D) float32, under the last snapshot.
     heatmaps : float32 (N, h, w) at network input size, of joined tiles larger (`tiling.grid`), or None.
     feature_score : (N,) float64, of the pooled features.
-    map_score : (N,) float64, of the heat maps (`PixelStatistics.map_scores`); None without maps.
+    map_score : (N,) float64, largest value of the heat maps; None without maps.
     """
 
     score: np.ndarray
@@ -65,10 +65,7 @@ def resize_map(heatmap: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Bring a heat map (h, w) to (H, W) pixels, bilinear, float32."""
     if heatmap.shape == tuple(size):
         return heatmap
-    x = torch.from_numpy(heatmap)[None, None]  # (1, 1, h, w)
-    x = nn.functional.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
-    resized: np.ndarray = x[0, 0].numpy()
-    return resized
+    return resize(heatmap, (size[0], size[1]))
 
 
 def region(heatmap: np.ndarray) -> tuple[int, int, int, int]:

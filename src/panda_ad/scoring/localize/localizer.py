@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 
 from panda_ad.params import LocalizeParams
-from panda_ad.scoring.bundle_formats import upgrade_localizer
 from panda_ad.scoring.localize.maps import Maps
 from panda_ad.scoring.localize.patch_memory import PatchMemory
 from panda_ad.scoring.localize.spade import Spade
@@ -67,11 +66,11 @@ def build_localizer(
 
     Parameters
     ----------
-    levels : those to compare, from fine to coarse; a patch memory brings all to the grid of the first.
+    levels : those to compare, from fine to coarse.
     maps : callable, maps(i: slice or int array) -> float16 (B, C, h, w) per layer of the images at these indices.
         With `params.tiles`, the indices are of their tiles, image by image.
     pooled : float32 (M, D), pooled features of the same images under the same snapshot.
-    seed : of the coreset.
+    seed : of the patches drawn.
     """
     if params.method == "spade":
         return Spade.build(maps, levels, pooled, params.neighbors, params.sigma)
@@ -85,5 +84,5 @@ def load_localizer(folder: Path) -> Localizer:
 
     Raises OSError, LookupError or ValueError where it is missing or damaged.
     """
-    config = upgrade_localizer(json.loads((folder / "localizer.json").read_text(encoding="utf-8")))
+    config = json.loads((folder / "localizer.json").read_text(encoding="utf-8"))
     return _KINDS[config["method"]].load(folder, config)

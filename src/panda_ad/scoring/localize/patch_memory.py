@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch memory (PatchCore), for comparison with SPADE.
+"""Patch memory: a heat map per level of the network, averaged in units of what is usual for normal images.
 
-Source: Roth et al. 2022, https://arxiv.org/abs/2106.08265, sections 3.1-3.3.
-Left out: PatchCore's pooling of channels to 1,024, and the re-weighting of its image score, the map's maximum
-(`panda_ad.scoring.image_score`).
+Source: Roth et al. 2022 (PatchCore), https://arxiv.org/abs/2106.08265, sections 3.1-3.3, whose one memory joins the
+levels on the finest grid. Apart, each level counts alike whatever its number of channels and their size, and coarse
+levels are searched on their own grids. Left out: the re-weighting of the image score.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,130 +16,154 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.numpy import load_file, save_file
+from scipy import ndimage
 
 from panda_ad.params import LocalizeParams
+from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.gallery import greedy_coreset
-from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
+from panda_ad.scoring.localize.maps import BATCH, Maps, local_means, positions, resize
 from panda_ad.scoring.localize.search import Packed, nearest, pack
 from panda_ad.scoring.localize.tiling import blend, grid
 from panda_ad.system.files import write_json
 
-POOL = 50_000
-"""Most patches the coreset chooses from, drawn at random: keeps the greedy choice in the processor's cache."""
-_PROJECTED = 32  # dimensions in which the coreset measures distances (Johnson-Lindenstrauss, section 3.2)
+POOL = 20_000
+"""Patches of a level, drawn at random from all images alike, that the memory is chosen from (as many as it holds)."""
+_PROJECTED = 32  # dimensions in which the choice measures distances (Johnson-Lindenstrauss, section 3.2)
 
 
 @dataclass(frozen=True, eq=False)
-class PatchMemory:
-    """A coreset of the normal images' patch features; a position's anomaly is the Euclidean distance to the nearest.
+class LevelMemory:
+    """Some patches of one level of the normal images.
 
     Attributes
     ----------
-    values : the memory, float16 (K, C), C the sum of the levels' channels.
-    sigma : pixels of the heat map.
-    levels : of the network, from fine to coarse.
-    tiles : tiles per side of an image; 1: the whole image is one.
+    values : float16 (K, C).
+    scale : mean distance of normal images' patches to the nearest of other images, above 0.
     sources : int64 (K,), index of the image that each value is of; known until it is saved.
     """
 
-    values: Tensor
-    sigma: float
-    levels: tuple[str, ...]
-    tiles: int = 1
-    sources: Tensor | None = field(default=None, repr=False)
+    values: np.ndarray
+    scale: float
+    sources: np.ndarray | None = field(default=None, repr=False)
 
     @cached_property
     def _packed(self) -> Packed:
         return pack(self.values)
 
+    def distances(self, layer: np.ndarray) -> np.ndarray:
+        """Return each position's distance to the nearest value, in units of `scale`: (C, h, w) -> float32 (h, w)."""
+        found = nearest(positions(local_means(layer)), [self._packed]) / np.float32(self.scale)
+        return np.asarray(found.reshape(layer.shape[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class PatchMemory:
+    """A memory per level; the heat map is the mean of the levels' distances, 1 where all is as usual.
+
+    Attributes
+    ----------
+    memories : per level of the network, from fine to coarse.
+    sigma : pixels of the heat map.
+    tiles : tiles per side of an image; 1: the whole image is one.
+    """
+
+    memories: Mapping[str, LevelMemory]
+    sigma: float
+    tiles: int = 1
+
+    @property
+    def levels(self) -> tuple[str, ...]:
+        """See `Localizer.levels`."""
+        return tuple(self.memories)
+
     @classmethod
     def build(cls, maps: Maps, levels: tuple[str, ...], images: int, params: LocalizeParams, seed: int) -> PatchMemory:
-        """Build a memory of a fraction of some images' patches, up to a limit, chosen greedily from up to `POOL`."""
+        """Build memories of at most `params.memory_limit` patches each."""
         tiles = params.tiles or 1
         count = images * tiles**2
-        generator = torch.Generator().manual_seed(seed)
-        parts: list[Tensor] = []
-        sources: list[int] = []
-        total = 0
-        quota = max(1, POOL // count)  # patches drawn from each
+        quota = math.ceil(max(POOL, params.memory_limit) / count)  # patches drawn from each
+        rng = np.random.default_rng(seed)
+        drawn: dict[str, list[np.ndarray]] = {level: [] for level in levels}
         for i in range(0, count, BATCH):
-            batch = positions(patch_features(tensors(maps(slice(i, i + BATCH)), levels)))  # (B, P, C)
-            total += batch.shape[0] * batch.shape[1]
-            for j, rows in enumerate(batch, start=i):
-                drawn = torch.randperm(len(rows), generator=generator)[:quota].sort().values
-                parts.append(rows[drawn])
-                sources += [j // tiles**2] * len(drawn)
-        pool = torch.cat(parts)
-        size = min(max(1, round(params.memory_fraction * total)), params.memory_limit, len(pool))
-        chosen = choose(pool, size, generator)
-        return cls(pool[chosen], params.sigma, levels, tiles, torch.tensor(sources)[chosen])
+            batch = maps(slice(i, i + BATCH))
+            for level in levels:
+                for layer in batch[level]:
+                    rows = positions(local_means(layer))
+                    drawn[level].append(rows[rng.permutation(len(rows))[:quota]])
+        sources = np.arange(count) // tiles**2
+        memories = {level: _memory(parts, sources, params.memory_limit, seed) for level, parts in drawn.items()}
+        return cls(memories, params.sigma, tiles)
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], _pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
         shape, overlap = grid(size, self.tiles)
         per_image = self.tiles**2
-        layers = tensors(maps, self.levels)
-        out = np.empty((len(layers[self.levels[0]]) // per_image, *shape), np.float32)
+        out = np.empty((len(maps[self.levels[0]]) // per_image, *shape), np.float32)
         for i in range(len(out)):
-            parts = [self._sharp(layers, b, size) for b in range(i * per_image, (i + 1) * per_image)]
-            out[i] = smooth(torch.from_numpy(blend(parts, shape, size, overlap)), self.sigma)
+            if per_image == 1:
+                out[i] = self._heatmap(maps, i, size, self.sigma)
+                continue
+            parts = [self._heatmap(maps, b, size, 0.0) for b in range(i * per_image, (i + 1) * per_image)]
+            out[i] = ndimage.gaussian_filter(blend(parts, shape, size, overlap), self.sigma)
         return out
 
-    def _sharp(self, maps: dict[str, Tensor], b: int, size: tuple[int, int]) -> np.ndarray:
-        """Return the heat map of row `b` before smoothing, float32 (height, width)."""
-        features = patch_features({level: values[b : b + 1] for level, values in maps.items()})  # (1, C, h, w)
-        distances = nearest(positions(features)[0], [self._packed])
-        sharp: np.ndarray = upsample(distances, (features.shape[2], features.shape[3]), size).numpy()
-        return sharp
+    def _heatmap(self, maps: Mapping[str, np.ndarray], b: int, size: tuple[int, int], sigma: float) -> np.ndarray:
+        """Return the heat map of row `b`, float32 (height, width)."""
+        total = np.zeros(size, np.float32)
+        for level, memory in self.memories.items():
+            total += resize(memory.distances(maps[level][b]), size, sigma)
+        return total / len(self.memories)
 
     def without(self, images: np.ndarray) -> PatchMemory:
         """See `Localizer.without`. A memory that holds nothing else is left as it is."""
-        assert self.sources is not None
-        kept = ~torch.isin(self.sources, torch.from_numpy(images))
-        if not kept.any():
-            return self
-        return replace(self, values=self.values[kept], sources=self.sources[kept])
+        return replace(self, memories={level: _without(memory, images) for level, memory in self.memories.items()})
 
     def save(self, folder: Path) -> None:
         """Write localizer.json and memory.safetensors."""
-        save_file({"values": self.values.contiguous()}, folder / "memory.safetensors")
-        config = {"method": "patch_memory", "sigma": self.sigma, "levels": self.levels, "tiles": self.tiles}
+        save_file({level: memory.values for level, memory in self.memories.items()}, folder / "memory.safetensors")
+        scales = {level: memory.scale for level, memory in self.memories.items()}
+        config = {"method": "patch_memory", "sigma": self.sigma, "scales": scales, "tiles": self.tiles}
         write_json(folder / "localizer.json", config)
 
     @classmethod
     def load(cls, folder: Path, config: dict[str, Any]) -> PatchMemory:
         """Read what `save` wrote."""
-        values = load_file(folder / "memory.safetensors")["values"]
-        return cls(values, config["sigma"], tuple(config["levels"]), config["tiles"])
+        values = load_file(folder / "memory.safetensors")
+        memories = {level: LevelMemory(values[level], scale) for level, scale in config["scales"].items()}
+        return cls(memories, config["sigma"], config["tiles"])
 
 
-def patch_features(maps: dict[str, Tensor]) -> Tensor:
-    """Return locally aware patch features, all levels on the first one's grid.
-
-    Each is the mean of a 3 x 3 neighborhood, of what lies inside the map.
-
-    (B, C1, h, w), (B, C2, h', w'), ... -> float16 (B, C1 + C2 + ..., h, w). Each image is computed alone.
-    """
-    out = []
-    for levels in zip(*maps.values(), strict=True):
-        first, *others = (nn.functional.avg_pool2d(x[None].float(), 3, 1, 1, count_include_pad=False) for x in levels)
-        shape = first.shape[2:]
-        others = [nn.functional.interpolate(x, size=shape, mode="bilinear", align_corners=False) for x in others]
-        out.append(torch.cat([first, *others], dim=1).half())
-    return torch.cat(out)
+def _memory(parts: list[np.ndarray], sources: np.ndarray, limit: int, seed: int) -> LevelMemory:
+    """Choose a memory of at most `limit` rows of parts (P, C), whose images are `sources`, and measure its scale."""
+    pool = np.concatenate(parts)
+    of = np.repeat(sources, [len(part) for part in parts])
+    chosen = choose(pool, min(limit, len(pool)), seed)
+    memory = LevelMemory(pool[chosen], 1.0, of[chosen])
+    away = []
+    for fold, _ in split_folds(int(sources[-1]) + 1, seed):
+        own = np.isin(of, fold)
+        away.append(nearest(pool[own], [pack(_without(memory, fold).values)]))
+    return replace(memory, scale=float(np.concatenate(away).mean(dtype=np.float64)) or 1.0)
 
 
-def choose(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def choose(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Return indices of rows chosen by `greedy_coreset`, int64, at most `size`, without copies of chosen rows.
 
     Distances are those in a Gaussian random projection to 32 dimensions.
     """
-    x = rows.float()
-    x = x - x.mean(0)
+    rng = np.random.default_rng(seed)
+    x = rows.astype(np.float32)
+    x -= x.mean(axis=0)
     if x.shape[1] > _PROJECTED:
-        x = x @ torch.randn(x.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
-    first = int(torch.randint(len(x), (1,), generator=generator))
-    return greedy_coreset(x, size, first, least=1e-6 * float(x.square().sum(1).max()))
+        x = x @ (rng.standard_normal((x.shape[1], _PROJECTED), np.float32) / np.float32(_PROJECTED**0.5))
+    first = int(rng.integers(len(x)))
+    return greedy_coreset(x, size, first, least=1e-6 * float(np.square(x).sum(axis=1).max()))
+
+
+def _without(memory: LevelMemory, images: np.ndarray) -> LevelMemory:
+    assert memory.sources is not None
+    kept = ~np.isin(memory.sources, images)
+    if not kept.any():
+        return memory
+    return replace(memory, values=memory.values[kept], sources=memory.sources[kept])

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
 
-from panda_ad.scoring.localize.maps import BATCH, Maps, positions, smooth, tensors, upsample
+from panda_ad.scoring.localize.maps import BATCH, Maps, positions, resize
 from panda_ad.scoring.localize.search import Packed, nearest, pack
 from panda_ad.system.files import write_json
 
-_PART = 2**25  # numbers of the gallery (64 MB) read at a time
+_PART = 2**13  # positions of the gallery read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +54,13 @@ class Spade:
         count = len(pooled)
         values: dict[str, np.ndarray] = {}
         for i in range(0, count, BATCH):
-            for level, batch in tensors(maps(slice(i, i + BATCH)), levels).items():
-                rows = positions(batch)
+            batch = maps(slice(i, i + BATCH))
+            for level in levels:
+                rows = np.stack([positions(layer) for layer in batch[level]])
                 if level not in values:
                     shape = (count, *rows.shape[1:])
                     values[level] = np.lib.format.open_memmap(folder / f"{level}.npy", "w+", np.float16, shape)
-                values[level][i : i + len(rows)] = rows.numpy()
+                values[level][i : i + len(rows)] = rows
         for array in values.values():
             array.flush()  # type: ignore[attr-defined]
         spade = cls(pooled, values, neighbors, sigma)
@@ -69,15 +69,14 @@ class Spade:
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """See `Localizer.heatmaps`."""
-        layers = tensors(maps, self.levels)
-        out = np.empty((len(pooled), *size), np.float32)
+        out = np.zeros((len(pooled), *size), np.float32)
         for b in range(len(pooled)):
             chosen = self.nearest_images(pooled[b])
-            total = torch.zeros(size)
-            for level, values in layers.items():
-                distances = nearest(positions(values[b : b + 1])[0], self._gallery(level, chosen))
-                total += upsample(distances, (values.shape[2], values.shape[3]), size)
-            out[b] = smooth(total / len(layers), self.sigma)
+            for level in self.levels:
+                layer = maps[level][b]
+                distances = nearest(positions(layer), self._gallery(level, chosen))
+                out[b] += resize(distances.reshape(layer.shape[1:]), size, self.sigma)
+            out[b] /= len(self.levels)
         return out
 
     @property
@@ -97,9 +96,9 @@ class Spade:
 
     def _gallery(self, level: str, chosen: np.ndarray) -> Iterator[Packed]:
         values = self.values[level]
-        step = max(1, _PART // (values.shape[1] * values.shape[2]))
+        step = max(1, _PART // values.shape[1])
         for i in range(0, len(chosen), step):
-            yield pack(torch.from_numpy(np.asarray(values[chosen[i : i + step]])).flatten(0, 1))
+            yield pack(values[chosen[i : i + step]].reshape(-1, values.shape[2]))
 
     def save(self, folder: Path) -> None:
         """Write localizer.json, small.safetensors and a .npy file per level."""
