@@ -111,7 +111,7 @@ def main() -> None:
 
 def false_alarms(limits: MonitorParams, repetitions: int) -> None:
     """Print how often streams in which nothing changes raise an alarm, per 1,000 windows."""
-    windows, few = 10, max(1, repetitions // 10)
+    windows, few = 5, max(1, repetitions // 10)
     length = windows * limits.window
     print(
         f"Streams of {windows} windows of {limits.window} images in which nothing changes; alarms per 1,000 windows\n"

@@ -18,6 +18,7 @@ from prefect.states import Completed, Failed, State
 from flows.results import artifact_key, cell
 from flows.retrain import BACKOFF
 from flows.score import Alias
+from panda_ad.commands.audit import confirmed_good
 from panda_ad.errors import UserError
 from panda_ad.monitor.alarms import tell
 from panda_ad.monitor.check import Check, check_category, chosen_categories, record
@@ -59,7 +60,8 @@ def tell_alarms(check: Check) -> None:
 def check(category: str, alias: str) -> State:
     """Test one category for drift; the state is Waiting where too few images have been scored."""
     try:
-        found = check_category(category, alias)
+        params = load_params()
+        found = check_category(category, alias, params=params, good=confirmed_good(params, category))
     except (TooFew, NothingLogged) as e:
         return Completed(name="Waiting", message=str(e))
     except UserError as e:

@@ -95,6 +95,7 @@ def monitor(
 
     Exit code 0: no new change. 5: a change. 2: no change found, but a category could not be checked.
     """
+    from panda_ad.commands.audit import confirmed_good
     from panda_ad.monitor.check import DRIFT_FOUND, acknowledge_alarms, monitor
 
     if reason and not acknowledge:
@@ -103,7 +104,7 @@ def monitor(
         for line in acknowledge_alarms(category or [], reason):
             print(line)
         return
-    checks, problems = monitor(category or [], alias)
+    checks, problems = monitor(category or [], alias, confirmed_good)
     for check in checks:
         print(check)
     for problem in problems:
@@ -189,6 +190,22 @@ def promote(
 
     for decision in promote(category or None, to, in_place):
         print(decision)
+
+
+@app.command()
+def audit(category: Categories = None) -> None:
+    """Hold the promised false-alarm rate against the one that good parts have met.
+
+    For each version in use, on parts that were confirmed good since it scored them; over time, by session.
+    Writes plot and table into monitoring/audit.
+
+    Exit code 0: kept, or too little is known. 5: a promise is broken.
+    """
+    from panda_ad.commands.audit import audit
+    from panda_ad.monitor.budget import BROKEN
+
+    if audit(category or []):
+        raise typer.Exit(BROKEN)
 
 
 @app.command()

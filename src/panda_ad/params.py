@@ -207,6 +207,7 @@ class GateParams(_Section):
     min_defect_recall: Share | dict[str, Share] | None
     must_catch: list[str]
     false_alarm_risk: Fraction | None
+    promise_confidence: Fraction | None = 0.95
     max_latency_ms: Annotated[float, Field(gt=0)] | None
     max_bundle_mb: Annotated[float, Field(gt=0)] | None
 

@@ -13,7 +13,7 @@ from panda_ad.registry.gate import evaluate_rules, refusal
 
 OFF = {
     "margin": None, "recall_margin": None, "decision_margin": None, "confidence": 0.8, "min_image_auroc": None, "min_pixel_auroc": None,
-    "min_defect_auroc": None, "min_defect_recall": None, "must_catch": [], "false_alarm_risk": None, "max_latency_ms": None,
+    "min_defect_auroc": None, "min_defect_recall": None, "must_catch": [], "false_alarm_risk": None, "max_latency_ms": None, "promise_confidence": None,
     "max_bundle_mb": None,
 }  # fmt: skip
 
@@ -62,6 +62,15 @@ def test_floors_and_ceilings(rules, passed, value):
     assert found[0].value == pytest.approx(value)
     for rule in found:
         assert rule.by == (0 if rule.passed else pytest.approx(abs(rule.value - rule.limit)))
+
+
+def test_a_promise_that_good_parts_have_not_met_refuses():
+    rules = gate(promise_confidence=0.95)
+    assert evaluate_rules(evidence(), rules) == [], "a candidate that was never in use"
+    assert [r.passed for r in evaluate_rules(evidence(confirmed=(8, 70)), rules)] == [True]
+    (broken,) = evaluate_rules(evidence(confirmed=(34, 40)), rules)
+    assert not broken.passed and "34 alarms on 40 parts" in broken.text and broken.by == broken.value - 0.05
+    assert evaluate_rules(evidence(confirmed=(34, 40)), gate(promise_confidence=None)) == []
 
 
 def test_a_refusal_names_the_rule_and_by_how_much():

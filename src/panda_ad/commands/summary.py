@@ -51,14 +51,14 @@ def summary(params: Params | None = None) -> str:
     return "\n".join(
         [
             "",
-            *_columns([_HEADER, *(_row(t) for t in trained)]),
+            *columns([_HEADER, *(_row(t) for t in trained)]),
             *(f"  {category}: never trained here; `panda-ad run` does it" for category in never),
             "",
             "gate",
             *(f"  {t.category}: {line}" for t in trained for line in t.lines),
             "",
             "last run of each stage",
-            *_columns(_stages(params)),
+            *columns(_stages(params)),
             "",
             "where to look",
             *_places(trained),
@@ -133,7 +133,7 @@ def _places(trained: Sequence[Trained]) -> list[str]:
     ]
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return rows of text, each column as wide as its widest entry."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

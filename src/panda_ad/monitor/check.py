@@ -6,7 +6,7 @@ This is what `panda-ad monitor` and the flow do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 
 from panda_ad.errors import UserError
-from panda_ad.monitor.alarms import Alarm, Status, acknowledge, add, moment, read_status, recording
+from panda_ad.monitor.alarms import PROMISE, Alarm, Status, acknowledge, add, moment, read_status, recording
+from panda_ad.monitor.budget import audit_version
 from panda_ad.monitor.drift import Drift, Sample, TooFew
 from panda_ad.monitor.judge import Look, judge
 from panda_ad.monitor.log import LOG, read_window
+from panda_ad.monitor.promise import confirmed_verdicts
 from panda_ad.monitor.report import write_report
 from panda_ad.monitor.stream import Stream, read_stream
 from panda_ad.params import Params, load_params
 from panda_ad.registry.load import Model, load_model
-from panda_ad.registry.monitoring import record_check
+from panda_ad.registry.monitoring import record_check, record_promise
 from panda_ad.registry.names import model_name
 from panda_ad.scoring.detector import Detector
 from panda_ad.system.files import write_json
@@ -127,13 +129,23 @@ def reference_of(detector: Detector) -> Sample:
 
 
 def check_category(
-    category: str, alias: str = "staging", log: Path = LOG, reports: Path = REPORTS, params: Params | None = None
+    category: str,
+    alias: str = "staging",
+    log: Path = LOG,
+    reports: Path = REPORTS,
+    params: Params | None = None,
+    good: Mapping[str, str] | None = None,
 ) -> Check:
     """Test the images logged since the last change, or since the version at `alias` is in use, for another one.
 
     A change is an alarm, once: it goes on record, and from then on images are compared with those since the change.
     The report and the figures are written. Images that the version was made from do not count: it has seen them, and to
     it they look more normal than others.
+
+    Parameters
+    ----------
+    good : sha256 of the images of parts that were confirmed good -> session, or ''. With them a false-alarm rate that
+        is certainly above the promised one is an alarm too, once per version.
 
     Raises
     ------
@@ -158,6 +170,8 @@ def check_category(
         found = judge(category, model, calibration, Look(stream, read_status(category), log), params)
         if found.facts:
             add(category, found.kind, {**found.facts, "alias": alias})
+        if good:
+            judge_promise(category, alias, model, good, log, 1 - params.monitor.significance)
         status = read_status(category)
     known = {alarm.number for alarm in earlier.alarms}
     were_open = {alarm.number for alarm in earlier.open}
@@ -178,6 +192,23 @@ def check_category(
     write_report(check, found, float(model.detector.config.false_alarm_rate))
     write_json(check.data, check.to_dict())
     return check
+
+
+def judge_promise(
+    category: str, alias: str, model: Model, good: Mapping[str, str], log: Path, confidence: float
+) -> None:
+    """Raise an alarm where the version in place has alarmed on more good parts than it promised; once per version.
+
+    What it met is left on the registered version, where the gate finds it.
+    """
+    _, own = confirmed_verdicts(category, model.name, good, {model.version: model.detector.seen}, log)
+    audit = audit_version(category, model, (alias,), own[model.version], confidence)
+    record_promise(model.name, model.version, audit.found.alarms, audit.found.images, audit.verdict)
+    this = model.name, model.version
+    said = [a for a in read_status(category).alarms if a.about_promise and (a.model, a.version) == this]
+    if audit.broken and not said:
+        facts = {"since": f"{audit.verdicts.times[0]}+00:00", "findings": [PROMISE], "images": audit.found.images}
+        add(category, "alarm", facts | {"model": model.name, "version": model.version, "alias": alias})
 
 
 def end_alarms(category: str, alias: str, model: Model, stream: Stream, status: Status) -> None:
@@ -217,8 +248,14 @@ def record(check: Check, dataset: str) -> None:
     record_check(dataset, check.model, check.version, check.to_dict(), [check.report, check.data])
 
 
-def monitor(categories: Sequence[str], alias: str = "staging") -> tuple[list[Check], list[str]]:
+def monitor(
+    categories: Sequence[str], alias: str, confirmed: Callable[[Params, str], Mapping[str, str]]
+) -> tuple[list[Check], list[str]]:
     """Call `check_category` and `record` for each category.
+
+    Parameters
+    ----------
+    confirmed : returns the images of a category's parts that a person called good.
 
     Return what was found, and one line for each that could not be checked.
     """
@@ -226,7 +263,7 @@ def monitor(categories: Sequence[str], alias: str = "staging") -> tuple[list[Che
     checks, problems = [], []
     for category in chosen_categories(categories, params):
         try:
-            check = check_category(category, alias, params=params)
+            check = check_category(category, alias, params=params, good=confirmed(params, category))
             checks.append(check)
             record(check, params.dataset)
         except UserError as e:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from panda_ad.features.image_statistics import STATISTICS
+from panda_ad.monitor.alarms import PROMISE
 from panda_ad.monitor.drift import Sample
 from panda_ad.monitor.judge import Judgement
 from panda_ad.monitor.log import Window
@@ -39,6 +40,7 @@ ADVICE = {
     **dict.fromkeys(("paler colors", "stronger colors"), "lamp’s age, white balance, material"),
     "content has changed while light, focus and color have not": "another product, position or background",
     "more images score as defects": "the parts, then the other findings",
+    PROMISE: "`panda-ad audit`: in which sessions; then retrain with images of those",
     **dict.fromkeys(
         ("scores are higher", "scores are lower"), "the other findings; alone, a slow change of the product"
     ),

@@ -24,6 +24,9 @@ BETS = ((0.0, 0.95), (0.1, 0.8), (0.3, 0.6), (0.05, 0.3))
 MOST = 20_000
 """Newest numbers of a stream that are tested; older ones, in which no change was found, count as reference."""
 
+_MOST_EVIDENCE = 1e200
+"""Of one martingale: products stay finite."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -90,14 +93,14 @@ def evidence_of_change(reference: np.ndarray, stream: np.ndarray, seed: int = 0)
     known = np.concatenate([reference, stream[:older]])
     p = conformal_p_values(known, stream[older:], seed)
     path = np.empty(len(p))
-    products = np.empty((0, 2 * len(BETS)))  # log of each start's and bet's martingale
+    products = np.empty((0, 2 * len(BETS)))  # each start's and bet's martingale
     starts = np.empty(0, dtype=np.int64)
     for t, at in enumerate(p):
         if t % STEP == 0:
             starts = np.append(starts, t)[-STARTS:]
-            products = np.vstack([products, np.zeros((1, products.shape[1]))])[-STARTS:]
-        products += np.log(_bets(at, len(known) + starts, t - starts + 1))
-        path[t] = STEP * float(np.exp(np.minimum(products, 700)).mean(axis=1).sum())
+            products = np.vstack([products, np.ones((1, products.shape[1]))])[-STARTS:]
+        products = np.minimum(products * _bets(at, len(known) + starts, t - starts + 1), _MOST_EVIDENCE)
+        path[t] = STEP * float(products.mean(axis=1).sum())
     if not len(p):
         return Evidence(0.0, None, path)
     best = int(products.max(axis=1).argmax())
@@ -115,9 +118,7 @@ def _bets(p: float, before: np.ndarray, since: np.ndarray) -> np.ndarray:
     ----------
     p : in (0, 1).  before, since : int64 (starts,).
     """
-    columns = []
-    for q in (p, 1 - p):
-        for v, w in BETS:
-            zone = (since + v * before) / (since + before)
-            columns.append(np.where(q <= zone, w / zone, 0.0) + 1 - w)
-    return np.stack(columns, axis=1)
+    v, w = np.array(BETS).T
+    zone = (since[:, None] + v * before[:, None]) / (since + before)[:, None]
+    gain = w / zone
+    return np.concatenate([gain * (p <= zone), gain * (1 - p <= zone)], axis=1) + np.tile(1 - w, 2)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from panda_ad.errors import UserError
 from panda_ad.params import Params, plain_name
 from panda_ad.registry.connection import first_line, require_server
-from panda_ad.registry.facts import Evidence
+from panda_ad.registry.facts import CONFIRMED, CONFIRMED_ALARMS, Evidence
 from panda_ad.registry.runs import run_intervals
 from panda_ad.registry.versions import bundle_of
 
@@ -68,6 +68,7 @@ def gather(
         known=known,
         test_images=tests,
         test_defects=defects,
+        confirmed=(int(candidate.tags.get(CONFIRMED_ALARMS, 0)), int(candidate.tags.get(CONFIRMED, 0))),
         bundle_mb=float(candidate.tags["panda.bundle_mb"]),
         latency_ms=None if params.gate.max_latency_ms is None else latency_ms(bundle_of(client, candidate)),
         seed=params.seed,

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CONFIRMED, CONFIRMED_ALARMS = "panda.confirmed_good", "panda.confirmed_alarms"
+"""Tags of a version in use: parts that were confirmed good after it had scored them, and its alarms on these."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule's outcome.
@@ -54,6 +58,8 @@ class Evidence:
     known : sha256 of images that the incumbent was tested or trained on; good images not in it are the newest.
     test_images : paths and sha256 of all test images of all categories, to tell a misspelled must_catch entry.
     test_defects : kinds of defect of all categories, to tell a misspelled or vanished one in a floor per defect.
+    confirmed : (alarms, images) of the candidate on parts that were confirmed good after it had scored them.
+        (0, 0) for one that has not been in use.
     bundle_mb, latency_ms : size in 10^6 bytes; median milliseconds per image, None if not measured.
     seed, resamples : of the paired bootstrap.
     """
@@ -71,6 +77,7 @@ class Evidence:
     known: frozenset[str] = frozenset()
     test_images: frozenset[str] = frozenset()
     test_defects: frozenset[str] = frozenset()
+    confirmed: tuple[int, int] = (0, 0)
     bundle_mb: float | None = None
     latency_ms: float | None = None
     seed: int = 0

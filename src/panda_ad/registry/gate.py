@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from panda_ad.evaluation.image_metrics import Metric, auroc, paired_bootstrap, recall_at_budget, youden
+from panda_ad.evaluation.rates import lower_bound
 from panda_ad.params import GateParams
 from panda_ad.registry.facts import Evidence, Rule
 from panda_ad.scoring.calibration import alarms_chance
@@ -144,6 +145,23 @@ def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
     return [Rule("calibration holds", chance >= limit, chance, limit, max(0.0, limit - chance), text)]
 
 
+def promise_kept(e: Evidence, params: GateParams) -> list[Rule]:
+    """Require that the false-alarm rate which good parts have met in use is not certainly above the promised one.
+
+    It looks at what `panda-ad audit` and monitoring have left on the version, so at versions that have been in use: on
+    the way to @champion, and with `--in-place`.
+    """
+    alarms, images = e.confirmed
+    if params.promise_confidence is None or not images:
+        return []
+    low = lower_bound(alarms, images, params.promise_confidence)
+    text = (
+        f"{alarms} alarms on {images} parts confirmed good in use: at least {low:.2%} with "
+        f"{params.promise_confidence:.0%} confidence, {e.budget:.2%} are promised"
+    )
+    return [Rule("the promise is kept", low <= e.budget, low, e.budget, max(0.0, low - e.budget), text)]
+
+
 def latency_ceiling(e: Evidence, params: GateParams) -> list[Rule]:
     """Median time of one image at most `max_latency_ms`."""
     return _at_most("latency", e.latency_ms, params.max_latency_ms, "ms")
@@ -165,6 +183,7 @@ RULES: tuple[Callable[[Evidence, GateParams], list[Rule]], ...] = (
     defect_recall_floor,
     must_catch,
     calibration_holds,
+    promise_kept,
     latency_ceiling,
     bundle_size_ceiling,
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from panda_ad.registry import runs
 from panda_ad.registry.connection import connect, mlflow_errors
+from panda_ad.registry.facts import CONFIRMED, CONFIRMED_ALARMS
 from panda_ad.registry.provenance import provenance
 from panda_ad.registry.versions import find_version
 
@@ -53,6 +54,25 @@ def record_check(dataset: str, model: str, version: str, figures: Mapping[str, A
         known = [finding for alarm in figures["open"] for finding in alarm["findings"]]
         client.set_model_version_tag(model, version, "panda.drift", "; ".join(dict.fromkeys(known)) or "none")
         return str(run.info.run_id)
+
+
+def record_promise(model: str, version: str, alarms: int, images: int, verdict: str) -> None:
+    """Tag a version with what became of its false-alarm budget: the gate's rule and MLflow's page read it there.
+
+    Parameters
+    ----------
+    alarms, images : on parts that were confirmed good after it had scored them.  verdict : in words.
+
+    Raises
+    ------
+    UserError
+        There is no such version, or MLflow does not answer.
+    """
+    with mlflow_errors():
+        client = connect()
+        find_version(client, f"models:/{model}/{version}")
+        for key, value in ((CONFIRMED, str(images)), (CONFIRMED_ALARMS, str(alarms)), ("panda.promise", verdict)):
+            client.set_model_version_tag(model, version, key, value)
 
 
 def _run_of(client: MlflowClient, experiment: str, model: str, version: str) -> Run:
