@@ -239,8 +239,8 @@ class Plant:
         """Say what is new about the photographs, and what is over."""
         self.panda("monitor", "-c", self.category, expect=(0, 2, 5))
         path = self.folder / "monitoring/reports" / f"{self.category}.json"
-        found = json.loads(path.read_text()) if path.exists() else {"checked": ""}  # too few images so far
-        if found["checked"] == self.checked:
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"checked": ""}
+        if found["checked"] == self.checked:  # there were too few images to check
             return
         self.checked = found["checked"]
         week.checks += 1
