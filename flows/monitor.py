@@ -49,6 +49,7 @@ def tell_alarms(check: Check) -> None:
                 "model": alarm.model,
                 "version": alarm.version,
                 "findings": list(alarm.findings),
+                "shifts": dict(alarm.shifts),
                 "since": alarm.since,
                 "images": check.drift.window,
             },

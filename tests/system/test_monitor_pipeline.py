@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from browser import browser, file_url, watch  # noqa: F401
 from monitor_project import drop, make_monitored
+from PIL import Image
 from prefect.logging import disable_run_logger
 from typer.testing import CliRunner
 
@@ -230,6 +231,41 @@ def test_a_version_trained_on_the_new_state_ends_the_alarm_and_the_flow_tells_on
     check = check_category("fabric")
     assert not check.open and "trained on 9 images since then" in check.ended[0].end
     assert not check_category("fabric").ended
+
+
+def test_a_promise_that_good_parts_did_not_meet_is_broken_everywhere(project):
+    drop(project, 30, seed=1)
+    ramp = np.repeat(np.linspace(0, 250, 32)[:, None, None], 32, axis=1) * np.ones(3)
+    for i in range(30):  # another design, as good as any
+        Image.fromarray(np.roll(ramp, i, axis=0).astype(np.uint8)).save(f"inbox/fabric/3-{i:03d}.png")
+    run("score", "inbox", "--model", MODEL, "--log", "--out", "a.csv")
+    code, said, _ = run("audit")
+    assert code == 0 and "no good part confirmed yet" in said
+    proved_good = project / "data/fabric/train/good"
+    before = set(proved_good.iterdir())
+    try:
+        for path in sorted((project / "inbox/fabric").glob("3-*")):
+            shutil.copy(path, proved_good / path.name)
+        code, said, _ = run("audit", "-c", "fabric")
+        alarms = sum(row["decision"] == "defect" for row in csv.DictReader(open("a.csv")) if "/3-" in row["path"])  # noqa: SIM115
+        assert alarms > 20, "the new design is called a defect"
+        assert code == 5 and f"{alarms} of 30" in said and "BROKEN: at least" in said
+        assert Path("monitoring/audit/fabric.svg").read_text().startswith("<svg")
+        (figures,) = json.loads(Path("monitoring/audit/fabric.json").read_text())
+        assert (figures["alarms"], figures["images"], figures["broken"]) == (alarms, 30, True)
+        tags = connect().get_model_version(NAME, "1").tags
+        assert (tags["panda.confirmed_good"], tags["panda.confirmed_alarms"]) == ("30", str(alarms))
+        code, said, _ = run("monitor")
+        assert code == 5 and "the promise is broken since" in said
+        code, said, _ = run("monitor")
+        assert code == 0 and "open: " in said and "the promise is broken" in said
+        code, _, said = run("promote", "--in-place")
+        assert code == 3 and f"the promise is kept: {alarms} alarms on 30 parts" in said
+        assert run("monitor", "--acknowledge", "--reason", "known")[0] == 0
+        assert "the promise" not in run("monitor")[1]
+    finally:
+        for path in set(proved_good.iterdir()) - before:
+            path.unlink()
 
 
 def test_recording_a_check_again_adds_nothing(project):

@@ -146,7 +146,8 @@ def triggered(prefect, deployment):
 def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect, tmp_path):
     """The real score and monitor flows in a project with a real model, on this server; the automation runs `retrain` in the other."""
     plant = make_monitored(tmp_path / "plant")
-    drop(plant, 12, seed=1, shift=-40)
+    drop(plant, 14, seed=1)
+    drop(plant, 16, seed=2, shift=-40)
     code = "from flows.score import score\nfrom flows.monitor import monitor\nscore()\nprint(monitor(return_state=True).name)"
     server = {"PREFECT_API_URL": f"{prefect.address}/api", "PREFECT_HOME": str(plant / ".prefect")}
     environment = clean_environment() | server | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
@@ -183,7 +184,7 @@ def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect
         and json.loads(artifacts["monitor-results"])[0]["state"] == "Drift"
     )
     (scored,) = prefect.post("/artifacts/filter", artifacts={"key": {"any_": ["score-results"]}})
-    assert json.loads(scored["data"])[0]["scored"] == 12
+    assert json.loads(scored["data"])[0]["scored"] == 30
 
 
 def test_a_server_killed_for_20_seconds_during_a_run_loses_nothing(prefect):

@@ -52,6 +52,7 @@ class Alarm:
     ----------
     number : of its record.  when : it was found.  since : when the first of the changed images was logged.
     findings : in plain words.  model, version : in place when it was found.
+    shifts : how large the change is, by what changed; as in `drift.Test`.
     end : '' while it is open, else in words how it ended.
     told : whether Prefect has had its event.
     """
@@ -63,6 +64,7 @@ class Alarm:
     model: str
     version: str
     alias: str
+    shifts: Mapping[str, float] = field(default_factory=dict)
     end: str = ""
     told: bool = False
 
@@ -180,7 +182,7 @@ def _apply(status: Status, record: Mapping[str, Any]) -> None:
     kind, when = record["kind"], record["when"]
     if kind == "alarm":
         facts = {key: record[key] for key in ("number", "when", "since", "model", "version", "alias")}
-        alarm = Alarm(**facts, findings=tuple(record["findings"]))
+        alarm = Alarm(**facts, findings=tuple(record["findings"]), shifts=record.get("shifts", {}))
         if not alarm.about_promise:
             if (last := status.open_change) is not None:
                 _end(status, last.number, f"another change was found {day_and_time(when)}")

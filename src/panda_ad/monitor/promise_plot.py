@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from html import escape
-
-import numpy as np
 
 from panda_ad.monitor.promise import Verdicts, realized
 
 WIDTH, HEIGHT = 900, 380
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 44, 92
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 52, 92
 MOST = 40
 """Newest sessions that are drawn."""
 INK, QUIET, RULE, GOOD, BAD = "#1f2933", "#66727f", "#dfe4e8", "#2368a2", "#c2362b"
@@ -33,12 +33,13 @@ def plot(title: str, verdicts: Verdicts, rate: float, interval: tuple[float, flo
     step = (WIDTH - LEFT - RIGHT) / max(1, len(sessions))
 
     def y(share: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(share, top) / top)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - math.sqrt(min(share, top) / top))  # small rates are the promise
 
-    parts = [_text(LEFT, 22, title, INK, "start", 15), *_axis(top, y)]
+    legend = f"dashed: promised, {100 * rate:.3g} %; band: where the calibration put the true rate"
+    legend += f"; dots: alarms on good parts, per session, with the {100 * confidence:.3g} % interval of the rate"
+    parts = [_text(LEFT, 20, title, INK, "start", 15), _text(LEFT, 36, legend, QUIET, "start"), *_axis(top, y)]
     parts.append(_box(LEFT, y(interval[1]), WIDTH - LEFT - RIGHT, y(interval[0]) - y(interval[1]), GOOD, 0.12))
     parts.append(_line(LEFT, y(rate), WIDTH - RIGHT, y(rate), GOOD, dash="6 4"))
-    parts.append(_text(WIDTH - RIGHT - 4, y(rate) - 5, f"promised: {100 * rate:.3g} %", GOOD, "end"))
     before = ""
     for i, ((name, part), r) in enumerate(zip(sessions, found, strict=True)):
         x = LEFT + (i + 0.5) * step
@@ -58,9 +59,9 @@ def plot(title: str, verdicts: Verdicts, rate: float, interval: tuple[float, flo
     )
 
 
-def _axis(top: float, y) -> list[str]:
-    parts = [_text(LEFT, 38, "alarms on good parts, per session; bars: interval of the true rate", QUIET, "start")]
-    for share in np.linspace(0, 1, 11) * (0.1 if top <= 0.1 else 0.2 if top <= 0.2 else 0.5 if top <= 0.5 else 1):
+def _axis(top: float, y: Callable[[float], float]) -> list[str]:
+    parts = []
+    for share in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1):
         if share <= top:
             parts.append(_line(LEFT, y(share), WIDTH - RIGHT, y(share), RULE))
             parts.append(_text(LEFT - 8, y(share) + 4, f"{100 * share:.3g} %", QUIET, "end"))
