@@ -83,6 +83,10 @@ class Scorer:
         if self.models.stale(category):
             self._thread.submit(self._look, category)
 
+    def model(self, category: str) -> Future[Model]:
+        """Return the category's model in place; the future raises UserError if there is none."""
+        return self._thread.submit(self.models.current, category)
+
     def evidence(self, category: str, row: Row) -> Future[Evidence]:
         """Return what the model in place says of an image of the log; the future raises UserError if it cannot."""
         model = self.models.known(category)

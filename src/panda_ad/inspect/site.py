@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from panda_ad.inspect.access import ROLES, Access, Refused, csrf
 from panda_ad.inspect.decisions import Decision, Decisions
+from panda_ad.inspect.lookups import Lookups
 from panda_ad.inspect.models import Models
 from panda_ad.inspect.pictures import Pictures
 from panda_ad.inspect.queue import Queue, Row
@@ -28,7 +31,7 @@ from panda_ad.monitor.log import LOG
 from panda_ad.params import Params
 from panda_ad.system.paths import MANIFEST
 
-PAGES = ("queue",)
+PAGES = ("queue", "threshold", "state")
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Site:
     ----------
     params : of the checkout.  access : who may do what.
     decisions, models, scorer, pictures : services.  log : the verdict log.
+    registry : what it says of each category.
     """
 
     params: Params
@@ -48,7 +52,16 @@ class Site:
     scorer: Scorer
     log: Path = LOG
     pictures: Pictures = field(default_factory=Pictures)
+    registry: Lookups = field(init=False)
     _queues: dict[str, Queue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.registry = Lookups(self.params.dataset)
+
+    def moved(self, category: str) -> None:
+        """Look again at what is in place: an alias may have moved."""
+        self.models.forget(category)
+        self.registry.forget(category)
 
     def queue(self, category: str) -> Queue:
         """Return a category's queue; Refused (404) where params.yaml has no such category."""
@@ -149,7 +162,14 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "signed": signed, "whole": whole, "moment": moment, "percent": percent}
+    environment.filters |= {
+        "figure": figure,
+        "signed": signed,
+        "whole": whole,
+        "moment": moment,
+        "percent": percent,
+        "code": code,
+    }
     return environment
 
 
@@ -174,6 +194,11 @@ def percent(context: jinja2.runtime.Context, value: float) -> str:
 def _marked(text: str, context: jinja2.runtime.Context) -> str:
     text = text.replace("-", "\u2212")
     return text.replace(".", ",") if context["language"] == "de" else text
+
+
+def code(text: str) -> Markup:
+    """Return a text with what is between backticks set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def whole(value: int) -> str:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,17 @@ ALIASES = ("staging", "champion")
 BY_HAND = "by hand"
 _PREFIX = "panda.audit."
 _NAMED = "asked for version "
+_BEHALF: ContextVar[tuple[str, str]] = ContextVar("behalf", default=("", ""))
+
+
+@contextmanager
+def on_behalf(who: str, why: str = "") -> Iterator[None]:
+    """Let the records within name a person, such as one at the inspector's page, and that person's reason."""
+    token = _BEHALF.set((who, " ".join(why.split())[:500]))
+    try:
+        yield
+    finally:
+        _BEHALF.reset(token)
 
 
 def now() -> str:
@@ -47,9 +61,12 @@ def record(
     when = now()
     key = f"{_PREFIX}{when.replace(':', '').replace('+0000', 'Z')}"  # MLflow's tag names allow no '+'
     last = max((k for k in model.tags if k.startswith(_PREFIX)), default="")
+    person, reason = _BEHALF.get()
+    account = f"{user()}@{socket.gethostname()}"
+    who, why = f"{person} ({account})" if person else account, f"{why}; {reason}" if reason else why
     move = {
         "action": action, "alias": alias, "from": moved[0], "to": moved[1], "why": why, "when": when,
-        "who": f"{user()}@{socket.gethostname()}", "prefect_run": prefect_run() or None, "done": False,
+        "who": who, "prefect_run": prefect_run() or None, "done": False,
         "key": key if key > last else f"{last}z",  # another machine's clock is ahead: the order is that of the moves
     }  # fmt: skip
     _write(client, model.name, move)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 SOURCE = {"staging": "challenger", "champion": "staging"}
+DERIVED = "panda.threshold_of"
+"""Tag of a version that is another one with another threshold: the hash of the bundle that training made."""
 _STORED_PREVIOUS = {"staging": "previous", "champion": "previous-champion"}
 """Aliases that earlier versions of this package kept; they are computed now, and one that stayed would be wrong."""
 
@@ -116,7 +118,7 @@ def promote(
 
 def _promote(client: MlflowClient, params: Params, category: str, to: str) -> Decision:
     name = model_name(params.dataset, category)
-    model = _settled(client, name, to)
+    model = settled(client, name, to)
     version, current = audit.held(model, SOURCE[to]), audit.held(model, to)
     if version is None:
         todo = "run `dvc repro` to publish one" if to == "staging" else "promote one to staging first"
@@ -132,26 +134,26 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
     if when := audit.held_back(model, to).get(version):
         back = f"`panda-ad rollback {category} --to-version {version}` puts it back"
         return replace(known, outcome="held back", reason=f"it was rolled back on {when}; {back}")
-    decision = _decided(client, params, model, candidate, known)
+    decision = by_rules(client, params, model, candidate, known)
     if by_hand:
         decision = replace(decision, reason=f"{decision.reason} ({by_hand})")
-    _record(client, decision, candidate)
+    record(client, decision, candidate)
     if decision.outcome == "promoted":
-        _move(client, model, "promote", to, version, decision.reason)
+        move(client, model, "promote", to, version, decision.reason)
     return decision
 
 
 def _confirm(client: MlflowClient, params: Params, category: str, to: str) -> Decision:
     """Evaluate the version in place against the one before; where it keeps the rules, that goes on record."""
     name = model_name(params.dataset, category)
-    model = _settled(client, name, to)
+    model = settled(client, name, to)
     current = audit.held(model, to)
     if current is None:
         raise UserError(f"{name}: no version @{to}; `panda-ad promote` puts one there")
     before = _version_before(client, model, to)
     candidate = client.get_model_version(name, current)
-    decision = _decided(client, params, model, candidate, Decision(category, name, to, current, before, "refused", ""))
-    _record(client, decision, candidate)
+    decision = by_rules(client, params, model, candidate, Decision(category, name, to, current, before, "refused", ""))
+    record(client, decision, candidate)
     if decision.outcome == "refused":
         back = f"; `panda-ad rollback {category}` goes back to version {before}" if before else ""
         return replace(decision, outcome="not confirmed", reason=decision.reason + back)
@@ -159,7 +161,7 @@ def _confirm(client: MlflowClient, params: Params, category: str, to: str) -> De
     return replace(decision, outcome="confirmed")
 
 
-def _decided(
+def by_rules(
     client: MlflowClient, params: Params, model: RegisteredModel, candidate: ModelVersion, known: Decision
 ) -> Decision:
     """Return `known` with the rules' outcome: promoted or refused."""
@@ -202,13 +204,13 @@ def _not_what_is_here(category: str, challenger: ModelVersion) -> str:
         here = json.loads(path.read_text(encoding="utf-8"))["bundle"]
     except (OSError, ValueError, KeyError):  # nothing was published from here: there is nothing to differ from
         return ""
-    if challenger.tags.get("panda.bundle") == here:
+    if here in (challenger.tags.get("panda.bundle"), challenger.tags.get(DERIVED)):
         return ""
     again = f"`dvc repro --force --single-item publish@{category}` publishes the model here again"
     return f"@{SOURCE['staging']} holds another model than {path} says was published; {again}"
 
 
-def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -> None:
+def record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -> None:
     """Write every figure, before anything moves: an artifact of the run, and tags of the version."""
     path = f"{plain_name(decision.category)}/decisions/{decision.to}-version-{decision.version}.json"
     run = candidate.tags["panda.run"]
@@ -224,7 +226,7 @@ def _record(client: MlflowClient, decision: Decision, candidate: ModelVersion) -
         client.set_model_version_tag(candidate.name, candidate.version, key, value)
 
 
-def _move(client: MlflowClient, model: RegisteredModel, action: str, alias: str, version: str, why: str) -> None:
+def move(client: MlflowClient, model: RegisteredModel, action: str, alias: str, version: str, why: str) -> None:
     """Record the move, make it, and mark it as made."""
     move = audit.record(client, model, action, alias, (audit.held(model, alias), version), why)
     if _STORED_PREVIOUS[alias] in model.aliases:
@@ -233,7 +235,7 @@ def _move(client: MlflowClient, model: RegisteredModel, action: str, alias: str,
     audit.mark_done(client, model.name, move)
 
 
-def _settled(client: MlflowClient, name: str, alias: str) -> RegisteredModel:
+def settled(client: MlflowClient, name: str, alias: str) -> RegisteredModel:
     """Return the registered model, after marking a move that was made just before a crash."""
     model = registered(client, name)
     if move := audit.unfinished(model, alias):
@@ -263,7 +265,7 @@ def rollback(category: str, to_version: int | str | None = None) -> Decision:
         name = model_name(params.dataset, category)
         client = connect()
         cut = audit.unfinished(registered(client, name), alias)
-        model = _settled(client, name, alias)
+        model = settled(client, name, alias)
         current = audit.held(model, alias)
         if cut is not None and cut["action"] == "rollback" and str(to_version or current) == current:
             why = f"from version {cut['from']}, finished now: the move was made, its record was not marked"
@@ -279,7 +281,7 @@ def rollback(category: str, to_version: int | str | None = None) -> Decision:
         why = "asked for the version before" if to_version is None else audit.named(target)
         if version.tags.get(f"gate.{alias}", "").startswith("refused"):
             why += ", which the gate had refused"
-        _move(client, model, "rollback", alias, target, why)
+        move(client, model, "rollback", alias, target, why)
     return Decision(category, name, alias, target, current, "rolled back", f"from version {current}, {why}")
 
 
