@@ -27,7 +27,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone, resolve_precision
+from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
 from panda_ad.scoring.localize.maps import local_means, positions
@@ -48,13 +49,9 @@ def random_images(seed: int, count: int, size: int) -> Tensor:
 
 def features(images: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Levels (float16) and pooled features of preprocessed images."""
-    backbone = load_backbone("embedded")
-    layer1, layer2 = frozen_activations(backbone, images, resolve_precision("auto"))
-    layer3, pooled = in_micro_batches(
-        lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
-    )
-    levels = {"layer1": layer1, "layer2": layer2, "layer3": layer3.half()}
-    return {name: value.numpy() for name, value in levels.items()}, pooled.numpy()
+    network = export_network(load_backbone("embedded"), (images.shape[2], images.shape[3]))
+    features, levels = network.features_and_maps(network.activations(images.numpy()), LEVELS["spade"])
+    return levels, features[0]
 
 
 def build(folder: Path, count: int, size: int) -> None:

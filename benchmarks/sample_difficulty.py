@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.stats import rankdata
 
-from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
-from panda_ad.features.preprocessing import preprocess
+from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
+from panda_ad.features.network import Network
 
 Images = list[NDArray[np.uint8]]
 RAW_LIMIT = 0.75
@@ -49,11 +49,9 @@ def pixels(images: Images, side: int) -> NDArray[np.float32]:
     return np.stack(resized).reshape(len(images), -1) / np.float32(255)
 
 
-def features(images: Images, side: int, backbone: Backbone) -> NDArray[np.float32]:
-    """Pooled features of the head at network input `side` x `side`, (N, D)."""
-    x = torch.from_numpy(np.stack([preprocess(rgb, (side, side), backbone.architecture) for rgb in images]))
-    _, layer2 = frozen_activations(backbone, x, torch.float32)
-    return in_micro_batches(backbone.adapted, layer2.float())[0].numpy()
+def features(images: Images, network: Network) -> NDArray[np.float32]:
+    """Pooled features under the pretrained layers, (N, D)."""
+    return network.features(network.activations(network.preprocess(images)))[0]
 
 
 def read(folder: Path) -> Images:
@@ -90,7 +88,7 @@ def main() -> None:
     for side in (32, 64):
         methods[f"raw pixels {side}"] = partial(pixels, side=side)
     for side in options.sizes:
-        methods[f"embedded {side}"] = partial(features, side=side, backbone=backbone)
+        methods[f"embedded {side}"] = partial(features, network=export_network(backbone, (side, side)))
     table = {p.name: evaluate(p, methods) for p in sorted(options.data.iterdir()) if p.is_dir()}
     print(f"{'image AUROC':16s}" + "".join(f"{c:>10s}" for c in table) + f"{'mean':>10s}")
     for name in methods:

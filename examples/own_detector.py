@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from panda_ad.data.images import read_image
 from panda_ad.data.listing import image_files
 from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.features.network import Network
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import FitParams
@@ -28,7 +27,7 @@ from panda_ad.scoring.fit import fit_detector
 def fit(good: Sequence[np.ndarray], params: Params) -> Detector:
     """Fit a detector to decoded images, uint8 (H, W, 3); every fifth is held out to set the threshold."""
     backbone = load_backbone(params.backbone.name, params.backbone.weights)
-    network = Network(backbone, (backbone.adapted,), (0,), params.backbone.size, torch.float32)
+    network = export_network(backbone, params.backbone.size)
     train = DecodedImages(network, [image for i, image in enumerate(good) if i % 5])
     calibration = DecodedImages(network, good[::5])
     sections = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict, seed=params.seed)

@@ -85,7 +85,7 @@ class BackboneParams(_Section):
     name: str
     weights: str
     input_size: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["fp32"]
     cache_gb: Annotated[float, Field(ge=0)]
 
     @property

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from conftest import noise, save
 from starlette.testclient import TestClient
 
 from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.features.network import Network
 from panda_ad.inspect.access import Access
 from panda_ad.inspect.app import create_app
 from panda_ad.inspect.decisions import open_decisions
@@ -47,7 +46,7 @@ def make_bundle(folder: Path, size: int = 32) -> Path:
     """A small model with heat maps, of good parts."""
     params = load_params(ROOT / "params.yaml")
     backbone = load_backbone("embedded")
-    network = Network(backbone, (backbone.adapted,), (0,), (32, 32), torch.float32)
+    network = export_network(backbone, (32, 32))
     good = [part(i, size) for i in range(40)]
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
     train, calibration = DecodedImages(network, good[:20]), DecodedImages(network, good[20:])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.scoring.bundle_formats import FORMAT
 from panda_ad.scoring.checksums import write_checksums
 from panda_ad.system.files import digest_file
 
@@ -68,13 +69,13 @@ def write_bundle(folder: Path, category: str, weights: bytes) -> None:
     """Another `weights` is another model."""
     bundle = folder / "build/bundle" / category
     config = {
-        "format": 1, "architecture": "resnet18", "dataset": "sample", "category": category, "input_size": [32, 32], "method": "ses",
+        "format": FORMAT, "architecture": "resnet18", "dataset": "sample", "category": category, "input_size": [32, 32], "method": "ses",
         "k": 2, "steps": [0, 5], "false_alarm_rate": 0.05,
         "provenance": {"backbone": "embedded", "weights": "DEFAULT", "train_images": 8, "calibration_images": 6, "collapsed_at": None},
     }  # fmt: skip
     write_json(bundle / "bundle.json", config)
     write_json(bundle / "calibration.json", {"scores": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "threshold": {"value": 0.6}})
-    (bundle / "weights.safetensors").write_bytes(weights)
+    (bundle / "learned.safetensors").write_bytes(weights)
     write_checksums(bundle)
 
 

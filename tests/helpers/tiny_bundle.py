@@ -3,12 +3,11 @@
 
 from pathlib import Path
 
-import torch
 from conftest import REPO, noise
 
 from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.features.network import Network
 from panda_ad.params import load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
@@ -19,7 +18,7 @@ def make_bundle(folder: Path, seed: int = 0, train: int = 12, calibration: int =
     """Write a bundle of category `nut` into an existing, empty folder."""
     params = load_params(REPO / "params.yaml")
     backbone = load_backbone("embedded")
-    network = Network(backbone, (backbone.adapted,), (0,), (32, 32), torch.float32)
+    network = export_network(backbone, (32, 32))
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
     good = [noise(seed + i) for i in range(train + calibration)]
     seen, held_out = DecodedImages(network, good[:train]), DecodedImages(network, good[train:])

@@ -21,7 +21,7 @@ from panda_ad.benchmark.sources import Images, read_set
 from panda_ad.benchmark.tables import build_table
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
-from panda_ad.features import cache
+from panda_ad.features.network import Network
 from panda_ad.params import Params, load_params, parse_params
 from panda_ad.registry.connection import connect
 from panda_ad.system.processes import Group
@@ -196,8 +196,8 @@ def test_leave_one_out_and_categories(run, tmp_path):
 def test_each_image_is_extracted_once(run, monkeypatch):
     """Classes share the test images, and methods all of them."""
     computed: list[int] = []
-    real = cache.frozen_activations
-    monkeypatch.setattr(cache, "frozen_activations", lambda net, x, p: computed.append(len(x)) or real(net, x, p))
+    real = Network.preprocess
+    monkeypatch.setattr(Network, "preprocess", lambda net, images: computed.append(len(images)) or real(net, images))
     run(["shapes"], ["none", "ses"])
     assert sum(computed) == len(CLASSES) * (8 + 4)
 

@@ -78,7 +78,7 @@ def test_killed_between_any_two_changes_to_the_disk(undisturbed, tmp_path):
         shutil.copy(note, folder)
     run_stages(folder, "killed")
     expected = outputs(undisturbed)
-    assert {"build/evaluation/nut/metrics.json", "build/bundle/nut/weights.safetensors"} <= set(expected)
+    assert {"build/evaluation/nut/metrics.json", "build/bundle/nut/learned.safetensors"} <= set(expected)
     assert outputs(folder) == expected
 
 

@@ -74,13 +74,13 @@ def test_server_and_file_are_one_store_and_a_lost_server_loses_nothing(tmp_path,
             "MLFLOW_TRACKING_URI"
         )  # the same store as a file: what the server wrote can be read, and back
         assert aliases_of("1") == ["challenger", "staging"]
-        assert (download_version(f"models:/{NAME}@staging")[2] / "weights.safetensors").read_bytes() == b"weights 1"
+        assert (download_version(f"models:/{NAME}@staging")[2] / "learned.safetensors").read_bytes() == b"weights 1"
         write(folder / "requirements.lock", "# 2\n")
         write_bundle(folder, "fabric", b"weights 2")
         write_scores(folder, "fabric")
         publish("fabric")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        assert (download_version(f"models:/{NAME}@challenger")[2] / "weights.safetensors").read_bytes() == b"weights 2"
+        assert (download_version(f"models:/{NAME}@challenger")[2] / "learned.safetensors").read_bytes() == b"weights 2"
 
         os.killpg(server.pid, signal.SIGKILL)
         start = time.monotonic()
@@ -162,8 +162,8 @@ def test_a_server_lost_between_the_calls_of_publish_and_promote_is_one_line_and_
             ("promote", None, "1")
         ]
         bundle = download_version(f"models:/{NAME}@staging")[2]
-        assert bundle.is_relative_to(".cache/models") and (bundle / "weights.safetensors").read_bytes() == b"weights 1"
-        (bundle / "weights.safetensors").write_bytes(b"damaged")  # the copy is fetched again
+        assert bundle.is_relative_to(".cache/models") and (bundle / "learned.safetensors").read_bytes() == b"weights 1"
+        (bundle / "learned.safetensors").write_bytes(b"damaged")  # the copy is fetched again
         assert download_version(f"models:/{NAME}/1")[2] == bundle
-        assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
+        assert (bundle / "learned.safetensors").read_bytes() == b"weights 1"
     assert not (folder / "mlflow.db").exists() and not (folder / "mlartifacts").exists()

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
 from PIL import Image
 from registry_project import make_project, read_rows, write_rows
@@ -18,7 +17,7 @@ from scipy import ndimage
 
 from panda_ad.data.images import decode, read_image
 from panda_ad.features.backbones import load_backbone
-from panda_ad.features.network import Network
+from panda_ad.features.export import export_network
 from panda_ad.features.preprocessing import preprocess
 from panda_ad.params import LocalizeParams, load_params
 from panda_ad.scoring.bundle import load_bundle
@@ -57,7 +56,7 @@ def maps_of(
 ) -> np.ndarray:
     """Heat maps of `test` by a patch memory of `train`."""
     backbone = load_backbone("embedded")
-    network = Network(backbone, (backbone.adapted,), (0,), size, torch.float32)
+    network = export_network(backbone, size)
 
     def layers(images):
         parts = np.concatenate([image_tiles(image, network, tiles or 1) for image in images])
@@ -247,7 +246,7 @@ def test_a_map_is_that_of_its_tiles_one_by_one(plants):
     """From the loaded bundle, without the detector's own path: tiles cut, passed and joined here."""
     detector = load_bundle(plants[1] / "build/bundle/fabric")
     image = read_image(plants[1] / "data" / read_rows(plants[1] / "build/features/fabric/rows.csv")[0]["path"])
-    x = preprocess(image, (160, 160), detector.network.backbone.architecture)
+    x = preprocess(image, (160, 160), detector.network.facts)
     maps = []
     sigma, sharp = detector.localizer.sigma, replace(detector.localizer, sigma=0.0, tiles=1)
     for y0, x0 in [(y, x) for y in (0, 32, 64, 96) for x in (0, 32, 64, 96)]:

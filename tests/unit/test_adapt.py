@@ -21,10 +21,11 @@ from panda_ad.adapt.collapse import feature_statistics
 from panda_ad.adapt.fisher import estimate_fisher
 from panda_ad.adapt.metric import Metric
 from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
-from panda_ad.adapt.train import adapt, sgd_step
+from panda_ad.adapt.train import adapt
 from panda_ad.errors import UserError
 from panda_ad.features.architectures import architecture
-from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches, load_backbone
+from panda_ad.features.backbones import Backbone, load_backbone
+from panda_ad.features.export import export_network, with_snapshots
 from panda_ad.params import METHODS as ALL
 from panda_ad.params import AdaptParams, load_params
 from panda_ad.scoring.detector import normalize
@@ -297,8 +298,8 @@ def test_networks_other_than_resnets_adapt():
     """EfficientNet-Lite with random weights: its classifier begins with a convolution, its adapted layers have names of their own."""
     torch.manual_seed(0)
     backbone = Backbone("efficientnet_lite0", architecture("efficientnet_lite0").build(3).state_dict())
-    x = torch.rand(6, 3, 64, 64)
-    frozen = frozen_activations(backbone, x, torch.float32)[-1].numpy()
+    x = np.random.default_rng(0).random((6, 3, 64, 64), np.float32)
+    frozen = export_network(backbone, (64, 64)).activations(x)["stage5"]
     fisher = estimate_fisher(backbone, frozen, samples=2, seed=0)
     assert set(fisher) == {name for name, _ in backbone.adapted.named_parameters()}
     assert sum(float(value.sum()) for value in fisher.values()) > 0
@@ -383,43 +384,22 @@ def test_packing_of_real_heads(adapted, backbone):
         unpack_snapshots(base, packed)
 
 
-def test_scores_do_not_depend_on_batch_order_or_threads(backbone, layer2, adapted):
-    """The way the detector takes: fixed micro-batches, then the gallery."""
-    head = with_state(backbone, adapted["ses"].snapshots[-1])
+def test_scores_do_not_depend_on_batch_or_order(backbone, layer2, adapted):
+    """The way the detector takes: the adapted layers as ONNX, one image a pass, then the gallery."""
+    pretrained = export_network(backbone, (32, 32))
+    network = with_snapshots(pretrained, backbone.adapted, adapted["ses"].snapshots[-1:], [1])
     rng = np.random.default_rng(0)
     queries = np.abs(rng.normal(0, 1.1, (11, 128, 4, 4))).astype(np.float16)
+    gallery = Gallery(network.features({"layer2": layer2})[0])
 
     def scores(x: np.ndarray) -> np.ndarray:
-        return Gallery(gallery).score(in_micro_batches(lambda b: head(b.float()), torch.from_numpy(x))[0].numpy(), 2)
+        return gallery.score(network.features({"layer2": x})[0], 2)
 
-    gallery = in_micro_batches(lambda b: head(b.float()), torch.from_numpy(layer2))[0].numpy()
     expected = scores(queries)
-    threads = torch.get_num_threads()
-    try:
-        for count, batch in itertools.product((1, 2), (1, 4, 11)):
-            torch.set_num_threads(count)
-            order = rng.permutation(len(queries))
-            found = np.concatenate([scores(queries[order[i : i + batch]]) for i in range(0, len(order), batch)])
-            np.testing.assert_array_equal(found, expected[order])
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_steps_are_those_of_torch_optim_sgd(momentum):
-    torch.manual_seed(0)
-    ours = torch.nn.ModuleList([torch.nn.Linear(50, 20), torch.nn.Linear(3, 2)])  # the second has no gradient and stays
-    theirs = copy.deepcopy(ours)
-    settings = params(momentum=momentum)
-    optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=momentum, weight_decay=settings.weight_decay)
-    velocities = [torch.zeros_like(p) for p in ours.parameters()]
-    for x in torch.randn(20, 8, 50):
-        for layers in (ours, theirs):
-            layers.zero_grad()
-            layers[0](x).square().sum().backward()
-        sgd_step(list(ours.parameters()), velocities, 0.01, settings)
-        optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    for batch in (1, 4, 11):
+        order = rng.permutation(len(queries))
+        found = np.concatenate([scores(queries[order[i : i + batch]]) for i in range(0, len(order), batch)])
+        np.testing.assert_array_equal(found, expected[order])
 
 
 def test_training_does_not_import_the_compiler():

@@ -7,8 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from panda_ad.errors import UserError
@@ -17,8 +15,6 @@ from panda_ad.features.backbones import (
     EMBEDDED,
     Backbone,
     fingerprint,
-    frozen_activations,
-    in_micro_batches,
     load_backbone,
 )
 from panda_ad.features.preprocessing import preprocess
@@ -154,40 +150,6 @@ def test_tensors_rebuild_the_same_backbone(backbone):
     again = Backbone("resnet18", backbone.tensors())
     assert again.fingerprint == backbone.fingerprint
     assert again.fc is None
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(1, 20), st.integers(0, 100), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_an_image_has_the_same_features_alone_and_in_company(n, seed, precision):
-    backbone = load_backbone("embedded")
-    x = network_input(backbone, pixels(n, seed), (32, 48))
-
-    def features(t):
-        layer1, layer2 = frozen_activations(backbone, t, precision)
-        return layer1, layer2, *in_micro_batches(lambda y: backbone.adapted(y.float()), layer2)
-
-    together = features(x)
-    for i in {0, n // 2, n - 1}:
-        for a, b in zip(features(x[i : i + 1]), together, strict=True):
-            assert torch.equal(a[0], b[i])
-
-
-@pytest.mark.parametrize("name", ["embedded", "efficientnet_lite0"])
-def test_features_do_not_depend_on_the_number_of_threads(name):
-    """A server with one thread answers what the evaluation with all cores has found, to the digit."""
-    backbone = load_backbone(name)
-    x = network_input(backbone, pixels(20, 0), (64, 64))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            levels = frozen_activations(backbone, x, torch.float32)
-            found.append((*levels, *in_micro_batches(lambda y: backbone.adapted(y.float()), levels[-1])))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(threads)
-    for one, two, three in zip(*found, strict=True):
-        assert torch.equal(one, two) and torch.equal(one, three)
 
 
 def test_preprocess_keeps_the_whole_image_and_normalizes(backbone):

@@ -45,7 +45,7 @@ def refused(folder, text: str = "damaged bundle") -> None:
 def test_every_file_is_listed_as_sha256sum_reads_it(bundles):
     listed = [line.split("  ")[1] for line in (bundles[0] / CHECKSUMS).read_text().splitlines()]
     assert sorted([*listed, CHECKSUMS]) == names(bundles[0])
-    assert {"bundle.json", "weights.safetensors", "gallery_0.faiss", "localizer/localizer.json"} < set(listed)
+    assert {"bundle.json", "learned.safetensors", "gallery_0.faiss", "localizer/localizer.json"} < set(listed)
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--check", "--strict", "--quiet", CHECKSUMS], cwd=bundles[0], check=True)
 

@@ -243,7 +243,7 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
 
     from panda_ad.data.images import read_image
     from panda_ad.scoring.bundle import load_bundle
-    from panda_ad.stages import adapt, extract, index
+    from panda_ad.stages import adapt, evaluate, extract, index
 
     folder = make_project(tmp_path / "plant")
     for name in ("adapt", "bundle"):
@@ -257,13 +257,15 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     extract.main()
     for stage in (adapt, index):
         stage.main("fabric")
-    made = json.loads(Path("build/features/fabric/backbone.json").read_text())
+    made = json.loads(Path("build/network/network.json").read_text())
     write_json(
-        Path("build/features/fabric/backbone.json"), made | {"fingerprint": "0" * 64}
+        Path("build/network/network.json"), made | {"fingerprint": "0" * 64}
     )  # another file under the weights' name
     for stage in (adapt, index):
         with pytest.raises(UserError, match="--single-item extract"):
             stage.main("fabric")
+    with pytest.raises(UserError, match="--single-item index@fabric"):
+        evaluate.main("fabric")
 
     detector = load_bundle("build/bundle/fabric")
     rows = pd.read_csv("build/features/fabric/rows.csv")

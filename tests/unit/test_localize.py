@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch.nn import functional as F
 
-from panda_ad.features.backbones import frozen_activations, in_micro_batches, load_backbone
-from panda_ad.features.preprocessing import preprocess
+from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.params import LocalizeParams
 from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.localize.localizer import build_localizer, load_localizer
@@ -45,22 +45,14 @@ def world(request):
     rng = np.random.default_rng(0)
     images = [texture(rng, size) for _ in range(15)]
     images[-1][8:24, 8:24] = 255 - images[-1][8:24, 8:24] // 3
-    backbone = load_backbone("embedded")
-    layer1, layer2 = frozen_activations(
-        backbone,
-        torch.from_numpy(np.stack([preprocess(i, size, backbone.architecture) for i in images])),
-        torch.float32,
-    )
-    layer3, pooled = in_micro_batches(
-        lambda x: (backbone.adapted.maps(x.float())[0], backbone.adapted(x.float())), layer2
-    )
-    layers = {"layer1": layer1.numpy(), "layer2": layer2.numpy(), "layer3": layer3.half().numpy()}
+    network = export_network(load_backbone("embedded"), size)
+    (pooled,), layers = network.features_and_maps(network.activations(network.preprocess(images)), network.inner_levels)
     return (
         size,
         {k: v[:12] for k, v in layers.items()},
-        pooled[:12].numpy(),
+        pooled[:12],
         {k: v[12:] for k, v in layers.items()},
-        pooled[12:].numpy(),
+        pooled[12:],
     )
 
 

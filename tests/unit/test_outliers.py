@@ -6,16 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from conftest import noise, save
 from PIL import Image
 from registry_project import make_project
 
 from panda_ad.data.outliers import coarseness, is_gray, outlier_item
-from panda_ad.features.backbones import frozen_activations
 from panda_ad.features.cache import Activations
-from panda_ad.features.preprocessing import preprocess
 
 
 def test_larger_ones_are_reduced_by_area_and_smaller_ones_stay(tmp_path):
@@ -100,7 +97,6 @@ def test_adapt_trains_on_outliers_at_the_resolution_of_its_images(plant, side, s
     image = Image.fromarray(noise(2, (side, side)))
     if side > 32:
         image = image.resize((32, 32), Image.Resampling.BILINEAR)
-    backbone = view.activations.backbone
-    x = torch.from_numpy(preprocess(np.array(image), (64, 64), backbone.architecture)[None])
-    expected = frozen_activations(backbone, x, view.activations.precision)[-1].numpy()[0]
+    network = view.activations.network
+    expected = network.activations(network.preprocess([np.array(image)]))[network.frozen_levels[-1]][0]
     np.testing.assert_array_equal(view[[2]][0], expected)

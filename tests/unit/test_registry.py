@@ -106,7 +106,7 @@ def test_the_model_holds_no_pickle_and_its_own_code(project):
     bundle = download_version(f"models:/{NAME}@challenger")[2]
     model = bundle.parent.parent
     names = {p.relative_to(model).as_posix() for p in model.rglob("*") if p.is_file()}
-    assert (bundle / "weights.safetensors").read_bytes() == b"weights 1"
+    assert (bundle / "learned.safetensors").read_bytes() == b"weights 1"
     assert {"MLmodel", "model.py", "code/panda_ad/scoring/detector.py", "input_example.json"} <= names
     assert not any(n.endswith((".pkl", ".pickle", ".pyc")) or "/weights/" in n for n in names)
     requirements = (model / "requirements.txt").read_text()
@@ -391,9 +391,9 @@ def test_files_that_were_lost_are_published_again(project):
     with pytest.raises(UserError, match="its files are gone from .*; `dvc repro --force --single-item publish@fabric`"):
         download_version(f"models:/{NAME}/1")
     publish("fabric")
-    assert download_version(f"models:/{NAME}/1")[2] == bundle and (bundle / "weights.safetensors").is_file()
-    (bundle / "weights.safetensors").write_bytes(b"weights of another model")
-    with pytest.raises(UserError, match="damaged, 'weights.safetensors' is not what was written in .*; `dvc repro"):
+    assert download_version(f"models:/{NAME}/1")[2] == bundle and (bundle / "learned.safetensors").is_file()
+    (bundle / "learned.safetensors").write_bytes(b"weights of another model")
+    with pytest.raises(UserError, match="damaged, 'learned.safetensors' is not what was written in .*; `dvc repro"):
         download_version(f"models:/{NAME}/1")
     publish("fabric")
     assert download_version(f"models:/{NAME}/1")[2] == bundle

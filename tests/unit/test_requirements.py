@@ -54,5 +54,15 @@ def test_the_docs_name_the_versions_that_were_tested_together():
     page = (ROOT / "docs/operation.md").read_text()
     table = page.partition("## Versions tested together")[2].partition("\n## ")[0]
     named = dict(re.findall(r"(?m)^\| ([\w-]+) \| ([\d.]+) \|", table))
-    packages = ("dvc", "faiss-cpu", "fastapi", "great-expectations", "mlflow", "prefect", "sqlalchemy", "torch")
+    packages = (
+        "dvc",
+        "faiss-cpu",
+        "fastapi",
+        "great-expectations",
+        "mlflow",
+        "onnxruntime",
+        "prefect",
+        "sqlalchemy",
+        "torch",
+    )
     assert named == {name: PINS[name] for name in packages}

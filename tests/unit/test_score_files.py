@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import noise, save
 from PIL import Image
 
@@ -15,8 +14,8 @@ from panda_ad.commands import score
 from panda_ad.commands.score import score_files, score_paths
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import load_backbone
+from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.features.network import Network
 from panda_ad.registry.load import Model
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
@@ -30,7 +29,7 @@ def bundle(tmp_path_factory):
 
     params = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
     backbone = load_backbone("embedded")
-    network = Network(backbone, (backbone.adapted,), (0,), (32, 32), torch.float32)
+    network = export_network(backbone, (32, 32))
     good = [noise(i) for i in range(30)]
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
     train, calibration = DecodedImages(network, good[:20]), DecodedImages(network, good[20:])

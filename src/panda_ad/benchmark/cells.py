@@ -23,10 +23,10 @@ from panda_ad.benchmark.protocols import OUTLIERS, Job, Settings, choose, choose
 from panda_ad.benchmark.sources import Images, read_set
 from panda_ad.data.outliers import folder_files, plain_item
 from panda_ad.evaluation.image_metrics import auroc
-from panda_ad.features.backbones import load_backbone, resolve_precision
+from panda_ad.features.backbones import load_backbone
 from panda_ad.features.cache import Activations, Item
+from panda_ad.features.export import export_network, with_snapshots
 from panda_ad.features.images import CachedImages
-from panda_ad.features.network import Network, with_state
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector, normalize
 from panda_ad.scoring.fit import fit_galleries, out_of_fold_scores, training_features
@@ -53,9 +53,8 @@ class Bench:
         keep_freed_memory()
         b = settings.params.backbone
         self.settings, self.data, self.out = settings, data, out
-        self.activations = Activations(
-            load_backbone(b.name, b.weights), b.size, resolve_precision(b.precision), cache, b.cache_gb
-        )
+        self.backbone = load_backbone(b.name, b.weights)
+        self.activations = Activations(export_network(self.backbone, b.size, b.precision), cache, b.cache_gb)
         self._items: dict[tuple[str, ...], list[Item]] = {}
 
     def images(self, job: Job) -> Images:
@@ -88,16 +87,14 @@ class Bench:
     def features(self, items: Sequence[Item], adapted: Adapted, *, normalize: bool) -> list[np.ndarray]:
         """Return features of images under each snapshot, S times (N, D) float32, as stage `index` computes them."""
         cache, steps = self.activations, adapted.steps or [0]
-        pretrained = cache.backbone.adapted
-        states = dict(zip(adapted.steps, adapted.snapshots, strict=True))
-        layers = tuple(with_state(pretrained, states[step]) if step else pretrained for step in steps)
-        network = Network(cache.backbone, layers, tuple(steps), cache.size, cache.precision)
+        states = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
+        network = with_snapshots(cache.network, self.backbone.adapted, states, steps)
         detector = Detector(DetectorConfig(normalize=normalize, whiten=False), network, (), np.empty(0))
         return training_features(detector, CachedImages(cache, items, (), self.pretrained(items)))
 
     def last_level(self, features: np.ndarray) -> np.ndarray:
         """Return what the deepest level adds to pooled features, (N, D) -> (N, C): what the paper compares."""
-        layers, cache = self.activations.backbone.adapted, self.activations
+        layers, cache = self.backbone.adapted, self.activations
         if layers.feature_levels[-1] not in layers.levels:
             return features  # a single, frozen level
         maps = layers.maps(torch.zeros(1, *cache.shapes[cache.last]))
@@ -113,7 +110,7 @@ class Bench:
             limit = None if self.settings.train is None else OUTLIERS * self.settings.train
             outliers = [files[i] for i in choose(len(files), limit, "outliers")]
         height, width = items[0].read().shape[:2]
-        return adapt_images(self.activations, items, params, outliers, (height, width))
+        return adapt_images(self.backbone, self.activations, items, params, outliers, (height, width))
 
     def run(self, job: Job) -> list[Path]:
         """Compute the cells of a job that are missing, and write them; return their files."""

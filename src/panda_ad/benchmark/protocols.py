@@ -15,7 +15,6 @@ import numpy as np
 
 from panda_ad.benchmark.sources import FIRST_20, Images
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import resolve_precision
 from panda_ad.params import AdaptParams, Params
 from panda_ad.system.files import digest_file
 
@@ -83,8 +82,7 @@ class Settings:
 
     def facts(self, family: str) -> dict[str, Any]:
         """Return the part that the cells of a family depend on, as JSON."""
-        precision = str(resolve_precision(self.params.backbone.precision)).removeprefix("torch.")  # `auto` says nothing
-        backbone = self.params.backbone.model_dump(exclude={"cache_gb"}) | {"precision": precision}
+        backbone = self.params.backbone.model_dump(exclude={"cache_gb"})
         backbone["weights"] = self.contents["weights"]
         facts: dict[str, Any] = {
             "backbone": backbone,

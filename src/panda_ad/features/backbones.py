@@ -7,10 +7,10 @@ The *frozen layers* stay as they are, the *adapted layers* are fine-tuned.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,14 +20,9 @@ from panda_ad.errors import UserError
 from panda_ad.features.architectures import TIMM, Architecture, architecture
 from panda_ad.features.pretrained import EMBEDDED, is_file, published, state_of_file
 
-__all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint", "load_backbone"]
+__all__ = ["EMBEDDED", "AdaptedLayers", "Backbone", "FrozenLayers", "fingerprint", "load_backbone", "with_state"]
 
 _EMBEDDED_NAME = "resnet18"
-MICRO_BATCH = 8
-"""Images per forward pass when scoring.
-
-The number is fixed, and smaller batches are padded up to it, so that an image's score never depends on its batch.
-"""
 
 
 class _Layers(nn.Module):
@@ -215,57 +210,8 @@ def load_backbone(name: str, weights: str = "DEFAULT") -> Backbone:
         raise UserError(f"backbone.weights: {weights} cannot be used: {' '.join(str(e).split())[:200]}") from None
 
 
-def resolve_precision(precision: str) -> torch.dtype:
-    """Return a precision's dtype; `auto` is bfloat16 where the CPU has it (AVX512-BF16 or AMX), else float32."""
-    if precision == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-def in_micro_batches(function: Callable[..., Tensor | tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to `x` (N, ...) in passes of exactly MICRO_BATCH rows, without gradients, and concatenate.
-
-    The last pass is padded with zeros. Passes run side by side, each on one thread.
-
-    A convolution's kernel, and with it the last bits of its result, depends on the size of the batch and on the number
-    of threads. With both fixed, the result for an image is the same alone, in any batch, and on any number of cores.
-    """
-
-    @torch.inference_mode()
-    def one_pass(chunk: Tensor) -> list[Tensor]:
-        n = len(chunk)
-        if n < MICRO_BATCH:
-            chunk = torch.cat([chunk, chunk.new_zeros(MICRO_BATCH - n, *chunk.shape[1:])])
-        out = function(chunk.contiguous(memory_format=torch.channels_last))
-        return [o[:n] for o in (out if isinstance(out, tuple) else (out,))]
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            parts = list(pool.map(one_pass, x.split(MICRO_BATCH)))
-    finally:
-        torch.set_num_threads(threads)  # what a worker sets is also what threads to come begin with
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def frozen_activations(backbone: Backbone, x: Tensor, precision: torch.dtype) -> tuple[Tensor, ...]:
-    """Return frozen activations in the form everything downstream uses: rounded to float16, cached or not.
-
-    Parameters
-    ----------
-    x : float32 (N, 3, H, W), preprocessed.
-    precision : torch.float32 or torch.bfloat16, of the computation.
-
-    Returns
-    -------
-    float16 (N, C, h, w) for each of the frozen layers' levels.
-    """
-
-    def frozen(chunk: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            return backbone.frozen(chunk)
-
-    levels = in_micro_batches(frozen, x)
-    limit = torch.finfo(torch.float16).max
-    return tuple(level.clamp(-limit, limit).half() for level in levels)
+def with_state(adapted: AdaptedLayers, state: Mapping[str, Tensor]) -> AdaptedLayers:
+    """Return a copy of the adapted layers with other weights."""
+    other = copy.deepcopy(adapted)
+    other.load_state_dict(dict(state), strict=False)
+    return other

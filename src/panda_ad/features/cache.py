@@ -2,7 +2,7 @@
 """Cache of frozen activations: each image is decoded and sent through the frozen layers once.
 
 PANDA uses no augmentation and fixed batch-norm statistics, so the frozen layers' output for an image is a constant.
-It is kept on disk as float16, memory-mapped, in a folder per (weights, input size, precision).
+It is kept on disk as float16, memory-mapped, in a folder per (network, input size, engine, precision).
 There is one record per sha256 of the image's file.
 The pooled features of the pretrained layers are kept too, as float32.
 The cache lies outside DVC's and is safe to delete.
@@ -16,25 +16,19 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL
-import torch
 from tqdm import tqdm
 
-from panda_ad.features.backbones import Backbone, frozen_activations, in_micro_batches
-from panda_ad.features.preprocessing import preprocess
+from panda_ad.features.network import Network
+from panda_ad.system.cores import side_by_side
 
 _RULES = (
-    *(
-        f"features/{name}.py"
-        for name in ("architectures", "backbones", "efficientnet_lite", "preprocessing", "resnet", "timm_networks")
-    ),
-    "data/images.py",
-    "data/outliers.py",
+    *(f"features/{name}.py" for name in ("engine", "export", "network", "preprocessing")),
+    *("data/images.py", "data/outliers.py"),
 )
 _CHUNK = 64  # images decoded, computed and written at a time
 _IN_USE = "in-use"  # a file of each cache that its users lock
@@ -101,49 +95,48 @@ class Activations:
 
     Parameters
     ----------
-    backbone : its frozen layers compute them.
-    size : network input (height, width), pixels.
-    precision : of the computation, torch.float32 or torch.bfloat16.
+    network : its frozen layers compute them, its first adapted ones the pooled features.
     root : folder of all such caches.
     cache_gb : disk budget of `root`, GB.
         Least recently used caches of other backbones or sizes are deleted to stay within it.
         What does not fit then is computed anew each time it is read.
     """
 
-    def __init__(self, backbone: Backbone, size: tuple[int, int], precision: torch.dtype, root: Path, cache_gb: float):
-        self.backbone, self.size, self.precision, self.root = backbone, size, precision, root
+    def __init__(self, network: Network, root: Path, cache_gb: float):
+        self.network, self.root = network, root
         self.budget = int(cache_gb * 1e9)
         # what decodes, resizes and computes is part of the key: a model must not compare features of two makes
         rules = b"".join((Path(__file__).parents[1] / name).read_bytes() for name in _RULES) + PIL.__version__.encode()
-        key = f"{backbone.fingerprint}-{size}-{precision}-{hashlib.sha256(rules).hexdigest()}"
+        key = f"{network.key}-{hashlib.sha256(rules).hexdigest()}"
         self.folder = root / hashlib.sha256(key.encode()).hexdigest()[:24]
         self.folder.mkdir(parents=True, exist_ok=True)
         os.utime(self.folder)
         self._in_use = open(self.folder / _IN_USE, "a")  # noqa: SIM115, held, shared, as long as this object lives
         fcntl.flock(self._in_use, fcntl.LOCK_SH)
-        with torch.inference_mode():
-            probe = self.backbone.frozen(torch.zeros(1, 3, *size))
-            width = self.backbone.adapted(probe[-1]).shape[1]
-        self.shapes = {name: tuple(t.shape[1:]) for name, t in zip(backbone.frozen.levels, probe, strict=True)}
+        probe = network.activations(np.zeros((1, 3, *network.size), np.float32))
+        width = network.features(probe)[0].shape[1]
+        self.shapes = {name: values.shape[1:] for name, values in probe.items()}
         self.stores = {name: _Store(self.folder / name, shape) for name, shape in self.shapes.items()}
         self.features = _Store(self.folder / "pooled", (width,), np.float32)
 
     def compute(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Compute each level of some images, straight from their pixels: float16 (N, C, h, w) each."""
-        return self._values(self._decoded(items))
+        return self._computed(items, self.network.frozen_levels)
 
-    def _decoded(self, items: Sequence[Item]) -> torch.Tensor:
-        pixels = [preprocess(item.read(), self.size, self.backbone.architecture) for item in items]
-        return torch.from_numpy(np.stack(pixels))
+    def _computed(self, items: Sequence[Item], levels: Sequence[str]) -> dict[str, np.ndarray]:
+        """Decode, resize and compute, each image in one go: float16 (N, C, h, w) per level."""
 
-    def _values(self, x: torch.Tensor) -> dict[str, np.ndarray]:
-        values = frozen_activations(self.backbone, x, self.precision)
-        return {name: t.numpy() for name, t in zip(self.backbone.frozen.levels, values, strict=True)}
+        def one(item: Item) -> list[np.ndarray]:
+            found = self.network.activations(self.network.preprocess([item.read()]))
+            return [found[level] for level in levels]
+
+        parts = zip(*side_by_side(one, items), strict=True)
+        return {level: np.concatenate(values) for level, values in zip(levels, parts, strict=True)}
 
     @property
     def last(self) -> str:
         """The level at which the frozen layers end: what the adapted layers read."""
-        return self.backbone.frozen.levels[-1]
+        return self.network.frozen_levels[-1]
 
     def warm(self, items: Sequence[Item], layers: Sequence[str] = (), label: str = "frozen layers") -> int:
         """Compute and store what is missing of some levels, by default the last; return how many images it computed."""
@@ -162,16 +155,9 @@ class Activations:
         missing = missing[:room]
         chunks = [missing[i : i + _CHUNK] for i in range(0, len(missing), _CHUNK)]
         done = 0
-        with (
-            ThreadPoolExecutor(2) as pool,
-            tqdm(total=sum(map(len, chunks)), desc=label, unit="img", disable=not chunks) as bar,
-        ):
-            ahead = pool.submit(self._decoded, chunks[0]) if chunks else None
-            for i, chunk in enumerate(chunks):
-                assert ahead is not None
-                x = ahead.result()
-                ahead = pool.submit(self._decoded, chunks[i + 1]) if i + 1 < len(chunks) else None
-                values = self._values(x)
+        with tqdm(total=sum(map(len, chunks)), desc=label, unit="img", disable=not chunks) as bar:
+            for chunk in chunks:
+                values = self._computed(chunk, layers)
                 for layer in layers:
                     self.stores[layer].append([item.key for item in chunk], values[layer])
                 done += len(chunk)
@@ -183,14 +169,6 @@ class Activations:
     def view(self, items: Sequence[Item], layer: str | None = None) -> View:
         """Return array-like access to one level of `items`, by default the last, in their order."""
         return View(self, items, layer or self.last)
-
-    def batches(
-        self, items: Sequence[Item], layers: Sequence[str], batch: int = _CHUNK
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield consecutive batches of `items` as {layer: float16 (B, C, h, w)}."""
-        views = {layer: self.view(items, layer) for layer in layers}
-        for i in range(0, len(items), batch):
-            yield {layer: torch.from_numpy(view[i : i + batch]) for layer, view in views.items()}
 
     def pooled(self, items: Sequence[Item], batch: int = _CHUNK) -> Iterator[np.ndarray]:
         """Yield batches of the pretrained layers' pooled features of `items`, float32 (B, D), in order.
@@ -205,9 +183,7 @@ class Activations:
             new = [item for item in {item.key: item for item in part}.values() if item.key not in store.row]
             values = np.empty((0, *store.shape), np.float32)
             if new:
-                last = torch.from_numpy(self.view(new)[:])
-                (computed,) = in_micro_batches(lambda x: self.backbone.adapted(x.float()), last)
-                values = computed.numpy()
+                values = self.network.features({self.last: self.view(new)[:]})[0]
             at = {item.key: n for n, item in enumerate(new)}
             yield np.stack(
                 [values[at[item.key]] if item.key in at else store.array[store.row[item.key]] for item in part]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mlflow.models import Model
 
 SERVING = (
-    "faiss-cpu", "mlflow", "numpy", "pandas", "pillow", "pydantic", "pyyaml", "safetensors", "scikit-learn", "scipy",
-    "torch", "tqdm",
+    "faiss-cpu", "mlflow", "numpy", "onnxruntime", "pandas", "pillow", "pydantic", "pyyaml", "safetensors",
+    "scikit-learn", "scipy", "tqdm",
 )  # fmt: skip
 """Distributions that a served model needs; pinned as installed where it was made."""
 

@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import save_file as save_tensors
-from torch import Tensor
 
-from panda_ad.adapt.snapshots import pack_snapshots, unpack_snapshots
 from panda_ad.errors import UserError
-from panda_ad.features.backbones import Backbone
 from panda_ad.features.image_statistics import NAMES, Reference
-from panda_ad.features.network import Network, with_state
+from panda_ad.features.network import load_network
 from panda_ad.scoring.bundle_formats import FORMAT, check_format
 from panda_ad.scoring.checksums import CHECKSUMS, damage, write_checksums
 from panda_ad.scoring.config import DetectorConfig
@@ -32,12 +26,14 @@ from panda_ad.scoring.whitening import Whitening
 from panda_ad.system.files import write_json, write_text
 
 _SEEN = "seen.txt"
-_PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NETWORK, _LEARNED = "network", "learned.safetensors"
 
 
 def save_bundle(detector: Detector, folder: Path) -> None:
     """Write a detector into an existing, empty folder."""
-    save_tensors(_weights(detector), folder / "weights.safetensors")
+    (folder / _NETWORK).mkdir()
+    detector.network.save(folder / _NETWORK)
+    save_file(_learned(detector), folder / _LEARNED)
     for s, gallery in enumerate(detector.galleries):
         gallery.save(folder / f"gallery_{s}.faiss")
     offsets = np.cumsum([0, *map(len, detector.thumbnails)])
@@ -52,15 +48,14 @@ def save_bundle(detector: Detector, folder: Path) -> None:
         detector.localizer.save(folder / "localizer")
     limit = asdict(detector.threshold())
     write_json(folder / "calibration.json", {"scores": detector.calibration.tolist(), "threshold": limit})
-    network = detector.network
     write_json(
         folder / "bundle.json",
         {
             "format": FORMAT,
-            "architecture": network.backbone.name,
-            "input_size": list(network.size),
-            "precision": next(name for name, dtype in _PRECISIONS.items() if dtype == network.precision),
-            "steps": list(network.steps),
+            "architecture": detector.network.facts.name,
+            "input_size": list(detector.network.size),
+            "engine": asdict(detector.network.facts.engine),
+            "steps": list(detector.network.steps),
             **detector.config.model_dump(mode="json"),
             "scales": [asdict(scale) for scale in detector.scales or ()],
             "train_means": detector.train_means.tolist(),
@@ -101,11 +96,12 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
 def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detector:
     config = DetectorConfig(**{k: v for k, v in facts.items() if k in DetectorConfig.model_fields} | changes)
     scores = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["scores"]
-    weights = _read_weights(folder / "weights.safetensors")
-    network = _network(facts, weights["backbone"], weights["snapshots"])
-    white = {name: value.numpy() for name, value in weights["whitening"].items()}
+    network, learned = load_network(folder / _NETWORK), load_file(folder / _LEARNED)
     snapshots = range(len(network.steps))
-    whitenings = [Whitening(white[f"{s}.mean"], white[f"{s}.matrix"]) for s in snapshots if config.whiten]
+    whitenings = [
+        Whitening(learned[f"whitening.{s}.mean"], learned[f"whitening.{s}.matrix"]) for s in snapshots if config.whiten
+    ]
+    classifier = {name: learned[f"classifier.{name}"] for name in ("weight", "bias") if f"classifier.{name}" in learned}
     scales = [RobustScale(scale["center"], scale["spread"]) for scale in facts["scales"]]
     thumbnails = load_file(folder / "thumbnails.safetensors")
     data, offsets = thumbnails["jpeg"].tobytes(), thumbnails["offsets"].tolist()
@@ -116,7 +112,7 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
         galleries=tuple(Gallery.load(folder / f"gallery_{s}.faiss") for s in snapshots),
         train_means=np.array(facts["train_means"], dtype=np.float64),
         whitenings=tuple(whitenings),
-        classifier={name: value.numpy() for name, value in weights["classifier"].items()} or None,
+        classifier=classifier or None,
         localizer=load_localizer(folder / "localizer") if (folder / "localizer").exists() else None,
         scales=(scales[0], scales[1]) if config.score == "both" else None,
         calibration=np.array(scores, dtype=np.float64),
@@ -127,38 +123,12 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
     )
 
 
-def _weights(detector: Detector) -> dict[str, Tensor]:
-    """Return the tensors of weights.safetensors.
-
-    Their groups are backbone, snapshots (differences to the pretrained layers), classifier and whitening.
-    """
-    backbone, network = detector.network.backbone, detector.network
-    tensors = {f"backbone.{k}": _smallest(v) for k, v in backbone.tensors().items()}
-    adapted = [layers.state_dict() for layers, step in zip(network.adapted, network.steps, strict=True) if step > 0]
-    tensors |= {f"snapshots.{k}": v for k, v in pack_snapshots(backbone.adapted.state_dict(), adapted).items()}
-    tensors |= {f"classifier.{k}": torch.from_numpy(v) for k, v in (detector.classifier or {}).items()}
+def _learned(detector: Detector) -> dict[str, np.ndarray]:
+    """Return the arrays of learned.safetensors: outlier exposure's classifier, and a whitening per snapshot."""
+    arrays = {f"classifier.{name}": np.ascontiguousarray(v) for name, v in (detector.classifier or {}).items()}
     for s, whitening in enumerate(detector.whitenings):
-        tensors |= {f"whitening.{s}.{k}": torch.from_numpy(v) for k, v in asdict(whitening).items()}
-    return tensors
-
-
-def _read_weights(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of `_weights` by group."""
-    groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "snapshots": {}, "classifier": {}, "whitening": {}}
-    with safe_open(path, "pt") as f:
-        for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
-            group, name = key.split(".", 1)
-            groups[group][name] = f.get_tensor(key)
-    return groups
-
-
-def _network(facts: Mapping[str, Any], backbone: dict[str, Tensor], snapshots: dict[str, Tensor]) -> Network:
-    base = Backbone(facts["architecture"], backbone)
-    states = iter(unpack_snapshots(base.adapted.state_dict(), snapshots))
-    steps = tuple(facts["steps"])
-    adapted = tuple(base.adapted if step == 0 else with_state(base.adapted, next(states)) for step in steps)
-    height, width = facts["input_size"]
-    return Network(base, adapted, steps, (height, width), _PRECISIONS[facts["precision"]])
+        arrays |= {f"whitening.{s}.{name}": np.ascontiguousarray(v) for name, v in asdict(whitening).items()}
+    return arrays
 
 
 def _reference(path: Path) -> Reference | None:
@@ -169,9 +139,3 @@ def _reference(path: Path) -> Reference | None:
         if (f.metadata() or {}).get("statistics") != ",".join(NAMES):
             return None
         return Reference(f.get_tensor("statistics"), f.get_tensor("features"))
-
-
-def _smallest(value: Tensor) -> Tensor:
-    """Return float16 where that loses nothing (the embedded weights), else float32."""
-    half = value.half()
-    return half.contiguous() if torch.equal(half.float(), value) else value.contiguous()

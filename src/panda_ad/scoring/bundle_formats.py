@@ -2,8 +2,7 @@
 """Versions of a bundle's layout: which can be read, and what renews the others.
 
 1 to 5  PyTorch computed the network.
-6       Pillow resizes, as training's PyTorch did but for single gray levels; a score moves by up to a percent.
-        A heat map per level, whose peak is the map score.
+6       ONNX Runtime does, and Pillow resizes. A heat map per level, whose peak is the map score.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 from panda_ad.system.files import digest_file, write_text
 
 CHECKSUMS = "checksums.sha256"
-_ENDINGS = {".json", ".safetensors", ".faiss", ".npy", ".txt"}
+_ENDINGS = {".json", ".safetensors", ".faiss", ".npy", ".onnx", ".txt"}
 """Of the files that loading reads. A file server's own files beside them do no harm."""
 
 

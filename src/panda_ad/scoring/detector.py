@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from panda_ad.scoring.localize.localizer import Localizer
 from panda_ad.scoring.ses import ses_scores
 from panda_ad.scoring.verdict import Scores, Verdict, region, resize_map
 from panda_ad.scoring.whitening import Whitening
+from panda_ad.system.cores import side_by_side
 
-_TILES = 32  # tiles of several images computed together, where an image has fewer
-_BATCH = 64  # images scored together, or as many tiles
+_BATCH = 64  # images whose activations are read together
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +79,13 @@ class Detector:
 
     def score(self, images: Sequence[np.ndarray], heatmaps: bool = False) -> list[Verdict]:
         """Score decoded images, uint8 (H, W, 3) of any size. An image's verdict does not depend on the others."""
-        if not images:
-            return []
-        activations = self.network.activations(self.network.preprocess(images))
-        scores = self.score_activations(activations, heatmaps=heatmaps, pixels=images)
-        return self.verdicts(scores, [image.shape[:2] for image in images])
+
+        def one(image: np.ndarray) -> Verdict:
+            activations = self.network.activations(self.network.preprocess([image]))
+            scores = self.score_activations(activations, heatmaps=heatmaps, pixels=[image])
+            return self.verdicts(scores, [image.shape[:2]])[0]
+
+        return side_by_side(one, images, _one_thread)
 
     def score_images(self, images: Images, heatmaps: bool = True) -> Iterator[Scores]:
         """Score images batch by batch, with heat maps where the model has a localizer and they are asked for.
@@ -96,10 +98,20 @@ class Detector:
         with tqdm(total=len(images), desc="score", unit="img", disable=None) as bar:
             for i in range(0, len(images), batch):
                 at = slice(i, min(i + batch, len(images)))
-                pixels = (images.read(j) for j in range(at.start, at.stop))
-                activations = images.activations(at, self.levels)
-                yield self.score_activations(activations, images.pretrained(at), heatmaps, pixels)
+                yield self._score_batch(images, at, heatmaps)
                 bar.update(at.stop - at.start)
+
+    def _score_batch(self, images: Images, at: slice, heatmaps: bool) -> Scores:
+        """Score images of a range, each alone and side by side."""
+        activations, pretrained = images.activations(at, self.levels), images.pretrained(at)
+
+        def one(i: int) -> Scores:
+            row = slice(i, i + 1)
+            alone = {level: values[row] for level, values in activations.items()}
+            pixels = (images.read(at.start + j) for j in (i,))  # read where there are tiles
+            return self.score_activations(alone, None if pretrained is None else pretrained[row], heatmaps, pixels)
+
+        return joined(side_by_side(one, range(at.stop - at.start), _one_thread))
 
     def score_activations(
         self,
@@ -176,11 +188,11 @@ class Detector:
     def _tiled_heatmaps(self, localizer: Localizer, images: Iterable[np.ndarray], features: np.ndarray) -> np.ndarray:
         from panda_ad.scoring.localize.tiling import image_tiles
 
-        step, parts, rest = max(1, _TILES // localizer.tiles**2), [], iter(images)
-        for i in range(0, len(features), step):
-            tiles = np.concatenate([image_tiles(image, self.network, localizer.tiles) for image in islice(rest, step)])
+        parts = []
+        for i, image in enumerate(images):
+            tiles = image_tiles(image, self.network, localizer.tiles)
             maps = self.network.maps(self.network.activations(tiles), localizer.levels)
-            parts.append(localizer.heatmaps(maps, features[i : i + step], self.size))
+            parts.append(localizer.heatmaps(maps, features[i : i + 1], self.size))
         return np.concatenate(parts)
 
     def components(self, scores: Scores) -> np.ndarray | None:
@@ -214,3 +226,19 @@ class Detector:
 def normalize(features: np.ndarray) -> np.ndarray:
     """Scale rows (N, D) to unit L2 norm, float32; a zero row stays zero."""
     return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12))
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Return scores of several sets of images as those of one."""
+    columns: dict[str, Any] = {}
+    for name in Scores.__dataclass_fields__:
+        values = [getattr(part, name) for part in parts]
+        columns[name] = None if values[0] is None else np.concatenate(values)
+    return Scores(**columns)
+
+
+def _one_thread() -> None:
+    """Let faiss stay in the thread that calls it, where images are scored side by side."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)

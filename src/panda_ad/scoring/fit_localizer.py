@@ -8,7 +8,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from panda_ad.features.backbones import MICRO_BATCH
 from panda_ad.features.images import Images
 from panda_ad.features.network import Network
 from panda_ad.scoring.config import FitParams
@@ -19,6 +18,7 @@ from panda_ad.scoring.localize.localizer import Localizer, build_localizer
 from panda_ad.scoring.localize.maps import Maps
 from panda_ad.scoring.localize.tiling import image_tiles
 
+_AT_A_TIME = 8  # images whose maps are made together
 _MAPS = 128  # most training images whose heat maps the scale of map scores is from
 
 
@@ -55,7 +55,7 @@ def out_of_fold_map_scores(
     assert localizer is not None
     tiles = localizer.tiles**2
     maps = image_maps(detector.network, train, localizer.levels, localizer.tiles)
-    at_a_time = max(1, MICRO_BATCH // tiles)
+    at_a_time = max(1, _AT_A_TIME // tiles)
     found = np.empty(len(chosen))
     for fold, _ in folds:
         others = localizer.without(fold)

@@ -19,14 +19,23 @@ from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.outliers import coarseness, folder_files, is_gray, outlier_item, plain_item
 from panda_ad.params import METHODS, GalleryParams, Params, load_params
 from panda_ad.scoring.whitening import fit_whitening
-from panda_ad.stages.common import activations_for, backbone_for, category_rows, items_of, threads
+from panda_ad.stages.common import (
+    activations_for,
+    backbone_for,
+    category_rows,
+    check_weights,
+    items_of,
+    network_for,
+    threads,
+)
 from panda_ad.system.files import atomic_folder, write_json
-from panda_ad.system.paths import BUILD
+from panda_ad.system.paths import BUILD, NETWORK
 from panda_ad.system.stage import run_stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from panda_ad.features.backbones import Backbone
     from panda_ad.features.cache import Activations, Item
 
 
@@ -39,14 +48,15 @@ def main(category: str) -> None:
 
     params = load_params()
     threads()
-    backbone = backbone_for(params)
-    activations = activations_for(params, backbone, category)
+    backbone, network = backbone_for(params), network_for()
+    check_weights(network.facts.fingerprint, backbone.fingerprint, str(NETWORK), "extract")
+    activations = activations_for(params, network)
     rows = category_rows(category)["train"]
     items = items_of(rows, params)
     size = (round(rows["height"].median()), round(rows["width"].median()))
     method = params.adapt.method
     outliers = outlier_files(params, size, category) if METHODS[method].outliers else []
-    adapted = adapt_images(activations, items, params, outliers, size)
+    adapted = adapt_images(backbone, activations, items, params, outliers, size)
     trained = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
     classifier = {f"classifier.{name}": value for name, value in (adapted.classifier or {}).items()}
     with atomic_folder(BUILD / "adapt" / category) as folder:
@@ -66,7 +76,12 @@ def main(category: str) -> None:
 
 
 def adapt_images(
-    activations: Activations, items: Sequence[Item], params: Params, outliers: Sequence[Path], size: tuple[int, int]
+    backbone: Backbone,
+    activations: Activations,
+    items: Sequence[Item],
+    params: Params,
+    outliers: Sequence[Path],
+    size: tuple[int, int],
 ) -> Adapted:
     """Fine-tune on normal images by `params.adapt`, as this stage and the benchmark do.
 
@@ -84,9 +99,9 @@ def adapt_images(
         activations.warm(outlier_items, label="outliers")
         exposed = activations.view(outlier_items)
     if METHODS[params.adapt.method].penalty:
-        fisher = fisher_diagonal(activations, items, params)
+        fisher = fisher_diagonal(backbone, activations, items, params)
     return adapt(
-        activations.backbone.adapted,
+        backbone.adapted,
         activations.view(items),
         params.adapt,
         seed=params.seed,
@@ -105,12 +120,14 @@ def fit_metric(features: Tensor, gallery: GalleryParams) -> Metric:
     return Metric(gallery.normalize, torch.from_numpy(whitening.mean), torch.from_numpy(whitening.matrix))
 
 
-def fisher_diagonal(activations: Activations, items: Sequence[Item], params: Params) -> dict[str, Tensor]:
+def fisher_diagonal(
+    backbone: Backbone, activations: Activations, items: Sequence[Item], params: Params
+) -> dict[str, Tensor]:
     """Return the Fisher diagonal that `adapt.fisher` asks for.
 
     It is that of a file, of labeled source images, or of the training images.
     """
-    samples, seed, backbone = params.adapt.fisher_samples, params.seed, activations.backbone
+    samples, seed = params.adapt.fisher_samples, params.seed
     kept, labels = activations.root.parent / "fisher", None
     if params.adapt.fisher is not None:
         source = Path(params.adapt.fisher)

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from panda_ad.errors import UserError
-from panda_ad.system.paths import CACHE, FEATURES
+from panda_ad.system.paths import CACHE, FEATURES, NETWORK
 from panda_ad.system.processes import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
     from panda_ad.features.backbones import Backbone
     from panda_ad.features.cache import Activations, Item
     from panda_ad.features.images import CachedImages
+    from panda_ad.features.network import Network
     from panda_ad.params import Params
-
-BACKBONE = "backbone.json"  # beside features: the weights' fingerprint, and the precision they were computed in
 
 
 def backbone_for(params: Params) -> Backbone:
@@ -32,29 +30,31 @@ def backbone_for(params: Params) -> Backbone:
     return load_backbone(params.backbone.name, params.backbone.weights)
 
 
-def activations_for(params: Params, backbone: Backbone, category: str | None = None) -> Activations:
-    """Return the activation cache of a backbone at the parameters' input size.
+def network_for() -> Network:
+    """Return the pretrained network that stage `extract` has left. UserError where it has not."""
+    from panda_ad.features.network import load_network
 
-    It has the parameters' precision or, given a category, that of the category's features: `auto` may mean another
-    precision where `extract` ran, and a model's parts must be of one. UserError if the features are of other weights:
-    DVC sees a weights file's name, not what it holds.
-    """
-    from panda_ad.features.backbones import resolve_precision
+    try:
+        return load_network(NETWORK)
+    except (OSError, LookupError, TypeError, ValueError) as e:
+        raise UserError(f"{NETWORK}: missing or damaged ({type(e).__name__}); run `dvc repro`") from None
+
+
+def activations_for(params: Params, network: Network) -> Activations:
+    """Return the activation cache of a network."""
     from panda_ad.features.cache import Activations
 
-    precision = params.backbone.precision
-    if category is not None:
-        made = json.loads((FEATURES / category / BACKBONE).read_text())
-        check_weights(made["fingerprint"], backbone, f"{FEATURES / category}", "extract")
-        precision = made["precision"]
     gray = params.data.gray_range  # another range makes other pictures of the same files
     root = CACHE / ("activations" if gray is None else f"activations-gray-{gray[0]}-{gray[1]}")
-    return Activations(backbone, params.backbone.size, resolve_precision(precision), root, params.backbone.cache_gb)
+    return Activations(network, root, params.backbone.cache_gb)
 
 
-def check_weights(fingerprint: str, backbone: Backbone, what: str, stage: str) -> None:
-    """UserError unless `what` was made with the backbone's weights."""
-    if fingerprint != backbone.fingerprint:
+def check_weights(fingerprint: str, expected: str, what: str, stage: str) -> None:
+    """UserError unless the weights that `what` was made with are those expected.
+
+    DVC sees a weights file's name, not what it holds.
+    """
+    if fingerprint != expected:
         raise UserError(
             f"{what} was made with other weights than backbone.weights holds now; "
             f"run `dvc repro --force --single-item {stage}`, then `dvc repro`"
@@ -90,10 +90,10 @@ def pretrained_features(category: str) -> np.ndarray:
     return np.load(FEATURES / category / "pretrained.npy", mmap_mode="r")
 
 
-def levels_needed(params: Params, backbone: Backbone) -> tuple[str, ...]:
+def levels_needed(params: Params, network: Network) -> tuple[str, ...]:
     """Levels of the frozen layers that training and scoring read: SPADE compares all, a patch memory some."""
-    levels, entry = backbone.frozen.levels, backbone.architecture
-    compared = {"spade": levels, "patch_memory": entry.map_levels}.get(params.localize.method, ())
+    levels = network.frozen_levels
+    compared = {"spade": levels, "patch_memory": network.map_levels}.get(params.localize.method, ())
     return tuple(level for level in levels if level in compared or level == levels[-1])
 
 

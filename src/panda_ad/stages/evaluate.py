@@ -19,9 +19,10 @@ from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.calibration import p_values
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.verdict import Scores, resize_map
-from panda_ad.stages.common import activations_for, cached_images, category_rows, threads
+from panda_ad.stages.common import activations_for, cached_images, category_rows, check_weights, network_for
 from panda_ad.system.files import atomic_file, write_json
 from panda_ad.system.paths import BUILD
+from panda_ad.system.processes import keep_freed_memory
 from panda_ad.system.stage import run_stage
 
 
@@ -33,9 +34,11 @@ def main(category: str) -> None:
     from panda_ad.stages.evaluate_report import Evaluated, evaluation_report
 
     params = load_params()
-    threads()
-    rows = category_rows(category)["test"]
-    detector = load_bundle(BUILD / "bundle" / category)
+    keep_freed_memory()
+    rows, bundle = category_rows(category)["test"], BUILD / "bundle" / category
+    detector = load_bundle(bundle)
+    made, expected = detector.network.facts.fingerprint, network_for().facts.fingerprint
+    check_weights(made, expected, str(bundle), f"index@{category}")
     limit = detector.threshold().value
     scores = score_rows(detector, params, rows, category)
     labels = rows["label"].to_numpy(np.int64)
@@ -90,7 +93,7 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
     """
     if not len(rows):
         return no_scores(detector)
-    images = cached_images(activations_for(params, detector.network.backbone, category), rows, params, category)
+    images = cached_images(activations_for(params, detector.network), rows, params, category)
     images.cache.warm(images.items, detector.levels)
     most = max(PIXEL_SIDE, *detector.size)
     parts: list[Scores] = []

@@ -12,8 +12,7 @@ from panda_ad import __version__
 from panda_ad.adapt.snapshots import unpack_snapshots
 from panda_ad.data.images import Decoding
 from panda_ad.features.backbones import Backbone
-from panda_ad.features.cache import Activations
-from panda_ad.features.network import Network, with_state
+from panda_ad.features.network import Network
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
@@ -25,31 +24,34 @@ from panda_ad.stages.common import (
     category_rows,
     check_weights,
     levels_needed,
-    threads,
+    network_for,
 )
 from panda_ad.system.files import atomic_folder
-from panda_ad.system.paths import BUILD
+from panda_ad.system.paths import BUILD, NETWORK
+from panda_ad.system.processes import keep_freed_memory
 from panda_ad.system.stage import run_stage
 
 
 def main(category: str) -> None:
     """Write build/bundle/<category>."""
     params = load_params()
-    threads()
+    keep_freed_memory()
     rows = category_rows(category)
-    activations = activations_for(params, backbone_for(params), category)
+    backbone, pretrained = backbone_for(params), network_for()
+    check_weights(pretrained.facts.fingerprint, backbone.fingerprint, str(NETWORK), "extract")
+    activations = activations_for(params, pretrained)
     train, calibration = (
         cached_images(activations, rows[split], params, category) for split in ("train", "calibration")
     )
-    activations.warm([*train.items, *calibration.items], levels_needed(params, activations.backbone))
-    network, classifier, facts = adapted_network(category, activations)
+    activations.warm([*train.items, *calibration.items], levels_needed(params, pretrained))
+    network, classifier, facts = adapted_network(category, backbone, pretrained)
     config = DetectorConfig(
         dataset=params.dataset,
         category=category,
         method=facts["method"],
         gray_range=Decoding.of(params.data).gray_range if params.data.gray_range else None,
         max_megapixels=params.data.max_megapixels,
-        provenance=provenance(params, activations.backbone, facts)
+        provenance=provenance(params, backbone, facts)
         | {"train_images": len(train), "calibration_images": len(calibration)},
     )
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict, seed=params.seed)
@@ -63,19 +65,22 @@ def main(category: str) -> None:
     )
 
 
-def adapted_network(category: str, activations: Activations) -> tuple[Network, dict[str, np.ndarray] | None, dict]:
+def adapted_network(
+    category: str, backbone: Backbone, pretrained: Network
+) -> tuple[Network, dict[str, np.ndarray] | None, dict]:
     """Return what stage `adapt` has left: the network, outlier exposure's classifier, and the facts of adapt.json."""
-    folder, backbone = BUILD / "adapt" / category, activations.backbone
+    from panda_ad.features.export import with_snapshots
+
+    folder = BUILD / "adapt" / category
     facts = json.loads((folder / "adapt.json").read_text())
-    check_weights(facts["fingerprint"], backbone, str(folder), f"adapt@{category}")
+    check_weights(facts["fingerprint"], backbone.fingerprint, str(folder), f"adapt@{category}")
     tensors = load_file(folder / "snapshots.safetensors")
     classifier = {
         k.removeprefix("classifier."): tensors.pop(k).numpy() for k in list(tensors) if k.startswith("classifier.")
     }
-    states = iter(unpack_snapshots(backbone.adapted.state_dict(), tensors))
-    steps = tuple(facts["steps"] or [0])
-    adapted = tuple(backbone.adapted if step == 0 else with_state(backbone.adapted, next(states)) for step in steps)
-    return Network(backbone, adapted, steps, activations.size, activations.precision), classifier or None, facts
+    states = unpack_snapshots(backbone.adapted.state_dict(), tensors)
+    network = with_snapshots(pretrained, backbone.adapted, states, facts["steps"] or [0])
+    return network, classifier or None, facts
 
 
 def provenance(params: Params, backbone: Backbone, facts: dict) -> dict[str, object]:

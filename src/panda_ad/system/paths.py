@@ -6,4 +6,5 @@ from pathlib import Path
 BUILD = Path("build")
 MANIFEST = BUILD / "validation" / "manifest.csv"
 FEATURES = BUILD / "features"
+NETWORK = BUILD / "network"
 CACHE = Path(".cache")
