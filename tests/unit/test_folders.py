@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What real folders hold: links, other spellings, other tools' files; what is read, versioned and restored is the same, and nothing is silent."""
 
+import errno
 import os
 import shutil
 import unicodedata
@@ -89,7 +90,27 @@ def test_links_to_files_are_read_and_dead_ones_are_named(make_params):
     os.symlink(Path("share/x.png").absolute(), NUT / "train/good/x.png")
     assert "nut/train/good/x.png" in set(found_in(make_params).usable["path"])
     Path("share/x.png").unlink()
-    with pytest.raises(UserError, match=r"train/good/x.png: is a link to .*/share/x.png, which does not exist"):
+    with pytest.raises(UserError, match=r"train/good/x.png: is a link to .*/share/x.png, which leads to no file"):
+        found_in(make_params)
+
+
+def test_links_in_a_circle_and_folders_that_cannot_be_listed_are_named(make_params, monkeypatch):
+    make_mvtec(Path("data"))
+    os.symlink("b.png", NUT / "train/good/a.png")
+    os.symlink("a.png", NUT / "train/good/b.png")
+    with pytest.raises(UserError, match=r"train/good/[ab].png: is a link to [ab].png, which leads to no file"):
+        found_in(make_params)
+    (NUT / "train/good/a.png").unlink()
+    (NUT / "train/good/b.png").unlink()
+    listed = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("crack"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"^data/nut/.*/crack: cannot be listed \(Permission denied\)$"):
         found_in(make_params)
 
 
@@ -423,3 +444,33 @@ def test_the_washer_set_with_everything_at_once(capsys):
     stage.main()
     out = capsys.readouterr().out
     assert "19 images usable" in out and "1 .json" in out and "eaDir" not in out
+
+
+# names that are nearly alike
+
+
+def test_kinds_that_differ_by_case_or_a_blank_are_a_warning_and_good_is_asked_about(make_params):
+    make_mvtec(Path("data"))
+    save(noise(910), NUT / "test/Crack/900.png")
+    save(noise(911), NUT / "test/good /900.png")
+    found = found_in(make_params)
+    assert "nut: kinds of defect that differ by case or by marks at their ends only: 'Crack', 'crack'" in found.warnings
+    (problem,) = found.problems
+    assert problem[0] == "nut/test/good " and "is this the folder of good images?" in problem[1]
+
+
+def test_a_class_named_like_the_normal_one_is_a_warning(make_params):
+    for i in range(10):
+        save(noise(i), Path(f"data/train/cat/{i}.png"))
+    for i, name in enumerate(("cat", "Cat", "dog")):
+        save(noise(100 + i), Path(f"data/test/{name}/0.png"))
+    warnings = found_in(make_params, ["cat"], layout="folders").warnings
+    assert "cat: counted as anomalous, though named like a normal class: Cat" in warnings
+
+
+def test_a_kind_whose_name_is_no_utf_8_is_a_problem(make_params):
+    make_mvtec(Path("data"))
+    os.rename(bytes(NUT / "test/crack"), bytes(NUT / "test") + b"/cr\xe4ck")
+    problems = dict(found_in(make_params).problems)
+    assert problems["nut/test/cr\\xe4ck/000.png"] == "its name is not valid UTF-8: rename it"
+    assert "it has cr\\xe4ck, scratch" in problems["nut/ground_truth/crack"]

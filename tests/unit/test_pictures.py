@@ -3,6 +3,7 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -164,16 +165,22 @@ def test_whole_jpegs_are_not_doubted(options, quality):
     noisy = np.clip(SMOOTH.astype(int) + RNG.integers(-9, 9, SMOOTH.shape), 0, 255).astype(np.uint8)
     half = SMOOTH.copy()
     half[100:] = 250
-    for array in (
-        SMOOTH,
-        noisy,
-        half,
-        SMOOTH[..., 0],
-        np.full((64, 64, 3), 128, np.uint8),
-        np.zeros((64, 64, 3), np.uint8),
-    ):
+    for array in (SMOOTH, noisy, half, SMOOTH[..., 0]):
         data = encode(np.ascontiguousarray(array), quality=quality, **options)
         assert doubt_of(data) == "" and doubt_of(data + b"a camera's own trailer") == ""
+    for gray in (0, 128):
+        data = encode(np.full((64, 64, 3), gray, np.uint8), quality=quality, **options)
+        assert doubt_of(data).startswith("it holds next to nothing")
+
+
+def test_ten_bits_in_sixteen_bit_color_are_next_to_nothing():
+    """Pillow keeps the high byte of each channel: four levels of 256."""
+    values = RNG.integers(0, 1024, (20, 20, 3)).astype(">u2")
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in values))), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in parts]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    assert "values of a few bits in 16" in doubt_of(data)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP", "PPM"])
@@ -214,6 +221,21 @@ def test_the_limit_of_megapixels_is_that_of_masks_too(make_params, monkeypatch, 
     ((name, problem),) = found_in(make_params, max_megapixels=1).problems
     assert name == "nut/test/crack/000.png"
     assert "its mask" in problem and "more than the 1,000,000 pixels" in problem
+
+
+def test_inverted_masks_are_a_warning(make_params, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder = make_mvtec(Path("data"))
+    assert not [w for w in found_in(make_params).warnings if "masks mark" in w]
+    for file in (folder / "ground_truth/crack").iterdir():
+        save(255 - np.asarray(Image.open(file)), file)
+    (warning,) = [w for w in found_in(make_params).warnings if "masks mark" in w]
+    assert "3 masks mark more than half of their image, as inverted ones do: nut/test/crack/000.png" in warning
+
+
+def test_a_pointer_of_git_lfs_says_what_to_do():
+    with pytest.raises(UserError, match="x.png: only a pointer of Git LFS; run `git lfs pull`"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "x.png")
 
 
 def test_heic_says_what_to_do():

@@ -19,6 +19,8 @@ _BLOCK = 8
 """Side of the smallest part of a JPEG that is there or missing, pixels."""
 _RUN = 64
 """Equal bytes in a row, found where twice as many are."""
+_FLAT = 4
+"""Gray levels, of 256, that a picture of anything spans."""
 _MARGIN = 4
 """Bytes; the last block of a JPEG needs those before its end marker."""
 
@@ -28,6 +30,8 @@ def doubt(data: bytes, rgb: np.ndarray) -> str:
     zeros = len(data) - len(data.rstrip(b"\0"))
     if zeros >= max(64, len(data) // _ZEROS):
         return f"the last {100 * zeros // len(data)} % of the file are zeros, as of a copy that broke off"
+    if int(rgb.max()) - int(rgb.min()) < _FLAT:
+        return "it holds next to nothing: a blank frame, or values of a few bits in 16"
     if data.startswith(b"\xff\xd8"):
         if (share := _gray_part(rgb)) >= 0:
             return f"its end is one flat gray ({100 * share:.0f} % of the picture), as of a JPEG whose data ends early"

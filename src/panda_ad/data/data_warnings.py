@@ -71,6 +71,11 @@ def _masks(part: pd.DataFrame) -> Iterator[str]:
             f"pixel figures leave them out: {first(without)}"
         )
 
+    marked = part[part["mask_marked"].notna()]
+    most = marked.loc[2 * marked["mask_marked"] > marked["mask_width"] * marked["mask_height"], "path"].tolist()
+    if most:
+        yield f"{len(most)} masks mark more than half of their image, as inverted ones do: {first(most)}"
+
 
 def _defects(part: pd.DataFrame) -> Iterator[str]:
     n = int(((part["label"] == 1) & (part["split"] == "test")).sum())

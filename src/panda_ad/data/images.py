@@ -184,6 +184,8 @@ def _not_an_image(data: bytes) -> str:
     known = "PNG, JPEG, BMP, TIFF, WebP, PGM/PPM"
     if data[4:8] == b"ftyp":
         return f"HEIC, AVIF or a film, which is not read; save it as one of {known}"
+    if data.startswith(b"version https://git-lfs"):
+        return "only a pointer of Git LFS; run `git lfs pull`"
     return f"not an image of a known format ({known}), or cut off in its header"
 
 

@@ -16,7 +16,8 @@ Names are compared as people read them, whatever their Unicode form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class _Folder:
             problem = "its name is not valid UTF-8: rename it"
         defect = printable(self.defect)
         names = printable(relative), self.category, self.split, self.label, defect, printable(mask_name)
-        return Entry(*names, stratum=defect, problem=" ".join(problem.split()))
+        return Entry(*names, stratum=defect, problem=printable(" ".join(problem.split())))
 
 
 def image_root(params: Params) -> Path:
@@ -160,6 +161,10 @@ def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnin
             warnings.append(f"{category}: {child} is not read: the layout has no such folder")
     if extra := [p for name in ("validation", "val") for p in found_splits[name]]:
         warnings.append(f"{category}: {', '.join(map(str, extra))} read as training images")
+    names = [nfc(p.name) for tests in found_splits["test"] for p in visible(tests) if p.is_dir()]
+    warnings += [
+        f"{category}: kinds of defect that differ by case or by marks at their ends only: {t}" for t in _twins(names)
+    ]
     masks = MaskFiles(mask_folders, passed)
     for name in ("train", "validation", "val", "test"):
         for split_folder in found_splits[name]:
@@ -167,6 +172,21 @@ def _mvtec(params: Params, root: Path, category: str, passed: list[Path], warnin
             yield from _split(part, masks, passed)
     for path, problem in masks.unused():
         yield _Folder(root, path, category, "test", 1, "good").entry(path, problem=problem)
+
+
+def alike(name: str) -> str:
+    """Return what names have in common that a file system or a person may take for one another."""
+    return name.casefold().strip(" ._-")
+
+
+def _twins(names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, quoted, that are `alike`; 'good' in any case is one."""
+    groups: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        groups[alike(name)].add(name)
+    for key, group in sorted(groups.items()):
+        if len(group) > 1 and key != "good":
+            yield ", ".join(map(repr, sorted(group)))
 
 
 def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Entry]:
@@ -186,7 +206,7 @@ def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Ent
                 yield split.entry(child, problem=problem)
             else:
                 passed.append(child)
-        elif defect.casefold() in _GOOD:
+        elif defect.casefold() in _GOOD or (alike(defect) == "good" and defect.casefold() != "good"):
             problem = (
                 f"is this the folder of good images? Then call it {where}/good; a kind of defect needs another name"
             )
@@ -223,7 +243,7 @@ def _files(folder: Path, sessions: bool) -> list[Path]:
     return [f for p in entries for f in (visible(p) if p.is_dir() else [p])] if sessions else entries
 
 
-def _folders(params: Params, root: Path, category: str, passed: list[Path], _warnings: list[str]) -> Iterator[Entry]:
+def _folders(params: Params, root: Path, category: str, passed: list[Path], warnings: list[str]) -> Iterator[Entry]:
     normal = [nfc(name) for name in params.data.normal_classes.get(category, [category])]
     classes = {split: [p for p in visible(root / split) if p.is_dir()] for split in ("train", "test")}
     for name in normal:
@@ -232,6 +252,10 @@ def _folders(params: Params, root: Path, category: str, passed: list[Path], _war
             raise UserError(
                 f"{key}: no class {name!r} in {root / 'train'}; {_found([p.name for p in classes['train']])}"
             )
+    names = {nfc(p.name) for split in classes for p in classes[split]}
+    other = sorted(name for name in names - set(normal) if alike(name) in {alike(n) for n in normal})
+    if other:
+        warnings.append(f"{category}: counted as anomalous, though named like a normal class: {', '.join(other)}")
     for split in ("train", "test"):
         for folder in classes[split]:
             label = int(nfc(folder.name) not in normal)

@@ -39,19 +39,23 @@ def refuse_links(root: Path) -> None:
 
 
 def _refuse_below(folder: str) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_symlink():
-                if entry.is_dir():
-                    raise UserError(
-                        f"{entry.path}: is a link to the folder {os.path.realpath(entry.path)}, which DVC records as "
-                        "an empty one: new images there would go unseen. Copy the folder in its place, "
-                        "or set data.root to the folder that holds the real ones"
-                    )
-                if not os.path.exists(entry.path):
-                    raise UserError(
-                        f"{entry.path}: is a link to {os.readlink(entry.path)}, which does not exist: "
-                        "remove it, or let it point to a file"
-                    )
-            elif entry.is_dir():
-                _refuse_below(entry.path)
+    try:
+        with os.scandir(folder) as listed:
+            entries = list(listed)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be listed ({e.strerror})") from None
+    for entry in entries:
+        if entry.is_symlink():
+            if os.path.isdir(entry.path):
+                raise UserError(
+                    f"{entry.path}: is a link to the folder {os.path.realpath(entry.path)}, which DVC records as "
+                    "an empty one: new images there would go unseen. Copy the folder in its place, "
+                    "or set data.root to the folder that holds the real ones"
+                )
+            if not os.path.exists(entry.path):
+                raise UserError(
+                    f"{entry.path}: is a link to {os.readlink(entry.path)}, which leads to no file: "
+                    "remove it, or let it point to a file"
+                )
+        elif entry.is_dir():
+            _refuse_below(entry.path)

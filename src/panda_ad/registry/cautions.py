@@ -32,9 +32,19 @@ def cautions(metrics: Mapping[str, float], budget: float) -> list[str]:
     low, high = metrics.get("image_auroc_low"), metrics.get("image_auroc_high")
     if auroc is not None and low is not None and low < _CHANCE:
         found.append(f"image AUROC {auroc:.3f} [{low:.3f}, {high:.3f}] is hardly told from chance")
-    few = [f"{int(n)} {kind}" for n, kind in ((good, "good"), (defects, "defective")) if n < _FEW]
-    if few and ("test_good" in metrics or "test_defect" in metrics):
-        found.append(f"the test set has only {' and '.join(few)} images, so its figures say little")
+    return found + (_small(int(good), int(defects)) if "test_good" in metrics or "test_defect" in metrics else [])
+
+
+def _small(good: int, defects: int) -> list[str]:
+    """Return what so few test images leave unknown."""
+    found = []
+    if not good:
+        found.append("there are no good test images: its false alarms have not been measured")
+    if not defects:
+        found.append("there are no defective test images: what it catches has not been measured")
+    few = [f"{n} {kind} image{'s' * (n > 1)}" for n, kind in ((good, "good"), (defects, "defective")) if 0 < n < _FEW]
+    if few:
+        found.append(f"the test set has only {' and '.join(few)}, so its figures say little")
     return found
 
 

@@ -174,7 +174,8 @@ def by_rules(
     rules = evaluate_rules(evidence, params.gate)
     failed = refusal(rules)
     against = f"against version {current}" if current else "first version, floors only"
-    reason = failed or f"{len(rules)} rules passed, {against}"
+    passed = f"{len(rules)} rule{'s' * (len(rules) > 1)} passed" if rules else "nothing measured that a rule is about"
+    reason = failed or f"{passed}, {against}"
     outcome = "refused" if failed else "promoted"
     warned = cautions(evidence.metrics, evidence.budget)
     return replace(known, outcome=outcome, reason=reason, rules=rules, cautions=warned)
