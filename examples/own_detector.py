@@ -25,13 +25,11 @@ from panda_ad.scoring.fit import fit_detector
 
 
 def fit(good: Sequence[np.ndarray], params: Params) -> Detector:
-    """Fit a detector to decoded images, uint8 (H, W, 3); every fifth is held out to set the threshold."""
+    """Fit a detector to decoded images, uint8 (H, W, 3)."""
     backbone = load_backbone(params.backbone.name, params.backbone.weights)
     network = export_network(backbone, params.backbone.size)
-    train = DecodedImages(network, [image for i, image in enumerate(good) if i % 5])
-    calibration = DecodedImages(network, good[::5])
     sections = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict, seed=params.seed)
-    return fit_detector(network, train, calibration, sections)
+    return fit_detector(network, DecodedImages(network, good), sections)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Data(_Section):
     limit_train: PositiveInt | None
     limit_test: PositiveInt | None
     min_train: Annotated[int, Field(ge=4)]
-    calibration_fraction: Fraction
+    calibration_fraction: Annotated[float, Field(ge=0, lt=1)]
     on_invalid: Literal["fail", "quarantine"]
     gray_range: Annotated[list[Annotated[int, Field(ge=0, le=65535)]], Field(min_length=2, max_length=2)] | None = None
     max_megapixels: Annotated[int, Field(ge=1, le=10_000)] = 100

@@ -49,9 +49,8 @@ def make_bundle(folder: Path, size: int = 32) -> Path:
     network = export_network(backbone, (32, 32))
     good = [part(i, size) for i in range(40)]
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
-    train, calibration = DecodedImages(network, good[:20]), DecodedImages(network, good[20:])
     folder.mkdir(parents=True, exist_ok=True)
-    save_bundle(fit_detector(network, train, calibration, fit, DetectorConfig(category="nut")), folder)
+    save_bundle(fit_detector(network, DecodedImages(network, good), fit, DetectorConfig(category="nut")), folder)
     return folder
 
 

@@ -14,13 +14,12 @@ from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector
 
 
-def make_bundle(folder: Path, seed: int = 0, train: int = 12, calibration: int = 6) -> Path:
+def make_bundle(folder: Path, seed: int = 0, images: int = 18) -> Path:
     """Write a bundle of category `nut` into an existing, empty folder."""
     params = load_params(REPO / "params.yaml")
     backbone = load_backbone("embedded")
     network = export_network(backbone, (32, 32))
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
-    good = [noise(seed + i) for i in range(train + calibration)]
-    seen, held_out = DecodedImages(network, good[:train]), DecodedImages(network, good[train:])
-    save_bundle(fit_detector(network, seen, held_out, fit, DetectorConfig(category="nut")), folder)
+    good = [noise(seed + i) for i in range(images)]
+    save_bundle(fit_detector(network, DecodedImages(network, good), fit, DetectorConfig(category="nut")), folder)
     return folder

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from panda_ad.errors import UserError
-from panda_ad.scoring.calibration import alarms_chance, calibration_needed, p_values, threshold, threshold_rank
+from panda_ad.scoring.calibration import (
+    alarms_chance,
+    calibration_needed,
+    p_values,
+    session_rates,
+    threshold,
+    threshold_rank,
+)
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.lists(st.integers(-6, 6), max_size=10))
@@ -88,3 +95,56 @@ def test_the_chance_of_alarms_is_that_of_repeated_calibration():
     for count in (3, 8, 12):
         assert alarms_chance(count, 50, 24, 0.1) == pytest.approx((alarms >= count).mean(), abs=0.03)
     assert alarms_chance(0, 50, 24, 0.1) == 1.0
+
+
+@pytest.mark.parametrize(("sessions", "differ"), [(2, 1.0), (3, 0.5), (6, 1.0), (12, 1.5)])
+def test_the_next_sessions_rate_lies_in_its_interval(sessions, differ):
+    """By simulation: log scores normal within a session, whose mean and spread differ from session to session."""
+    rng = np.random.default_rng(0)
+    names = np.repeat([f"shift {i}" for i in range(sessions)], 30)
+    inside, rates = [], []
+    for _ in range(400):
+        means = rng.normal(0, differ, sessions + 1)
+        spreads = np.exp(0.1 * differ * rng.normal(size=sessions + 1))
+        scores = np.exp(rng.normal(means[:-1, None], spreads[:-1, None], (sessions, 30))).ravel()
+        found = threshold(scores, 0.05, sessions=names, within=scores)
+        true = stats.norm.sf((np.log(found.value) - means[-1]) / spreads[-1])
+        inside.append(found.interval[0] <= true <= found.interval[1])
+        rates.append(true)
+        assert found.sessions is not None and found.interval == found.sessions.unseen_interval
+    assert 0.925 <= np.mean(inside) <= 0.995
+    assert np.mean(rates) <= 0.05 + 1 / (sessions + 1)
+
+
+def test_session_rates_are_those_of_the_definition():
+    scores = np.array([1.0, 2.0, 9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0, 9.0])
+    names = ["a"] * 3 + ["b"] * 5 + ["c"] * 2
+    within = np.array([1.0, 2.0, 3.0, 8.0])
+    rates = session_rates(scores, names, within, 5.0)
+    assert rates.sessions == 3
+    assert rates.unseen == pytest.approx((1 / 3 + 0 + 1) / 3)
+    assert rates.within == 0.25
+    assert rates.within_interval == pytest.approx(tuple(stats.binomtest(1, 4).proportion_ci(method="exact")))
+    assert rates.unseen_interval[0] <= rates.unseen <= rates.unseen_interval[1]
+    assert str(rates).startswith("within sessions 25 % [0.63, 81], on a session never seen 44 % [")
+    rising = session_rates(np.exp(scores), names, np.exp(within), float(np.exp(5.0)))  # ranks alone count
+    assert rising.unseen_interval == pytest.approx(rates.unseen_interval)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.sampled_from("abcd")), min_size=2, max_size=30),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=10),
+    st.integers(1, 60),
+)
+def test_any_sessions_give_rates(images, within, percent):
+    """Single images, ties and equal scores included."""
+    scores, names = np.array([float(s) for s, _ in images]), [name for _, name in images]
+    found = threshold(scores, percent / 100, sessions=names, within=np.array(within, dtype=float))
+    plain = threshold(scores, percent / 100)
+    assert found.value == plain.value
+    if len(set(names)) < 2:
+        assert found == plain
+        return
+    rates = found.sessions
+    for rate, (low, high) in ((rates.within, rates.within_interval), (rates.unseen, rates.unseen_interval)):
+        assert 0 <= low <= rate <= high <= 1

@@ -3,7 +3,7 @@
 
 import pytest
 
-from panda_ad.registry.cautions import cautions
+from panda_ad.registry.cautions import cautions, promise
 
 GOOD = {
     "image_auroc": 0.98, "image_auroc_low": 0.95, "image_auroc_high": 1.0, "recall": 0.9, "false_alarm_rate": 0.05, "test_good": 40,
@@ -38,3 +38,12 @@ def test_a_test_set_of_good_images_alone_is_said_not_to_measure():
     (found,) = cautions({"false_alarm_rate": 0.0, "test_good": 30, "test_defect": 0}, 0.05)
     assert "no defective test images" in found
     assert len(cautions({"test_good": 0, "test_defect": 0}, 0.05)) == 2
+
+
+def test_the_promise_says_what_it_is_of():
+    said = promise({}, 0.05)
+    assert said.startswith("5 % false alarms on parts photographed as those of the training were; what another")
+    known = {"sessions": 6, "within_sessions_rate": 0.012, "unseen_session_rate": 0.05}
+    ends = {"within_sessions_rate_low": 0.0, "within_sessions_rate_high": 0.041, "unseen_session_rate_low": 0.008}
+    said = promise(known | ends | {"unseen_session_rate_high": 0.24}, 0.05)
+    assert said == "false alarms within sessions 1.2 % [0, 4.1], on a session never seen 5 % [0.8, 24], by 6 sessions"

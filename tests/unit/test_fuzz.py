@@ -205,7 +205,7 @@ def test_parameter_files(edits):
 
 ROW = {
     "path": "nut/a.png", "sha256": "0" * 64, "width": "9", "height": "9", "mode": "L", "category": "nut", "split": "test", "label": "0",
-    "defect": "good", "mask": "", "pixels": "1", "mask_sha256": "",
+    "defect": "good", "mask": "", "pixels": "1", "mask_sha256": "", "session": "",
 }  # fmt: skip
 CELLS = st.text(max_size=8) | st.sampled_from(
     ["-1", "1e400", "9" * 30, "nan", "", "train", '"', "\n", ",", "\x00", "1.5", "０"]

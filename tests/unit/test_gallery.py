@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from panda_ad.errors import UserError
 from panda_ad.params import GalleryParams
-from panda_ad.scoring.fit import fit_galleries, out_of_fold_scores
+from panda_ad.scoring.fit import fit_galleries, out_of_fold
 from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.gallery import Gallery, compress
 from panda_ad.scoring.whitening import fit_whitening
@@ -190,7 +190,7 @@ def test_out_of_fold_scores_are_by_a_model_of_the_other_folds(features, compress
     snapshots = [features[:47], features[100:147] ** 2]
     folds = split_folds(47, 5)
     assert sorted(np.concatenate([fold for fold, _ in folds])) == list(range(47)) and len(folds) == 5
-    scores = out_of_fold_scores(snapshots, folds, params, whiten, 5)
+    scores = out_of_fold(snapshots, folds, params, whiten, 5).scores
     for fold, rest in folds:
         assert not set(fold) & set(rest) and len(fold) + len(rest) == 47
         for s, x in enumerate(snapshots):
@@ -203,17 +203,17 @@ def test_out_of_fold_scores_are_by_a_model_of_the_other_folds(features, compress
 
 def test_few_images_are_folds_of_their_own(features):
     params = GalleryParams(k=2, normalize=False, whiten=False, compression="none", size=20)
-    scores = out_of_fold_scores([features[:4]], split_folds(4, 0), params, False, 0)[0]
+    scores = out_of_fold([features[:4]], split_folds(4, 0), params, False, 0).scores[0]
     assert scores == pytest.approx(brute(features[:4], features[:4], 2, leave_out=True)[0].sum(axis=1))
     with pytest.raises(UserError, match="one normal training image is too few"):
-        out_of_fold_scores([features[:1]], split_folds(1, 0), params.model_copy(update={"k": 1}), False, 0)
+        out_of_fold([features[:1]], split_folds(1, 0), params.model_copy(update={"k": 1}), False, 0)
 
 
 def test_more_neighbors_than_a_gallery_has_are_refused(features):
     params = GalleryParams(k=17, normalize=False, whiten=True, compression="none", size=20)
-    assert out_of_fold_scores([features[:30]], split_folds(30, 0), params, True, 0).shape == (1, 30)
-    with pytest.raises(UserError, match=r"gallery\.k: 17 neighbors are asked for, the gallery has 16; lower it"):
-        out_of_fold_scores([features[:20]], split_folds(20, 0), params, True, 0)
+    assert out_of_fold([features[:30]], split_folds(30, 0), params, True, 0).scores.shape == (1, 30)
+    with pytest.raises(UserError, match=r"gallery\.k: 17 neighbors are asked for, the gallery has 15; lower it"):
+        out_of_fold([features[:16]], split_folds(16, 0), params, True, 0)
 
 
 @pytest.mark.parametrize("compression", ["none", "kmeans", "coreset"])
@@ -223,7 +223,7 @@ def test_left_out_scores_are_those_of_new_images(compression):
     spread = np.logspace(0, -1, 64)
     train, new = ((rng.normal(size=(n, 64)) * spread).astype(np.float32) for n in (100, 400))
     params = GalleryParams(k=2, normalize=False, whiten=True, compression=compression, size=20)
-    scores = out_of_fold_scores([train, 2 * train], split_folds(100, 0), params, True, 0)
+    scores = out_of_fold([train, 2 * train], split_folds(100, 0), params, True, 0).scores
     normal = fit_galleries([train], params, True, 0)
     expected = normal.score([new], 2)[0].mean()
     assert scores.shape == (2, 100)
@@ -269,7 +269,7 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
 
     detector = load_bundle("build/bundle/fabric")
     rows = pd.read_csv("build/features/fabric/rows.csv")
-    train = rows[rows["split"] == "train"]
+    train = rows[rows["split"] != "test"]
     number = {path: i for i, path in enumerate(train["path"])}
     network = detector.network
     x = network.preprocess([read_image(folder / "data" / path) for path in train["path"]])

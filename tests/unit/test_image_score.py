@@ -21,7 +21,7 @@ from panda_ad.errors import UserError
 from panda_ad.params import parse_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.bundle_formats import FORMAT
-from panda_ad.scoring.folds import FOLDS, split_folds
+from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.image_score import RobustScale, fit_robust_scale, image_scores, map_scores
 from panda_ad.scoring.localize.maps import local_means, positions
 
@@ -181,18 +181,16 @@ def test_scales_come_from_training_images_that_the_model_had_not_seen(tmp_path, 
     folder = make_plant(tmp_path / "plant", monkeypatch, {"whiten": whiten}, score="both")
     detector = load_bundle("build/bundle/fabric")
     manifest = pd.read_csv("build/features/fabric/rows.csv")
-    train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] == "train"]["path"]]
+    train = [read_image(folder / "data" / path) for path in manifest[manifest["split"] != "test"]["path"]]
     network = detector.network
     activations = network.activations(network.preprocess(train))
     seen = detector.score_activations(activations, heatmaps=True)
     plain = replace(detector, whitenings=()).transformed(network.features(activations))
-    order = np.random.default_rng(0).permutation(len(train))
     ratios = []
     for features, mean in zip(plain, detector.train_means, strict=True):
         ratio = np.empty(len(train))
-        for fold in np.array_split(order, FOLDS):
-            rest = [i for i in order if i not in fold]
-            white = fit_whitening(features[sorted(rest)]) if whiten else (lambda x: x)
+        for fold, rest in split_folds(len(train), 0):
+            white = fit_whitening(features[rest]) if whiten else (lambda x: x)
             for i in fold:
                 squared = np.square(white(features[rest]).astype(np.float64) - white(features[i : i + 1])).sum(axis=1)
                 ratio[i] = np.sort(squared)[:2].sum() / mean

@@ -42,8 +42,7 @@ def test_mvtec_rows(make_params):
     assert problems == []
     assert list(rows.columns) == COLUMNS
     assert Counter(zip(rows["split"], rows["defect"], rows["label"], strict=True)) == {
-        ("train", "good", 0): 8,
-        ("calibration", "good", 0): 2,
+        ("train", "good", 0): 10,
         ("test", "good", 0): 3,
         ("test", "crack", 1): 3,
         ("test", "scratch", 1): 3,
@@ -185,10 +184,10 @@ def test_a_limit_counts_good_training_images_only(make_params):
 
 def test_calibration_is_stable_when_images_are_added(make_params):
     make_mvtec(Path("data"), train=40)
-    before, _ = build(make_params)
+    before, _ = build(make_params, calibration_fraction=0.2)
     for i in range(5):
         save(noise(7000 + i), Path(f"data/nut/train/good/0_new{i}.png"))
-    after, _ = build(make_params)
+    after, _ = build(make_params, calibration_fraction=0.2)
     split_before, split_after = (dict(zip(rows["path"], rows["split"], strict=True)) for rows in (before, after))
     changed = [p for p in split_before if split_before[p] != split_after[p]]
     assert sum(v == "calibration" for v in split_after.values()) == 9
@@ -377,7 +376,7 @@ def test_flowers(make_params, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_file_dict", sums)
     params = make_params(["pink primrose"], data={"root": "raw", "layout": "flowers102"})
     rows, problems = build_manifest(params)
-    assert problems == [] and Counter(rows["split"]) == {"train": 9, "calibration": 3, "test": 16}
+    assert problems == [] and Counter(rows["split"]) == {"train": 12, "test": 16}
     copied = next((image_root(params) / "test" / "pink primrose").iterdir())
     assert copied.read_bytes() in [p.read_bytes() for p in (base / "jpg").iterdir()]
 

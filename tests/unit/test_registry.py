@@ -83,7 +83,7 @@ def test_publish_puts_everything_on_record(project, monkeypatch):
         f"panda-ad reproduce {NAME} 1",
         f"mlflow artifacts download --run-id {run.info.run_id} --artifact-path params.yaml",
         "image AUROC **1.0000** (95 % interval 0.9800 to 1.0000)",
-        "8 good images, 6 more held out",
+        "14 good images, 6 of them kept out of the adaptation",
         "Test: 10 good, ",
         "Score > 0.6",
     ):

@@ -198,6 +198,19 @@ def test_calibration_holds_as_often_as_the_risk_says():
     assert 0 < refused / rounds <= risk + 3 * np.sqrt(risk * (1 - risk) / rounds)
 
 
+def test_calibration_by_sessions_is_held_against_what_the_next_one_may_bring():
+    scores = table([0.1] * 65 + [0.9] * 35, {"hole": [0.9]})
+    (rule,) = evaluate_rules(evidence(scores), gate(false_alarm_risk=0.001))
+    assert not rule.passed and "session" not in rule.text
+    rates = {"within_sessions_rate": 0.01, "unseen_session_rate": 0.05, "unseen_session_rate_low": 0.0}
+    for high, passed in ((0.4, True), (0.08, False)):
+        metrics = {"sessions": 6, **rates, "unseen_session_rate_high": high}
+        (rule,) = evaluate_rules(evidence(scores, metrics=metrics), gate(false_alarm_risk=0.001))
+        assert (
+            rule.passed == passed and f"on a session never seen 5 % [0, {100 * high:.2g}], by 6 sessions" in rule.text
+        )
+
+
 def test_calibration_is_held_against_the_newest_good_images():
     scores = table([0.1] * 90 + [0.9] * 10, {"hole": [0.9]})
     known = frozenset(f"g{i}" for i in range(90))

@@ -32,9 +32,8 @@ def bundle(tmp_path_factory):
     network = export_network(backbone, (32, 32))
     good = [noise(i) for i in range(30)]
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict)
-    train, calibration = DecodedImages(network, good[:20]), DecodedImages(network, good[20:])
     folder = tmp_path_factory.mktemp("bundle")
-    save_bundle(fit_detector(network, train, calibration, fit, DetectorConfig(category="nut")), folder)
+    save_bundle(fit_detector(network, DecodedImages(network, good), fit, DetectorConfig(category="nut")), folder)
     return folder
 
 

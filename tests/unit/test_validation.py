@@ -169,7 +169,7 @@ def test_great_expectations_decide(make_params):
         "No defective image in train": 1,
         "Masks are as wide as their images": 1,
         "Masks mark at least one pixel": 1,
-        "nut: at least 11 usable training images, with those held out for calibration": None,
+        "nut: at least 11 usable training images": None,
     }
 
 
@@ -188,7 +188,7 @@ def test_clean_data_passes_everything(make_params):
     params = make_params(["nut", "bolt"], data={"root": "data"})
     found = found_in(params)
     assert found.problems == found.shortages == found.warnings == []
-    assert all(e.success for e in found.expectations) and len(found.expectations) == 10 + 2 * 4
+    assert all(e.success for e in found.expectations) and len(found.expectations) == 10 + 2 * 3
 
 
 def test_every_accepted_kind_of_image_is_usable(make_params):
@@ -267,7 +267,7 @@ def test_a_start_with_good_images_only(good, defective, make_params):
     found = checked(make_params)
     missing = {what for what in ("normal", "anomalous") if any(f"no usable {what} test" in w for w in found.warnings)}
     assert missing == ({"normal"} if not good else set()) | ({"anomalous"} if not defective else set())
-    assert not found.fatal(make_params(["nut"])) and (found.usable["split"] == "calibration").sum() == 2
+    assert not found.fatal(make_params(["nut"])) and (found.usable["split"] == "train").sum() == 10
     assert [e.needed for e in found.expectations if not e.success] == [False] * len(missing)
     assert render(found, make_params(["nut"])).count("! missing") == len(missing)
 
@@ -321,8 +321,8 @@ def test_stage_quarantines():
     report = json.loads(Path("build/validation/report.json").read_text())
     assert report["success"] is True and report["bad_files"] == 1 and report["images"] == 18
     assert report["categories"]["nut"] == {
-        "train": {"good": 7},
-        "calibration": {"good": 2},
+        "train": {"good": 9},
+        "calibration": {},
         "test": {"crack": 3, "good": 3, "scratch": 3},
     }
 

@@ -29,7 +29,7 @@ from panda_ad.features.export import export_network, with_snapshots
 from panda_ad.features.images import CachedImages
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector, normalize
-from panda_ad.scoring.fit import fit_galleries, out_of_fold_scores, training_features
+from panda_ad.scoring.fit import fit_galleries, out_of_fold, training_features
 from panda_ad.scoring.folds import split_folds
 from panda_ad.scoring.ses import ses_scores
 from panda_ad.stages.adapt import adapt_images
@@ -174,7 +174,7 @@ def _adapted(bench: Bench, job: Job, methods: Sequence[str]) -> Results:
     train, test, labels = _features(bench, job, adapted, normalize=gallery.normalize)
     scores = fit_galleries(train, gallery, gallery.whiten, job.seed).score(test, gallery.k)
     folds = split_folds(len(train[0]), job.seed)
-    means = out_of_fold_scores(train, folds, gallery, gallery.whiten, job.seed).mean(axis=1)
+    means = out_of_fold(train, folds, gallery, gallery.whiten, job.seed).scores.mean(axis=1)
     facts = {
         "steps": adapted.steps,
         "snapshot_auroc": [auroc(labels, s) for s in scores],

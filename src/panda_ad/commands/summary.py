@@ -68,7 +68,7 @@ def summary(params: Params | None = None) -> str:
 
 def _trained(params: Params, category: str) -> Trained | None:
     """Return what build/ and the registry have of a category; None if it was never published from here."""
-    from panda_ad.registry.cautions import cautions
+    from panda_ad.registry.cautions import cautions, promise
     from panda_ad.registry.connection import connect, mlflow_errors
     from panda_ad.registry.overview import overview
     from panda_ad.registry.versions import registered
@@ -83,6 +83,7 @@ def _trained(params: Params, category: str) -> Trained | None:
         model = registered(client, published["model_name"])
         lines = overview(client, model, category, version)
     ends = {f"{k}_{end}": v for k, pair in intervals.items() for end, v in zip(("low", "high"), pair, strict=True)}
+    lines.append(f"promise: {promise({**metrics, **ends}, params.verdict.false_alarm_rate)}")
     lines += [f"caution: {text}" for text in cautions({**metrics, **ends}, params.verdict.false_alarm_rate)]
     aliases = [f"@{a}" for a, v in sorted(model.aliases.items()) if str(v) == version]
     return Trained(category, metrics, intervals, model.name, version, aliases, lines, "staging" in model.aliases)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MIN_SIDE = 8
 """Pixels; a smaller image holds nothing to inspect."""
 MIN_GALLERY = 4
-"""Training images that must be left when the calibration images are held out."""
+"""Training images that must be left where some are kept out of the adaptation."""
 COPIES = "No picture occurs twice in a category, within or across train and test"
 
 Reasons = Callable[["pd.DataFrame"], Mapping[Any, str]]
@@ -168,12 +168,14 @@ def count_rules(params: Params, training_images: Mapping[str, int]) -> Iterator[
         train, test = (f"{category}/train/good", f"{category}/test") if mvtec else (f"train/{normal}", "test")
         both = ("train", "calibration")
         short = f"{{n}} usable training images of {category}, data.min_train asks for {few}"
-        yield CountRule(category, "training images, with those held out for calibration", both, 0, few, train, short)
+        yield CountRule(category, "training images", both, 0, few, train, short)
         n = training_images[category]
-        if n >= few:
-            left = f"{{n}} of {n} training images of {category} left beside calibration, {MIN_GALLERY} needed"
+        if n >= few and fraction:
+            left = f"{{n}} of {n} training images of {category} left for the adaptation, {MIN_GALLERY} needed"
             hint = f"{left}: add images or lower data.calibration_fraction ({fraction})"
-            yield CountRule(category, "training images left in the gallery", ("train",), 0, MIN_GALLERY, train, hint)
+            yield CountRule(
+                category, "training images left for the adaptation", ("train",), 0, MIN_GALLERY, train, hint
+            )
         if params.data.sessions is not None:
             yield CountRule(
                 category,

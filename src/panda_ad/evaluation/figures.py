@@ -14,6 +14,7 @@ import pandas as pd
 from panda_ad.evaluation import image_metrics, pixel_metrics
 from panda_ad.evaluation.intervals import Intervals
 from panda_ad.params import Params
+from panda_ad.scoring.calibration import SessionRates
 
 FEW = 10
 """Fewer images of a class than this are too few to rest a decision on: `cautions` says so."""
@@ -79,6 +80,19 @@ def component_figures(
         return {}
     figures = {"features_auroc": image_metrics.auroc(labels, feature_scores)}
     return figures if map_scores is None else figures | {"heatmap_auroc": image_metrics.auroc(labels, map_scores)}
+
+
+def session_figures(rates: SessionRates) -> tuple[dict[str, float], Intervals]:
+    """Return the false-alarm rates of known sessions and of one never seen, estimated from training images."""
+    figures = {
+        "sessions": rates.sessions,
+        "within_sessions_rate": rates.within,
+        "unseen_session_rate": rates.unseen,
+    }
+    intervals = Intervals()
+    intervals["within_sessions_rate"] = rates.within_interval
+    intervals["unseen_session_rate"] = rates.unseen_interval
+    return figures, intervals
 
 
 def pixel_figures(

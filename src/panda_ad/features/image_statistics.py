@@ -79,7 +79,7 @@ class Reference:
     Attributes
     ----------
     statistics : (M, S) float32, columns as `NAMES`.
-    features : (M, D) float16, under the last snapshot.
+    features : (M, D) float16, under the last snapshot, whitened by images of the other folds.
     """
 
     statistics: np.ndarray

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from panda_ad.params import plain_name
-from panda_ad.registry.cautions import cautions
+from panda_ad.registry.cautions import cautions, promise
 from panda_ad.registry.lineage import Origin, commands
 
 TITLES = {
@@ -47,19 +47,22 @@ class CardFacts:
 def model_card(name: str, version: str, origin: Origin, facts: CardFacts) -> str:
     """Return Markdown for the version's page."""
     rate = float(facts.bundle.get("false_alarm_rate", 0.0))
+    provenance = facts.bundle.get("provenance", {})
     tests = [f"{n} {kind.removeprefix('test ')}" for kind, n in facts.counts.items() if kind.startswith("test ")]
     return _template().render(
         name=name,
         version=version,
         bundle=facts.bundle,
-        provenance=facts.bundle.get("provenance", {}),
+        provenance=provenance,
         figures=facts.figures,
         titles=TITLES,
         confidence=facts.confidence,
         cautions=cautions(facts.figures, rate),
+        promise=promise(facts.figures, rate),
         folder=plain_name(str(facts.bundle.get("category", ""))),
         counts=facts.counts,
-        calibration=facts.counts.get("calibration", 0),
+        calibration=provenance.get("calibration_images", facts.counts.get("calibration", 0)),
+        held=facts.counts.get("calibration", 0),
         test=", ".join(tests),
         size_mb=facts.size_mb,
         rate=rate,

@@ -48,5 +48,26 @@ def _small(good: int, defects: int) -> list[str]:
     return found
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+def promise(metrics: Mapping[str, float], budget: float) -> str:
+    """Say what is promised of false alarms, and of what.
+
+    Parameters
+    ----------
+    metrics : of `evaluate`: sessions, within_sessions_rate and unseen_session_rate with their intervals; without
+        sessions none of them.
+    budget : the share of good parts that may raise an alarm.
+    """
+    if not metrics.get("sessions"):
+        return (
+            f"{_percent(budget)} false alarms on parts photographed as those of the training were; what another shift, "
+            "lot or camera brings is not known (data.sessions tells them apart)"
+        )
+    said = []
+    for key, where in (("within_sessions_rate", "within sessions"), ("unseen_session_rate", "on a session never seen")):
+        low, high = metrics.get(f"{key}_low", 0.0), metrics.get(f"{key}_high", 1.0)
+        said.append(f"{where} {_percent(metrics[key], 2)} [{100 * low:.2g}, {100 * high:.2g}]")
+    return f"false alarms {', '.join(said)}, by {metrics['sessions']:.0f} sessions"
+
+
+def _percent(share: float, digits: int = 3) -> str:
+    return f"{100 * share:.{digits}g} %"

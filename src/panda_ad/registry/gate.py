@@ -15,6 +15,7 @@ import numpy as np
 from panda_ad.evaluation.image_metrics import Metric, auroc, paired_bootstrap, recall_at_budget, youden
 from panda_ad.evaluation.rates import lower_bound
 from panda_ad.params import GateParams
+from panda_ad.registry.cautions import promise
 from panda_ad.registry.facts import Evidence, Rule
 from panda_ad.scoring.calibration import alarms_chance
 
@@ -130,7 +131,8 @@ def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
 
     If these images are exchangeable with the calibration set, the number of alarms among m of them is beta-binomial:
     the true false-alarm rate of the k-th largest of n calibration scores is Beta(k, n + 1 - k). The candidate is
-    refused if so many alarms or more have a probability below `false_alarm_risk`.
+    refused if so many alarms or more have a probability below `false_alarm_risk`. Where sessions calibrated, the test
+    images may be of another one: the number is binomial at the upper end of what a session never seen may bring.
     """
     good = e.labels == 0
     if params.false_alarm_risk is None or not good.any():
@@ -138,10 +140,17 @@ def calibration_holds(e: Evidence, params: GateParams) -> list[Rule]:
     newest = good & ~e.scores["sha256"].isin(e.known).to_numpy()
     chosen = newest if e.known and newest.sum() >= _FEW else good
     m, alarms = int(chosen.sum()), int((e.values[chosen] > e.threshold).sum())
-    chance = alarms_chance(alarms, m, e.calibration, e.budget)
+    sessions = int(e.metrics.get("sessions", 0))
+    if sessions:
+        from scipy.stats import binom
+
+        chance = float(binom.sf(alarms - 1, m, e.metrics["unseen_session_rate_high"]))
+    else:
+        chance = alarms_chance(alarms, m, e.calibration, e.budget)
     limit = params.false_alarm_risk
     which = "newest good images" if chosen is newest else "good test images"
     text = f"{alarms} alarms on {m} {which}, chance {chance:.2g} (limit {limit:.2g})"
+    text += f"; {promise(e.metrics, e.budget)}" if sessions else ""
     return [Rule("calibration holds", chance >= limit, chance, limit, max(0.0, limit - chance), text)]
 
 

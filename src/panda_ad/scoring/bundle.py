@@ -47,7 +47,8 @@ def save_bundle(detector: Detector, folder: Path) -> None:
         (folder / "localizer").mkdir()
         detector.localizer.save(folder / "localizer")
     limit = asdict(detector.threshold())
-    write_json(folder / "calibration.json", {"scores": detector.calibration.tolist(), "threshold": limit})
+    known = {"sessions": list(detector.sessions), "within": detector.within.tolist()} if detector.sessions else {}
+    write_json(folder / "calibration.json", {"scores": detector.calibration.tolist(), "threshold": limit, **known})
     write_json(
         folder / "bundle.json",
         {
@@ -95,7 +96,7 @@ def load_bundle(folder: Path | str, false_alarm_rate: float | None = None) -> De
 
 def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detector:
     config = DetectorConfig(**{k: v for k, v in facts.items() if k in DetectorConfig.model_fields} | changes)
-    scores = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))["scores"]
+    calibration = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     network, learned = load_network(folder / _NETWORK), load_file(folder / _LEARNED)
     snapshots = range(len(network.steps))
     whitenings = [
@@ -115,7 +116,9 @@ def _load(folder: Path, facts: dict[str, Any], changes: dict[str, Any]) -> Detec
         classifier=classifier or None,
         localizer=load_localizer(folder / "localizer") if (folder / "localizer").exists() else None,
         scales=(scales[0], scales[1]) if config.score == "both" else None,
-        calibration=np.array(scores, dtype=np.float64),
+        calibration=np.array(calibration["scores"], dtype=np.float64),
+        sessions=tuple(calibration.get("sessions", ())),
+        within=np.array(calibration.get("within", ()), dtype=np.float64),
         reference=_reference(folder / "reference.safetensors"),
         images=tuple(facts["images"]),
         thumbnails=tuple(data[a:b] for a, b in zip(offsets, offsets[1:], strict=False)),

@@ -40,7 +40,9 @@ class Detector:
     classifier : outlier exposure's linear layer {weight (1, D), bias (1,)}, float32, else None.
     localizer : makes heat maps; None without.
     scales : of the feature score and of the map score, for score 'both'.
-    calibration : float64 (M,), scores of the calibration images.
+    calibration : float64 (M,), scores of normal images by models that have not seen them; with sessions, their session.
+    sessions : of each of these; () where fewer than two are known.
+    within : float64 (W,), scores by models that have seen others of their session; empty without sessions.
     reference : what these images are like; None in bundles from before monitoring.
     images : path and sha256 of each gallery image.
     thumbnails : its picture as JPEG bytes.
@@ -56,6 +58,8 @@ class Detector:
     localizer: Localizer | None = None
     scales: tuple[RobustScale, RobustScale] | None = None
     calibration: np.ndarray = field(default_factory=lambda: np.empty(0))
+    sessions: tuple[str, ...] = ()
+    within: np.ndarray = field(default_factory=lambda: np.empty(0))
     reference: Reference | None = None
     images: tuple[dict[str, str], ...] = ()
     thumbnails: tuple[bytes, ...] = ()
@@ -75,7 +79,8 @@ class Detector:
 
     def threshold(self, rate: float | None = None) -> Threshold:
         """Return the threshold for a false-alarm rate, by default the bundle's; another rate needs no retraining."""
-        return threshold(self.calibration, self.config.false_alarm_rate if rate is None else rate)
+        rate = self.config.false_alarm_rate if rate is None else rate
+        return threshold(self.calibration, rate, sessions=self.sessions, within=self.within)
 
     def score(self, images: Sequence[np.ndarray], heatmaps: bool = False) -> list[Verdict]:
         """Score decoded images, uint8 (H, W, 3) of any size. An image's verdict does not depend on the others."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ from panda_ad.features.images import Images
 from panda_ad.features.network import Network
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.detector import Detector
-from panda_ad.scoring.folds import Folds
+from panda_ad.scoring.folds import Folds, draw
 from panda_ad.scoring.image_score import fit_robust_scale, map_scores
 from panda_ad.scoring.localize.localizer import Localizer, build_localizer
 from panda_ad.scoring.localize.maps import Maps
@@ -41,7 +42,7 @@ def fit_scales(
     knn : float64 (S, M), their out-of-fold kNN scores.
     folds : of all training images; of at most `_MAPS` of them maps are made.
     """
-    chosen = np.sort(np.random.default_rng(seed).choice(len(train), min(len(train), _MAPS), replace=False))
+    chosen = draw(folds, _MAPS, seed)
     feature_scores, _ = detector.aggregate(knn, features)
     peaks = out_of_fold_map_scores(detector, train, features, folds, chosen)
     return replace(detector, scales=(fit_robust_scale(feature_scores), fit_robust_scale(peaks)))
@@ -51,20 +52,31 @@ def out_of_fold_map_scores(
     detector: Detector, train: Images, features: np.ndarray, folds: Folds, chosen: np.ndarray
 ) -> np.ndarray:
     """Return map scores (N,) of the chosen images, each by the localizer without the images of its fold."""
+    found = np.empty(len(chosen))
+    for at, heatmaps in out_of_fold_maps(detector, train, features, folds, chosen):
+        found[at] = map_scores(heatmaps)
+    return found
+
+
+def out_of_fold_maps(
+    detector: Detector, train: Images, features: np.ndarray, folds: Folds, chosen: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield places in `chosen`, (B,), and their heat maps float32 (B, H, W), a few at a time.
+
+    Each map is by the localizer without the images of its fold.
+    """
     localizer = detector.localizer
     assert localizer is not None
     tiles = localizer.tiles**2
     maps = image_maps(detector.network, train, localizer.levels, localizer.tiles)
     at_a_time = max(1, _AT_A_TIME // tiles)
-    found = np.empty(len(chosen))
     for fold, _ in folds:
         others = localizer.without(fold)
         places = np.flatnonzero(np.isin(chosen, fold))
         for start in range(0, len(places), at_a_time):
             at = places[start : start + at_a_time]
             layers = maps((chosen[at][:, None] * tiles + np.arange(tiles)).ravel())
-            found[at] = map_scores(others.heatmaps(layers, features[chosen[at]], detector.size))
-    return found
+            yield at, others.heatmaps(layers, features[chosen[at]], detector.size)
 
 
 def image_maps(network: Network, images: Images, levels: tuple[str, ...], tiles: int) -> Maps:

@@ -57,13 +57,18 @@ def fit_whitening(features: np.ndarray, shrinkage: float | None = None) -> White
     centered = x - mean
     covariance = centered.T @ centered / len(x)
     s = ledoit_wolf_shrinkage(centered, covariance) if shrinkage is None else shrinkage
-    diagonal = np.trace(covariance) / len(covariance)
-    covariance *= 1 - s
-    covariance.flat[:: len(covariance) + 1] += s * diagonal
-    variances, axes = np.linalg.eigh(covariance)
+    rest = s * np.trace(covariance) / len(covariance)  # variance along directions that no image varies in
+    if len(x) < len(covariance):  # fewer images than dimensions: their own axes are found far sooner
+        _, sizes, rows = np.linalg.svd(centered, full_matrices=False)
+        axes, variances = rows.T, np.square(sizes) / len(x)
+    else:
+        variances, axes = np.linalg.eigh(covariance)
+    variances = (1 - s) * variances + rest
     resolved = float(np.abs(x).max() * np.finfo(np.float32).eps) ** 2
-    floor = max(FLOOR * float(variances[-1]), resolved) or 1.0  # 1: all features are zero
-    matrix = (axes / np.sqrt(np.maximum(variances, floor))) @ axes.T
+    floor = max(FLOOR * float(variances.max()), resolved) or 1.0  # 1: all features are zero
+    base = 1 / np.sqrt(max(rest, floor))
+    matrix = (axes * (1 / np.sqrt(np.maximum(variances, floor)) - base)) @ axes.T
+    matrix.flat[:: len(matrix) + 1] += base
     return Whitening(mean.astype(np.float32), matrix.astype(np.float32))
 
 

@@ -17,6 +17,7 @@ from panda_ad.adapt.metric import Metric
 from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.outliers import coarseness, folder_files, is_gray, outlier_item, plain_item
+from panda_ad.errors import UserError
 from panda_ad.params import METHODS, GalleryParams, Params, load_params
 from panda_ad.scoring.whitening import fit_whitening
 from panda_ad.stages.common import (
@@ -51,7 +52,13 @@ def main(category: str) -> None:
     backbone, network = backbone_for(params), network_for()
     check_weights(network.facts.fingerprint, backbone.fingerprint, str(NETWORK), "extract")
     activations = activations_for(params, network)
-    rows = category_rows(category)["train"]
+    by_split = category_rows(category)
+    rows = by_split["train"]
+    if METHODS[params.adapt.method].outliers and by_split["calibration"].empty:
+        raise UserError(
+            f"data.calibration_fraction: method {params.adapt.method} is calibrated on good images that its training "
+            "has not seen; set it to 0.2"
+        )
     items = items_of(rows, params)
     size = (round(rows["height"].median()), round(rows["width"].median()))
     method = params.adapt.method

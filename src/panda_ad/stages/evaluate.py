@@ -39,11 +39,16 @@ def main(category: str) -> None:
     detector = load_bundle(bundle)
     made, expected = detector.network.facts.fingerprint, network_for().facts.fingerprint
     check_weights(made, expected, str(bundle), f"index@{category}")
-    limit = detector.threshold().value
+    threshold = detector.threshold()
+    limit = threshold.value
     scores = score_rows(detector, params, rows, category)
     labels = rows["label"].to_numpy(np.int64)
     values, intervals = figures.image_figures(labels, scores.score, limit, params)
     values |= figures.component_figures(labels, scores.feature_score, scores.map_score)
+    if threshold.sessions is not None:
+        session_values, session_intervals = figures.session_figures(threshold.sessions)
+        values |= session_values
+        intervals |= session_intervals
     masks = load_masks(rows, params)
     if scores.heatmaps is not None and masks is not None:
         pixel_values, pixel_intervals = figures.pixel_figures(*with_masks(scores.heatmaps, masks), params)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 from safetensors.torch import load_file
 
 from panda_ad import __version__
@@ -17,6 +18,7 @@ from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector
+from panda_ad.scoring.fit_calibration import CALIBRATED
 from panda_ad.stages.common import (
     activations_for,
     backbone_for,
@@ -40,10 +42,10 @@ def main(category: str) -> None:
     backbone, pretrained = backbone_for(params), network_for()
     check_weights(pretrained.facts.fingerprint, backbone.fingerprint, str(NETWORK), "extract")
     activations = activations_for(params, pretrained)
-    train, calibration = (
-        cached_images(activations, rows[split], params, category) for split in ("train", "calibration")
-    )
-    activations.warm([*train.items, *calibration.items], levels_needed(params, pretrained))
+    good = pd.concat([rows["train"], rows["calibration"]])
+    held = len(rows["calibration"])
+    train = cached_images(activations, good, params, category)
+    activations.warm(train.items, levels_needed(params, pretrained))
     network, classifier, facts = adapted_network(category, backbone, pretrained)
     config = DetectorConfig(
         dataset=params.dataset,
@@ -52,15 +54,18 @@ def main(category: str) -> None:
         gray_range=Decoding.of(params.data).gray_range if params.data.gray_range else None,
         max_megapixels=params.data.max_megapixels,
         provenance=provenance(params, backbone, facts)
-        | {"train_images": len(train), "calibration_images": len(calibration)},
+        | {"train_images": len(train), "calibration_images": min(held or len(train), CALIBRATED)},
     )
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict, seed=params.seed)
-    detector = fit_detector(network, train, calibration, fit, config, classifier)
+    unadapted = np.arange(len(good) - held, len(good)) if held else None
+    sessions = good["session"].tolist()
+    detector = fit_detector(network, train, fit, config, classifier, sessions, unadapted)
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
     limit = detector.threshold()
     print(
         f"{category}: {len(train)} normal images, {len(network.steps)} snapshot(s), threshold {limit.value:.4g}"
+        + (f"; false alarms {limit.sessions}" if limit.sessions else "")
         + (f"; {limit.message}" if limit.message else "")
     )
 
