@@ -13,8 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
-import faiss  # noqa: F401  imported once here instead of in every child
+import faiss  # noqa: F401  imported once here, as the stages are, instead of in every child
+import great_expectations.expectations  # noqa: F401
 import pandas  # noqa: F401
+import scipy.ndimage  # noqa: F401
 import torch
 
 STAGES = ("validate", "extract", "adapt", "index", "evaluate")
@@ -72,6 +74,8 @@ def run(stage: str, kill_at: int | None) -> int | None:
 def main() -> None:
     """Undisturbed: each stage once. Killed: each stage killed at POINTS of its changes, then run to its end."""
     torch.set_num_threads(1)  # a forked child has none of its parent's threads
+    for stage in STAGES:
+        importlib.import_module(f"panda_ad.stages.{stage}")
     rng = random.Random(0)
     for stage in STAGES:
         if sys.argv[1] == "killed":

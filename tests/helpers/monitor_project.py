@@ -12,10 +12,21 @@ import pytest
 import yaml
 from PIL import Image
 from registry_project import make_project, set_gate
+from shared import copied, made_once
+
+from panda_ad.registry.connection import connect
 
 
-def make_monitored(folder: Path) -> Path:
+def make_monitored(factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A project of category fabric, 32 px, its model built by the real stages, published and at @staging; monitor.min_images is 8."""
+    copied(made_once(factory, "monitored", _make_monitored), folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect()  # lets the store point to the copy
+    return folder
+
+
+def _make_monitored(folder: Path) -> None:
     from panda_ad.registry.promote import promote
     from panda_ad.stages import adapt, evaluate, extract, index
     from panda_ad.stages.publish import main as publish
@@ -36,7 +47,6 @@ def make_monitored(folder: Path) -> Path:
             stage.main("fabric")
         publish("fabric")
         promote(["fabric"])
-    return folder
 
 
 def drop(folder: Path, count: int, seed: int, shift: int = 0) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from shared import copied, made_once
 
 from panda_ad.commands.servers import running_servers
 
@@ -78,9 +79,25 @@ def call(*command: str, cwd: Path, check: bool = True) -> str:
     return result.stdout
 
 
-def make_project(folder: Path) -> Path:
+def make_project(factory: pytest.TempPathFactory, folder: Path) -> Path:
     """A git and DVC repository in `folder`, committed, nothing run yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    return copied(made_once(factory, "project", _make_project), folder)
+
+
+def finished_project(factory: pytest.TempPathFactory, folder: Path) -> Path:
+    """The same after `dvc repro`, with dvc.lock committed."""
+
+    def make(at: Path) -> None:
+        make_project(factory, at)
+        call("dvc", "repro", "-q", cwd=at)
+        call("git", "add", "dvc.lock", cwd=at)
+        call("git", "commit", "-q", "-m", "Run", cwd=at)
+
+    return copied(made_once(factory, "finished project", make), folder)
+
+
+def _make_project(folder: Path) -> None:
+    folder.mkdir()
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("prefect.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder / name)
@@ -95,11 +112,10 @@ def make_project(folder: Path) -> Path:
     call("git", "config", "user.email", "test@example.org", cwd=folder)
     call("git", "config", "user.name", "test", cwd=folder)
     call("dvc", "init", "-q", cwd=folder)
-    call("dvc", "config", "core.analytics", "false", cwd=folder)
+    (folder / ".dvc/config").write_text("[core]\n    analytics = false\n")
     call("dvc", "add", "-q", "data", cwd=folder)
     call("git", "add", "-A", cwd=folder)
     call("git", "commit", "-q", "-m", "A project", cwd=folder)
-    return folder
 
 
 @contextlib.contextmanager

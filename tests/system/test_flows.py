@@ -24,7 +24,7 @@ from panda_ad.system.workspace import changed_copy
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("flows") / "project")
+    return make_project(tmp_path_factory, tmp_path_factory.mktemp("flows") / "project")
 
 
 @pytest.fixture

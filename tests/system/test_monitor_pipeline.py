@@ -40,7 +40,7 @@ MODEL = f"models:/{NAME}@staging"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return make_monitored(tmp_path_factory.mktemp("monitored") / "my plant")
+    return make_monitored(tmp_path_factory, tmp_path_factory.mktemp("monitored") / "my plant")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from browser import browser, file_url  # noqa: F401
 from mlflow import MlflowClient
-from prefect_project import call, make_project, servers
+from prefect_project import finished_project, servers
 from report_demo import demo
 
 from panda_ad.commands.servers import running_servers
@@ -29,9 +29,7 @@ DEPLOYMENTS = ("retrain", "score", "monitor")
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    folder = make_project(tmp_path_factory.mktemp("schedules") / "a project")
-    call("dvc", "repro", "-q", cwd=folder)
-    return folder
+    return finished_project(tmp_path_factory, tmp_path_factory.mktemp("schedules") / "a project")
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +173,9 @@ def test_the_switch_in_prefects_ui_schedules_runs(prefect, browser):  # noqa: F8
     page.close()
 
 
-def test_a_run_whose_worker_died_before_it_began_gives_its_place_free(tmp_path):
+def test_a_run_whose_worker_died_before_it_began_gives_its_place_free(tmp_path, tmp_path_factory):
     """A Pending run keeps the deployment's only place; `make ui` again marks it crashed."""
-    project = make_project(tmp_path / "project")
-    call("dvc", "repro", "-q", cwd=project)
+    project = finished_project(tmp_path_factory, tmp_path / "project")
     with servers(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as first:
         begun = first.press_run()
         first.wait(begun, {"PENDING"}, seconds=60)

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from monitor_project import drop, make_monitored
-from prefect_project import ROOT, call, clean_environment, lock_held, make_project, new_data, servers
+from prefect_project import ROOT, call, clean_environment, finished_project, lock_held, new_data, servers
 
 from panda_ad.commands.servers import server_settings
 from panda_ad.system.lock import repository_lock
@@ -52,10 +52,7 @@ def webhook():
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory, webhook):
-    project = make_project(tmp_path_factory.mktemp("prefect") / "project")
-    call("dvc", "repro", "-q", cwd=project)
-    call("git", "add", "dvc.lock", cwd=project)
-    call("git", "commit", "-q", "-m", "Run", cwd=project)
+    project = finished_project(tmp_path_factory, tmp_path_factory.mktemp("prefect") / "project")
     with servers(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9", PANDA_WEBHOOK_URL=webhook[0]) as started:
         yield started
 
@@ -143,9 +140,9 @@ def triggered(prefect, deployment):
     return [r for r in runs if (r["created_by"] or {}).get("type") == "AUTOMATION"]
 
 
-def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect, tmp_path):
+def test_a_drift_found_by_the_monitor_flow_runs_retrain_for_its_category(prefect, tmp_path, tmp_path_factory):
     """The real score and monitor flows in a project with a real model, on this server; the automation runs `retrain` in the other."""
-    plant = make_monitored(tmp_path / "plant")
+    plant = make_monitored(tmp_path_factory, tmp_path / "plant")
     drop(plant, 14, seed=1)
     drop(plant, 16, seed=2, shift=-40)
     code = "from flows.score import score\nfrom flows.monitor import monitor\nscore()\nprint(monitor(return_state=True).name)"

@@ -37,8 +37,8 @@ def run(*command: str, cwd: Path, **environment: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def project(tmp_path):
-    return make_project(tmp_path / "a project")
+def project(tmp_path, tmp_path_factory):
+    return make_project(tmp_path_factory, tmp_path / "a project")
 
 
 @pytest.mark.parametrize("home", [None, "/"])

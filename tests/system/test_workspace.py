@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect_project import call, make_project
+from prefect_project import call, finished_project
 
 from panda_ad.errors import UserError
 from panda_ad.system.lock import repository_lock
@@ -22,11 +22,7 @@ from panda_ad.system.workspace import COPIES, changed_copy
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A project whose pipeline has run and is committed."""
-    project = make_project(tmp_path_factory.mktemp("finished") / "project")
-    call("dvc", "repro", "-q", cwd=project)
-    call("git", "add", "dvc.lock", cwd=project)
-    call("git", "commit", "-q", "-m", "Run", cwd=project)
-    return project
+    return finished_project(tmp_path_factory, tmp_path_factory.mktemp("finished") / "project")
 
 
 @pytest.fixture

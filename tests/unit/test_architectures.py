@@ -2,8 +2,6 @@
 """Every network that can be a backbone runs, divided where its entry says, and equals the library that it is from."""
 
 import importlib.metadata
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -35,8 +33,9 @@ def random_state(name: str, classes: int = 3) -> dict[str, torch.Tensor]:
 def test_each_runs_and_its_parts_make_the_whole(name):
     entry, state = architecture(name), random_state(name)
     backbone = Backbone(name, state)
-    net = entry.build(3).eval()
-    net.load_state_dict(state)
+    with torch.device("meta"):  # without initial weights, which take seconds
+        net = entry.build(3).eval()
+    net.load_state_dict(state, assign=True)
     rgb = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     x = torch.from_numpy(preprocess(rgb, (64, 96), entry))[None].to(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -108,11 +107,6 @@ def test_the_packages_weights_give_what_timm_gives_with_them():
     with torch.inference_mode():
         got = backbone.classifier(backbone.adapted.maps(backbone.frozen(x)[-1])[-1])
         torch.testing.assert_close(got, theirs(x), rtol=1e-4, atol=1e-4)
-
-
-def test_no_stage_imports_timm_for_a_network_of_our_own():
-    code = "import sys; from panda_ad.features.backbones import load_backbone; load_backbone('efficientnet_lite0'); print({'timm', 'torchvision', 'torch._dynamo'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cleaning the registry: what is in use stays and still loads, what is not goes with its files."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from registry_project import NAME, aliases, moves, retrained
+from registry_project import NAME, aliases, make_project, moves, retrained
+from shared import copied
 from typer.testing import CliRunner
 
 from panda_ad.cli import app
@@ -17,22 +19,35 @@ from panda_ad.registry.promote import promote, rollback
 from panda_ad.stages.publish import main as publish
 
 
+@pytest.fixture(scope="module")
+def six_versions(tmp_path_factory, empty_store):
+    """1 and 2 promoted, 3 promoted and rolled back, 4 to 6 published only; version 4 is monitored, 2 is @staging."""
+    folder = make_project(tmp_path_factory.mktemp("six") / "my plant")
+    shutil.copyfile(empty_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        for version in range(1, 7):
+            retrained(folder, weights=f"weights {version}".encode())
+            publish("fabric")
+            if version <= 3:
+                promote()
+            if version == 3:
+                rollback("fabric")
+        report = folder / "report.html"
+        report.write_text("<html></html>")
+        check = {"checked": "2026-01-01T00:00:00", "window": 30, "drifted": False, "findings": [], "tests": []}
+        for version in ("2", "4"):
+            record_check("sample", NAME, version, check, [report])
+    return folder
+
+
 @pytest.fixture
-def project(project):
-    """Six versions: 1 and 2 promoted, 3 promoted and rolled back, 4 to 6 published only; version 4 is monitored, 2 is @staging."""
-    for version in range(1, 7):
-        retrained(project, weights=f"weights {version}".encode())
-        publish("fabric")
-        if version <= 3:
-            promote()
-        if version == 3:
-            rollback("fabric")
-    report = project / "report.html"
-    report.write_text("<html></html>")
-    check = {"checked": "2026-01-01T00:00:00", "window": 30, "drifted": False, "findings": [], "tests": []}
-    for version in ("2", "4"):
-        record_check("sample", NAME, version, check, [report])
-    return project
+def project(six_versions, tmp_path, monkeypatch):
+    """A copy of it, the working directory."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(copied(six_versions, tmp_path / "my plant"))
+    return Path.cwd()
 
 
 def versions():
