@@ -6,8 +6,8 @@ PEERS := benchmarks/peers/.venv
 BIN := $(VENV)/bin
 HERE := PATH="$$(pwd -P)/$(BIN):$$PATH"
 UV = $$(command -v uv || echo $(BIN)/uv)
-# a worker takes whole files, whose fixtures it keeps, in the order of their names: the long ones of tests/system first
-BALANCED = -n 2 --dist loadfile --no-loadscope-reorder
+# a worker takes whole files, whose fixtures it keeps, in the order of tests/conftest.py
+BALANCED = --dist loadfile --no-loadscope-reorder
 
 export DO_NOT_TRACK = true
 export DVC_NO_ANALYTICS = 1
@@ -32,13 +32,13 @@ run: $(VENV)/.ready       ## everything: environment, data, pipeline, registrati
 	@$(HERE) panda-ad run
 
 test: $(VENV)/.ready-dev lint   ## everything the tests need, and all tests
-	@$(HERE) pytest $(BALANCED)
+	@$(HERE) pytest -n 3 $(BALANCED)
 
 test-fast: $(VENV)/.ready-dev   ## the tests that start no server and run no whole pipeline
-	@$(HERE) pytest $(BALANCED) tests/unit
+	@$(HERE) pytest -n 2 $(BALANCED) tests/unit
 
 coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
-	@$(HERE) pytest $(BALANCED) --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
+	@$(HERE) pytest -n 2 $(BALANCED) --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit
 
 chaos: $(VENV)/.ready-dev       ## 200 kills at random moments, compared with undisturbed runs (an hour)
 	@$(HERE) python benchmarks/chaos.py --kills 200

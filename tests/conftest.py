@@ -29,6 +29,12 @@ settings.load_profile("busy")
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files all of whose tests are slow: they wait for servers most of the time, while other workers compute."""
+    quick = {item.path for item in items if item.get_closest_marker("slow") is None}
+    items.sort(key=lambda item: item.path in quick)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     """Root of this checkout."""

@@ -121,7 +121,7 @@ def _make_project(folder: Path) -> None:
 @contextlib.contextmanager
 def lock_held(project: Path, command: str) -> Iterator[int]:
     """Another process that holds the project's lock; gives its id."""
-    code = f"import time; from panda_ad.system.lock import repository_lock\nwith repository_lock({command!r}): print('held', flush=True); time.sleep(60)"
+    code = f"import time; from panda_ad.system.lock import repository_lock\nwith repository_lock({command!r}): print('held', flush=True); time.sleep(3600)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=project, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
@@ -176,7 +176,7 @@ class Prefect:
 
     def __init__(self, addresses, project, groups):
         self.address, self.mlflow, self.project, self.groups = addresses.prefect, addresses.mlflow, project, groups
-        self.http = httpx.Client(base_url=f"{self.address}/api", timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=f"{self.address}/api", timeout=120, trust_env=False)
 
     def post(self, path, **body):
         return self.http.post(path, json=body).raise_for_status().json()
@@ -228,7 +228,7 @@ class Prefect:
         )
         return run
 
-    def wait(self, run, states=frozenset(ENDED), seconds=90.0):
+    def wait(self, run, states=frozenset(ENDED), seconds=300.0):
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             flow_run = self.get(f"/flow_runs/{run}")
@@ -239,7 +239,7 @@ class Prefect:
             f"still {flow_run['state_name']} ({flow_run['state']['message']}) after {seconds} s, {self.logs(run)[-5:]}"
         )
 
-    def tasks(self, run, seconds=30.0, count=1):
+    def tasks(self, run, seconds=120.0, count=1):
         """At least `count` task runs by name, ended or never to start; their events arrive a moment after the flow's end."""
         limit = time.monotonic() + seconds
         while True:
@@ -257,7 +257,7 @@ class Prefect:
             for entry in self.post("/logs/filter", logs={"flow_run_id": {"any_": [run]}}, sort="TIMESTAMP_ASC")
         ]
 
-    def wait_for_line(self, run, line, seconds=60.0):
+    def wait_for_line(self, run, line, seconds=300.0):
         limit = time.monotonic() + seconds
         while line not in self.logs(run):
             assert time.monotonic() < limit, self.logs(run)

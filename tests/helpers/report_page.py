@@ -49,7 +49,12 @@ def open_page(browser, request):
 
 def slide(page, index: int) -> None:
     page.eval_on_selector("#slider", "(e, i) => { e.value = i; e.dispatchEvent(new Event('input')); }", index)
-    page.wait_for_timeout(200)  # the gallery follows 120 ms later
+    settled(page)
+
+
+def settled(page) -> None:
+    """Wait until the gallery has followed, for which the page sets a timer of 120 ms; its timers end in their order."""
+    page.evaluate("() => new Promise(done => setTimeout(done, 150))")
 
 
 def count(page, name: str) -> int:

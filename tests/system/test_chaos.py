@@ -15,13 +15,17 @@ def test_a_few_kills_change_nothing(tmp_path):
 
 
 def test_a_command_that_loses_doubles_or_tears_is_seen(tmp_path, monkeypatch):
-    """Appends a line, waits to be killed, then writes the file that counts, which a second run does not repair."""
+    """Appends a line, waits to be killed the first time, then writes the file that counts, which a second run does not repair."""
     project, snapshot = tmp_path / "project", tmp_path / "snapshot"
     for folder in (project, snapshot):
         (folder / "build").mkdir(parents=True)
-    monkeypatch.setitem(chaos.COMMANDS, "score", ["sh", "-c", "echo x >> build/log; sleep 2; echo y > build/result"])
+    monkeypatch.setitem(
+        chaos.COMMANDS,
+        "score",
+        ["sh", "-c", "echo x >> build/log; [ -e begun ] || { touch begun; sleep 600; }; echo y > build/result"],
+    )
     known = chaos.Undisturbed({}, {"build/log": "one line", "build/result": "y", "build/gone": "z"}, 2.0)
-    found = chaos.trial("score", project, snapshot, known, moment=1.0)
+    found = chaos.trial("score", project, snapshot, known, moment=3.0)
     assert found["killed"] and found["torn"] == ["build/log"]
     assert found["lost"] == ["build/gone"] and set(found["wrong"]) == {"build/log", "build/result"}
 
@@ -30,9 +34,9 @@ def test_a_command_killed_when_its_work_is_done_is_not_run_again(tmp_path, monke
     project, snapshot = tmp_path / "project", tmp_path / "snapshot"
     for folder in (project, snapshot):
         (folder / "build").mkdir(parents=True)
-    monkeypatch.setitem(chaos.COMMANDS, "score", ["sh", "-c", "echo x >> build/log; sleep 60"])
+    monkeypatch.setitem(chaos.COMMANDS, "score", ["sh", "-c", "echo x >> build/log; sleep 600"])
     after = {"build/log": hashlib.sha256(b"x\n").hexdigest()}
-    assert chaos.trial("score", project, snapshot, chaos.Undisturbed({}, after, 2.0), moment=1.0) == {"killed": ["yes"]}
+    assert chaos.trial("score", project, snapshot, chaos.Undisturbed({}, after, 2.0), moment=3.0) == {"killed": ["yes"]}
 
 
 def test_what_is_torn():

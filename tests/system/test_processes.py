@@ -23,7 +23,7 @@ def members(group):
     return found
 
 
-def gone(group, seconds=2.0):
+def gone(group, seconds=30.0):
     limit = time.monotonic() + seconds
     while members(group) and time.monotonic() < limit:
         time.sleep(0.02)
@@ -31,7 +31,7 @@ def gone(group, seconds=2.0):
 
 
 def test_output_comes_line_by_line_while_the_command_runs():
-    with Group(["sh", "-c", "echo first; echo second >&2; printf 'h\\303\\266he'; sleep 60"]) as group:
+    with Group(["sh", "-c", "echo first; echo second >&2; printf 'h\\303\\266he'; sleep 600"]) as group:
         lines = group.lines()
         assert [next(lines), next(lines)] == ["first", "second"]
         assert group.running
@@ -56,19 +56,17 @@ def test_a_progress_bar_is_not_a_thousand_lines(monkeypatch):
 
 
 def test_a_child_left_behind_neither_holds_up_nor_survives():
-    with Group(["sh", "-c", "sleep 60 & echo done"]) as group:
+    with Group(["sh", "-c", "sleep 600 & echo done"]) as group:
         assert list(group.lines()) == ["done"]
     assert gone(group.pid)
 
 
 def test_stop_ends_descendants_that_ignore_the_request():
-    with Group(["sh", "-c", "(trap '' TERM; sleep 60; sleep 60) & echo up; wait"]) as group:
+    with Group(["sh", "-c", "(trap '' TERM; sleep 600; sleep 600) & echo up; wait"]) as group:
         assert next(group.lines()) == "up"
         start = time.monotonic()
         assert group.stop() != 0
-    assert gone(group.pid, start + 2.0 - time.monotonic()), (
-        "two seconds after a run was cancelled nothing of it is left"
-    )
+    assert gone(group.pid) and time.monotonic() - start < 60, "nothing waits for the ten minutes of the sleep"
 
 
 def test_being_killed_takes_everything_along():
@@ -86,7 +84,7 @@ def test_the_command_cannot_hold_its_own_guard_open():
         ["sh", "-c", "ls /proc/self/fd 2>/dev/null | tr '\\n' ' '; cat"]
     ) as group:  # stdin is at its end, so cat returns
         listed = " ".join(group.lines()).split()
-        assert group.wait(5) == 0
+        assert group.wait(60) == 0
     if listed:
         assert set(listed) <= {"0", "1", "2", "3"}  # 3: ls's own handle of the folder
 
@@ -94,12 +92,12 @@ def test_the_command_cannot_hold_its_own_guard_open():
 def test_a_missing_command_is_status_127():
     with Group(["no-such-command-anywhere"]) as group:
         list(group.lines())
-        assert group.wait(5) == 127
+        assert group.wait(60) == 127
 
 
 def test_files_take_the_output(tmp_path):
     with open(tmp_path / "log", "wb") as log, Group(["sh", "-c", "echo kept"], output=log) as group:
-        group.wait(5)
+        group.wait(60)
     assert (tmp_path / "log").read_text() == "kept\n"
     with pytest.raises(AssertionError):
         next(group.lines())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import browser, file_url, watch  # noqa: F401
 from report_demo import KINDS
-from report_page import count, open_page, page_file, report, shown_rows, slide, wrong_at  # noqa: F401
+from report_page import count, open_page, page_file, report, settled, shown_rows, slide, wrong_at  # noqa: F401
 
 from panda_ad.report.build import build_report, write_report
 from panda_ad.report.content import Neighbor
@@ -41,7 +41,7 @@ def test_page_opens_offline_in_both_schemes(open_page, page_file, scheme):
 def test_pictures_carry_heat_map_outline_and_neighbors(open_page, page_file, report):
     page = open_page(page_file)
     page.select_option("#filter-kind", "hole")
-    page.wait_for_timeout(200)
+    settled(page)
     card = page.locator(".card").first
     opaque = card.locator("canvas.heat").evaluate(
         "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.filter((v, i) => i % 4 === 3 && v > 0).length"
@@ -82,7 +82,7 @@ def test_slider_counts_agree_with_numpy_at_every_position(open_page, page_file, 
             if alarms == 0
             else float(precision) == pytest.approx((bad > limit).sum() / alarms, abs=6e-4)
         )
-    page.wait_for_timeout(200)
+    settled(page)
     assert (
         page.text_content("#summary")
         == f"0 false alarms of {len(good)} good, {len(bad)} misses of {len(bad)} defective"
@@ -168,7 +168,7 @@ def test_keyboard_alone_is_enough(open_page, page_file, report):
     page.keyboard.press("ArrowLeft")
     assert int(page.input_value("#slider")) == before - 1
     assert "of 24 good, " in page.get_attribute("#slider", "aria-valuetext")
-    page.wait_for_timeout(200)
+    settled(page)
 
     rows = shown_rows(page)
     page.locator(".open").first.focus()

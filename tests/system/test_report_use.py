@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from browser import browser, file_url  # noqa: F401
-from report_page import count, open_page, page_file, report, shown_rows, slide, wrong_at  # noqa: F401
+from report_page import count, open_page, page_file, report, settled, shown_rows, slide, wrong_at  # noqa: F401
 
 from panda_ad.scoring.calibration import threshold
 
@@ -105,7 +105,7 @@ def test_paper_looks_the_same_whatever_the_window(browser, page_file):
         page = context.new_page()
         page.goto(file_url(page_file))
         page.wait_for_selector("html.ready")
-        page.wait_for_timeout(300)
+        settled(page)
         pdf = page.pdf(format="A4")
         streams = re.findall(rb"FlateDecode[^>]*>>\s*stream\r?\n(.*?)\r?\nendstream", pdf, re.S)
         contents = [zlib.decompress(s) for s in streams if s[:1] == b"x"]

@@ -166,7 +166,7 @@ print(json.dumps({{
 """
     env = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "PYTHONPATH": ""}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
@@ -190,7 +190,7 @@ def serving(project, tmp_path, command):
     address, log = f"http://127.0.0.1:{port}", tmp_path / "serve.log"
     arguments = [sys.executable, "-m", *command, str(port)]
     with open(log, "wb") as output, Group(arguments, env=env, cwd=tmp_path, output=output) as server:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"{address}/ping", timeout=5).close()
@@ -293,5 +293,5 @@ def answer(address, body):
     request = urllib.request.Request(
         f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         return json.loads(response.read())["predictions"]

@@ -186,7 +186,7 @@ def test_a_killed_run_leaves_the_checkout_clean_at_once(project):
     left = list((project / COPIES).iterdir())
     assert len(left) == 1
     while any((p.info["cwd"] or "").startswith(str(left[0])) for p in psutil.process_iter(["cwd"])):
-        assert time.monotonic() < killed + 2, "the stages end within two seconds"
+        assert time.monotonic() < killed + 60, "the stages end at once, not after the day that they sleep"
         time.sleep(0.02)
     with repository_lock("the next"), changed_copy(["adapt.epochs=8"]):
         assert not left[0].exists(), "the next such run removes the copy"

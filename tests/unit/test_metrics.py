@@ -117,9 +117,9 @@ def test_bootstrap_is_seeded_and_fast():
     rng = np.random.default_rng(2)
     labels = np.r_[np.zeros(11_000), np.ones(1_000)]
     scores = rng.normal(labels, 1)
-    start = time.perf_counter()
+    start = time.process_time()
     first = metrics.bootstrap_interval(metrics.auroc, labels, scores, n=1000, seed=7)
-    assert time.perf_counter() - start < 10  # 1 s alone; the machine may be busy
+    assert time.process_time() - start < 10  # 1 s; processor time, since the machine may be busy
     assert first[0] < metrics.auroc(labels, scores) < first[1]
     few = labels[::40], scores[::40]
     assert metrics.bootstrap_interval(metrics.auroc, *few, n=50, seed=7) == metrics.bootstrap_interval(
