@@ -211,6 +211,8 @@ def _target(params: Params, request: Request) -> _Target:
         raise UserError(
             f"data.layout: {layout} is a published set, which nothing is added to; ingest is for mvtec and folders"
         )
+    if layout not in ("mvtec", "folders"):
+        raise UserError(f"data.layout: ingest is for mvtec and folders, and does not know where {layout} keeps images")
     if category not in params.categories:
         raise UserError(
             f"--category: {category!r} is not one of categories in params.yaml "

@@ -17,7 +17,7 @@ Names are compared as people read them, whatever their Unicode form.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def list_entries(params: Params, root: Path) -> Listing:
         )
     refuse_links(root)
     listing = Listing()
-    layout = _mvtec if params.data.layout == "mvtec" else _folders
+    layout = LAYOUTS.get(params.data.layout, _folders)  # torchvision's sets are unpacked as class folders
     for category in params.categories:
         passed: list[Path] = []
         listing.entries.extend(layout(params, root, category, passed, listing.warnings))
@@ -272,6 +272,16 @@ def _folders(params: Params, root: Path, category: str, passed: list[Path], warn
                 yield _Folder(root, root / split, category, split, 0, "good").entry(path, problem=problem)
             else:
                 passed.append(path)
+
+
+LAYOUTS: dict[str, Callable[[Params, Path, str, list[Path], list[str]], Iterator[Entry]]] = {
+    "mvtec": _mvtec,
+    "folders": _folders,
+}
+"""What lists a category's entries, by `data.layout`.
+
+(parameters, root, category, files passed over, warnings) -> entries; the last two are lists to append to.
+"""
 
 
 def _relative(root: Path, path: Path) -> str:
