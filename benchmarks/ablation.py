@@ -280,7 +280,7 @@ def main() -> None:
             table.append(rows(category))
     for title, columns in zip(("heat maps", "image score"), tables, strict=True):
         print(f"| {title} | " + " | ".join(folder.name for folder in options.folders) + " |")
-        print("|---" * (len(columns) + 1) + "|")
+        print("| --- " * (len(columns) + 1) + "|")
         for name in columns[0]:
             print(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
         print(flush=True)
