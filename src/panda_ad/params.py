@@ -300,6 +300,17 @@ def _unusable(category: str) -> str:
     return ""
 
 
+class _Reader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which PyYAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Return a mapping of keys that differ."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Read and check a parameter file.
 
@@ -310,7 +321,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Reader)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); run from the folder that holds params.yaml") from None
     except (

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, and for whom."""
 
+import errno
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from panda_ad.errors import UserError
+from panda_ad.system import stage
 from panda_ad.system.files import atomic_folder
 
 
@@ -83,3 +87,14 @@ def test_a_folder_whose_writer_fails_stays_as_it_was(tmp_path):
         fail()
     assert [f.name for f in tmp_path.iterdir()] == ["bundle"]
     assert [f.name for f in (tmp_path / "bundle").iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_stage_without_permission_is_one_line(tmp_path, monkeypatch, capsys, number):
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "data/nut/train/good/000.png")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["extract"])
+    assert stage._run("extract", main) == UserError.exit_code
+    assert capsys.readouterr().err == f"panda-ad: extract: data/nut/train/good/000.png: {os.strerror(number)}\n"

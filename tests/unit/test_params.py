@@ -102,6 +102,15 @@ def test_missing_keys_repeats_and_other_shapes(raw):
         parse_params(raw)
 
 
+@pytest.mark.parametrize(("key", "line"), [("seed", "seed: 1\n"), ("data", "data: {root: elsewhere}\n")])
+def test_a_key_that_stands_twice_is_refused(tmp_path, repo_root, key, line):
+    """PyYAML would take the last one in silence."""
+    path = tmp_path / "params.yaml"
+    path.write_text((repo_root / "params.yaml").read_text(encoding="utf-8") + line, encoding="utf-8")
+    with pytest.raises(UserError, match=f"the key '{key}' stands twice"):
+        load_params(path)
+
+
 def test_a_number_out_of_range_is_not_told_to_be_a_list(raw):
     raw["backbone"]["input_size"] = 3
     with pytest.raises(

@@ -73,7 +73,7 @@ def application(model: PyFuncModel) -> Starlette:
     waiting = 0
 
     def refuse(status: int, text: str) -> Response:
-        body = json.dumps({"error_code": status, "message": text[:_SHOWN]})
+        body = json.dumps({"error_code": status, "message": " ".join(text.split())[:_SHOWN]})
         return Response(body, status, {"Retry-After": "5"} if status == 429 else None, "application/json")
 
     async def ping(_: Request) -> Response:

@@ -59,6 +59,9 @@ def _run(name: str, main: Callable[..., None]) -> int:
             where = getattr(e, "filename", None) or BUILD
             print(f"panda-ad: {label}: no space left on the disk ({where}); free some and run again", file=sys.stderr)
             return UserError.exit_code
+        if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            print(f"panda-ad: {label}: {e.filename}: {e.strerror}", file=sys.stderr)
+            return UserError.exit_code
         traceback.print_exc()
         return 1
     return 0
