@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 
-from panda_ad.data.images import read_image, read_mask
+from panda_ad.data.images import read_image
 from panda_ad.data.listing import image_files
+from panda_ad.data.masks import read_mask
 from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.evaluation.masks import reduce_mask
 from panda_ad.evaluation.pixel_metrics import au_pro

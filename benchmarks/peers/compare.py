@@ -30,8 +30,9 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "src")]  # this environment h
 import anomalib_patchcore  # noqa: E402
 from own_detector import fit as fit_ours  # noqa: E402
 
-from panda_ad.data.images import read_image, read_mask  # noqa: E402
+from panda_ad.data.images import read_image  # noqa: E402
 from panda_ad.data.listing import image_files  # noqa: E402
+from panda_ad.data.masks import read_mask  # noqa: E402
 from panda_ad.evaluation.image_metrics import auroc, paired_bootstrap, percentiles  # noqa: E402
 from panda_ad.evaluation.masks import reduce_mask  # noqa: E402
 from panda_ad.evaluation.pixel_metrics import au_pro, pixel_auroc  # noqa: E402

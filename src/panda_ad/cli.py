@@ -144,7 +144,7 @@ def ingest(
     Records its new version with DVC; what cannot be used goes to quarantine/, with the reason.
     """
     from panda_ad.commands.ingest import ingest, ingest_decided
-    from panda_ad.data.add_images import Request
+    from panda_ad.data.add_request import Request
 
     if decided and (paths or label != "good" or kind or split or masks or session):
         raise UserError("--decided: the decisions say what is what; give it with --category alone")

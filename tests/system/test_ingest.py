@@ -20,7 +20,8 @@ from prefect_project import call, lock_held
 
 from panda_ad.commands.ingest import _summary, ingest
 from panda_ad.data import manifest, records
-from panda_ad.data.add_images import Request, add_images
+from panda_ad.data.add_images import add_images
+from panda_ad.data.add_request import Request
 from panda_ad.errors import Busy, UserError
 
 
@@ -249,7 +250,7 @@ def test_the_first_images_of_a_category(project, drop, make_params):
 def test_a_kill_leaves_whole_files_and_running_again_completes(project, tmp_path, make_params):
     for i in range(60):
         save(noise(88_000 + i, (200, 200)), tmp_path / "big" / f"{i:02d}.png")
-    code = "from pathlib import Path; from panda_ad.commands.ingest import ingest; from panda_ad.data.add_images import Request; ingest(Request('nut', (Path('../big'),)))"
+    code = "from pathlib import Path; from panda_ad.commands.ingest import ingest; from panda_ad.data.add_request import Request; ingest(Request('nut', (Path('../big'),)))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=project, env={**os.environ, "OMP_NUM_THREADS": "1"})
     train = project / "data/nut/train/good"
     deadline = time.monotonic() + 300

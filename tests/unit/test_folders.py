@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from panda_ad.data import listing
-from panda_ad.data.images import read_mask
 from panda_ad.data.listing import describe, find_images, image_files, settled, visible
 from panda_ad.data.manifest import collect
+from panda_ad.data.masks import read_mask
 from panda_ad.data.validation import validate
 from panda_ad.errors import UserError
 from panda_ad.stages import validate as stage
@@ -70,7 +70,7 @@ def test_data_that_is_a_link_is_refused_and_the_share_keeps_its_files(make_param
 @pytest.mark.parametrize("command", ["run", "ingest"])
 def test_commands_refuse_links_before_they_call_dvc(command, monkeypatch):
     from panda_ad.commands import ingest, run
-    from panda_ad.data.add_images import Request
+    from panda_ad.data.add_request import Request
 
     raw = yaml.safe_load((REPO / "params.yaml").read_text(encoding="utf-8")) | {"categories": ["nut"]}
     Path("params.yaml").write_text(yaml.safe_dump(raw))

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from panda_ad.data.damage import doubt
-from panda_ad.data.images import Decoding, decode, mask_levels
+from panda_ad.data.images import Decoding, decode
 from panda_ad.data.layouts import list_entries
 from panda_ad.data.manifest import COLUMNS, data_hash, load_manifest
+from panda_ad.data.masks import mask_levels
 from panda_ad.errors import UserError
 from panda_ad.params import Params, load_params, parse_params
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from panda_ad.data import images
-from panda_ad.data.images import batches, decode, decode_mask, picture, pixel_count, read_image, read_mask
+from panda_ad.data.images import batches, decode, picture, pixel_count, read_image
+from panda_ad.data.masks import decode_mask, read_mask
 from panda_ad.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -13,8 +13,9 @@ from PIL import Image
 
 from panda_ad.data import images
 from panda_ad.data.damage import doubt
-from panda_ad.data.images import Decoding, decode, decode_mask, picture, read_image, read_mask
+from panda_ad.data.images import Decoding, decode, picture, read_image
 from panda_ad.data.manifest import collect
+from panda_ad.data.masks import decode_mask, read_mask
 from panda_ad.data.validation import validate
 from panda_ad.errors import UserError
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from panda_ad.data.add_images import Request, add_images
+from panda_ad.data.add_images import add_images
+from panda_ad.data.add_request import Request
 from panda_ad.data.manifest import collect, load_manifest, write_manifest
 from panda_ad.data.sessions import _apart, taken_at
 from panda_ad.data.validation import validate

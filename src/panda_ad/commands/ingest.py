@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from panda_ad.commands.run import dvc_meanwhile, fetch_images
-from panda_ad.data.add_images import Additions, Request, add_images
+from panda_ad.data.add_images import Additions, add_images
+from panda_ad.data.add_request import Request
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import UserError
 from panda_ad.params import load_params

@@ -20,14 +20,13 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from panda_ad.data.mask_files import mask_parts
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
@@ -35,28 +34,11 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
 BATCH, BATCH_PIXELS = 32, 64_000_000
 """Most images, and most pixels of several together, that `batches` puts into one batch."""
-MODES = (
-    "1",
-    "L",
-    "LA",
-    "La",
-    "P",
-    "PA",
-    "RGB",
-    "RGBA",
-    "RGBa",
-    "RGBX",
-    "CMYK",
-    "YCbCr",
-    "I;16",
-    "I;16L",
-    "I;16B",
-    "I;16N",
-    "I",
-)
+MODES: tuple[str, ...] = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+MODES += ("I;16", "I;16L", "I;16B", "I;16N", "I")
 """Pillow's modes that can be decoded ("I" only from PGM, where it means 16 bits)."""
 T = TypeVar("T")
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+WHITE = (255, 255, 255)
 
 # Ours is the check that counts (below, before any pixel is decoded); Pillow's own stays armed behind it.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -266,7 +248,7 @@ def read_image(path: Path | str, sha256: str | None = None, decoding: Decoding =
     Raises UserError as `decode` does, and where the file is not the one of `sha256` (hex).
     """
     data = read_bytes(path, decoding=decoding)
-    _require([data], sha256, path)
+    require_digest([data], sha256, path)
     return decode(data, str(path), decoding)
 
 
@@ -276,7 +258,8 @@ def digest(parts: Sequence[bytes]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _require(parts: Sequence[bytes], sha256: str | None, path: Path | str) -> None:
+def require_digest(parts: Sequence[bytes], sha256: str | None, path: Path | str) -> None:
+    """UserError unless `digest` of what was read is `sha256` (None: any)."""
     if sha256 is not None and digest(parts) != sha256:
         raise UserError(f"{path}: has changed since `validate` read it; run `dvc repro` again")
 
@@ -308,40 +291,3 @@ def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]
         total += size
     if batch:
         yield batch
-
-
-def mask_levels(parts: Sequence[bytes], name: str, decoding: Decoding = DEFAULT) -> np.ndarray:
-    """Decode a mask, of one file or several to join, before it is binarized: uint8 (H, W), the largest channel.
-
-    A mask of 16 bits is scaled from its full range, whatever the images' range is.
-
-    Raises UserError as `decode` does, and where there is no file, or they differ in size.
-    """
-    full = replace(decoding, gray_range=DEFAULT.gray_range)
-    levels = [picture(data, name, BLACK, full).rgb.max(axis=2) for data in parts]
-    if len({part.shape for part in levels}) != 1:
-        raise UserError(f"{name}: {'masks of different sizes' if levels else 'holds no masks'}")
-    return np.maximum.reduce(levels)
-
-
-def decode_mask(data: bytes, name: str) -> np.ndarray:
-    """Decode a mask: bool (H, W), true where the largest channel reaches half of its range.
-
-    Raises UserError as `decode` does.
-    """
-    return mask_levels([data], name) >= 128
-
-
-def mask_bytes(path: Path, name: str | None = None, decoding: Decoding = DEFAULT) -> list[bytes]:
-    """Read the files of a mask (see `mask_parts`). Raises UserError."""
-    return [read_bytes(part, name if part == path else None, decoding) for part in mask_parts(path)]
-
-
-def read_mask(path: Path | str, sha256: str | None = None, decoding: Decoding = DEFAULT) -> np.ndarray:
-    """Read a mask, a file or a folder of files: bool (H, W), true where marked.
-
-    Raises UserError as `read_image` does.
-    """
-    parts = mask_bytes(Path(path), decoding=decoding)
-    _require(parts, sha256, path)
-    return mask_levels(parts, str(path), decoding) >= 128

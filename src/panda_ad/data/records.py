@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from panda_ad.data import images
+from panda_ad.data import images, masks
 from panda_ad.data.damage import __file__ as damage_code
 from panda_ad.data.damage import doubt
 from panda_ad.data.images import Decoding
@@ -83,7 +83,7 @@ def _thumb(rgb: np.ndarray) -> str:
 def inspect_mask(root: Path, path: str, decoding: Decoding = images.DEFAULT) -> Record:
     """Read and decode one mask; a failure is a `problem`, not an exception."""
     try:
-        parts = images.mask_bytes(root / path, path, decoding)
+        parts = masks.mask_bytes(root / path, path, decoding)
     except UserError as e:
         return {"problem": f"its mask {e}"}
     return mask_record(parts, path, decoding)
@@ -93,7 +93,7 @@ def mask_record(parts: Sequence[bytes], path: str, decoding: Decoding = images.D
     """Return what a mask's file, or its files to join, hold."""
     record: Record = {"problem": "", "sha256": images.digest(parts) if parts else ""}
     try:
-        levels = images.mask_levels(parts, path, decoding)
+        levels = masks.mask_levels(parts, path, decoding)
     except UserError as e:
         return {**record, "problem": f"its mask {e}"}
     height, width = levels.shape

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from torch.nn.functional import adaptive_max_pool2d
 
-from panda_ad.data.images import Decoding, read_mask
+from panda_ad.data.images import Decoding
 from panda_ad.data.layouts import image_root
+from panda_ad.data.masks import read_mask
 from panda_ad.params import Params
 from panda_ad.scoring.verdict import resize_map
 

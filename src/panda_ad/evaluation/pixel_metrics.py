@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pixel metrics over a test set: AUROC, AU-PRO and best F1, exact over all thresholds, and their intervals.
 
-Masks are bool: a pixel is defective where its mask's value is at least half (`data.images.read_mask` binarizes).
+Masks are bool: a pixel is defective where its mask's value is at least half (`data.masks.read_mask` binarizes).
 
 For each metric it is enough to know, per defective pixel, how many normal pixels score above it and how many score the
 same. So only the defective pixels are held, and the normal ones pass by in sorted blocks of 16 million.

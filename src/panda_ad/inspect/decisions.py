@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from panda_ad.data.add_images import refuse_kind
+from panda_ad.data.add_request import refuse_kind
 from panda_ad.errors import Unavailable, UserError
 
 Label = Literal["good", "defect", "unsure", "undecided"]

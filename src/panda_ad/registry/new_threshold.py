@@ -21,7 +21,7 @@ import yaml
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import binomial_interval
 from panda_ad.params import Params, load_params, plain_name
-from panda_ad.registry import audit, promote, runs
+from panda_ad.registry import audit, moves, promote, runs
 from panda_ad.registry.connection import connect, mlflow_errors
 from panda_ad.registry.evidence import artifact, score_table
 from panda_ad.registry.names import model_name
@@ -66,7 +66,7 @@ def set_threshold(category: str, rate: float) -> promote.Decision:
         raise UserError(f"{category}: a category of params.yaml and a rate between 0 and 1 are expected, found {rate}")
     with repository_lock(f"set threshold of {category}"), mlflow_errors():
         client = connect()
-        model = promote.settled(client, model_name(params.dataset, category), _ALIAS)
+        model = moves.settled(client, model_name(params.dataset, category), _ALIAS)
         current = audit.held(model, _ALIAS)
         if current is None:
             raise UserError(f"{model.name}: no version @{_ALIAS}; `panda-ad promote` puts one there")
@@ -81,7 +81,7 @@ def set_threshold(category: str, rate: float) -> promote.Decision:
         if decision.outcome == "promoted":  # @challenger too: the next promotion would put the former one back
             client.set_registered_model_alias(model.name, promote.SOURCE[_ALIAS], version.version)
             why = f"false-alarm rate {before:.4g} to {rate:.4g}; {decision.reason}"
-            promote.move(client, model, "promote", _ALIAS, str(version.version), why)
+            moves.move_alias(client, model, "promote", _ALIAS, str(version.version), why)
     write_json(BUILD / "decisions" / f"{category}.json", promote.as_json(decision))
     return decision
 

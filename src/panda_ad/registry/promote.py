@@ -29,9 +29,10 @@ from panda_ad.registry.connection import connect, mlflow_errors
 from panda_ad.registry.evidence import gather
 from panda_ad.registry.facts import Rule
 from panda_ad.registry.gate import evaluate_rules, refusal
+from panda_ad.registry.moves import move_alias, settled, version_before
 from panda_ad.registry.names import model_name
 from panda_ad.registry.standing import standing
-from panda_ad.registry.versions import existing, find_version, registered
+from panda_ad.registry.versions import find_version, registered
 from panda_ad.system.files import write_json
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.paths import BUILD
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 SOURCE = {"staging": "challenger", "champion": "staging"}
 DERIVED = "panda.threshold_of"
 """Tag of a version that is another one with another threshold: the hash of the bundle that training made."""
-_STORED_PREVIOUS = {"staging": "previous", "champion": "previous-champion"}
-"""Aliases that earlier versions of this package kept; they are computed now, and one that stayed would be wrong."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _promote(client: MlflowClient, params: Params, category: str, to: str) -> De
         decision = replace(decision, reason=f"{decision.reason} ({by_hand})")
     record(client, decision, candidate)
     if decision.outcome == "promoted":
-        move(client, model, "promote", to, version, decision.reason)
+        move_alias(client, model, "promote", to, version, decision.reason)
     return decision
 
 
@@ -150,7 +149,7 @@ def _confirm(client: MlflowClient, params: Params, category: str, to: str) -> De
     current = audit.held(model, to)
     if current is None:
         raise UserError(f"{name}: no version @{to}; `panda-ad promote` puts one there")
-    before = _version_before(client, model, to)
+    before = version_before(client, model, to)
     candidate = client.get_model_version(name, current)
     decision = by_rules(client, params, model, candidate, Decision(category, name, to, current, before, "refused", ""))
     record(client, decision, candidate)
@@ -227,28 +226,6 @@ def record(client: MlflowClient, decision: Decision, candidate: ModelVersion) ->
         client.set_model_version_tag(candidate.name, candidate.version, key, value)
 
 
-def move(client: MlflowClient, model: RegisteredModel, action: str, alias: str, version: str, why: str) -> None:
-    """Record the move, make it, and mark it as made."""
-    move = audit.record(client, model, action, alias, (audit.held(model, alias), version), why)
-    if _STORED_PREVIOUS[alias] in model.aliases:
-        client.delete_registered_model_alias(model.name, _STORED_PREVIOUS[alias])
-    client.set_registered_model_alias(model.name, alias, version)
-    audit.mark_done(client, model.name, move)
-
-
-def settled(client: MlflowClient, name: str, alias: str) -> RegisteredModel:
-    """Return the registered model, after marking a move that was made just before a crash."""
-    model = registered(client, name)
-    if move := audit.unfinished(model, alias):
-        audit.mark_done(client, name, move)
-    return registered(client, name) if move else model
-
-
-def _version_before(client: MlflowClient, model: RegisteredModel, alias: str) -> str | None:
-    """Return the nearest version that rolling back leads to and that was not deleted; None if there is none."""
-    return next((v for v in audit.versions_before(model, alias) if existing(client, model.name, v)), None)
-
-
 def rollback(category: str, to_version: int | str | None = None) -> Decision:
     """Put @staging back to the version it held before, or to a given one, past the gate: a person decides.
 
@@ -271,7 +248,7 @@ def rollback(category: str, to_version: int | str | None = None) -> Decision:
         if cut is not None and cut["action"] == "rollback" and str(to_version or current) == current:
             why = f"from version {cut['from']}, finished now: the move was made, its record was not marked"
             return Decision(category, name, alias, cut["to"], cut["from"], "rolled back", why)
-        target = _version_before(client, model, alias) if to_version is None else str(to_version)
+        target = version_before(client, model, alias) if to_version is None else str(to_version)
         if target is None:
             raise UserError(
                 f"{name}: @{alias} has held no version before version {current}; name one with --to-version"
@@ -282,7 +259,7 @@ def rollback(category: str, to_version: int | str | None = None) -> Decision:
         why = "asked for the version before" if to_version is None else audit.named(target)
         if version.tags.get(f"gate.{alias}", "").startswith("refused"):
             why += ", which the gate had refused"
-        move(client, model, "rollback", alias, target, why)
+        move_alias(client, model, "rollback", alias, target, why)
     return Decision(category, name, alias, target, current, "rolled back", f"from version {current}, {why}")
 
 
