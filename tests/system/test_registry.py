@@ -110,7 +110,12 @@ def test_the_model_holds_no_pickle_and_its_own_code(project):
     assert {"MLmodel", "model.py", "code/panda_ad/scoring/detector.py", "input_example.json"} <= names
     assert not any(n.endswith((".pkl", ".pickle", ".pyc")) or "/weights/" in n for n in names)
     requirements = (model / "requirements.txt").read_text()
-    assert "torch==" in requirements and "+" not in requirements and "://" not in requirements
+    assert (
+        "onnxruntime==" in requirements
+        and "torch" not in requirements
+        and "+" not in requirements
+        and "://" not in requirements
+    )
 
 
 def test_publishing_again_adds_nothing(project):
