@@ -12,7 +12,7 @@ import numpy as np
 
 from panda_ad.monitor.alarms import State, Status
 from panda_ad.monitor.drift import Drift, Sample, find_drift
-from panda_ad.monitor.log import Window, read_window
+from panda_ad.monitor.log import read_window
 from panda_ad.monitor.sequence import Evidence, limit_of
 from panda_ad.monitor.stream import Stream
 from panda_ad.monitor.watch import (
@@ -26,6 +26,7 @@ from panda_ad.monitor.watch import (
     reference_images,
     watch,
 )
+from panda_ad.monitor.window import Window
 from panda_ad.params import Params
 from panda_ad.registry.load import Model
 

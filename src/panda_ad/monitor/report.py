@@ -11,7 +11,7 @@ from panda_ad.features.image_statistics import STATISTICS
 from panda_ad.monitor.alarms import PROMISE
 from panda_ad.monitor.drift import Sample
 from panda_ad.monitor.judge import Judgement
-from panda_ad.monitor.log import Window
+from panda_ad.monitor.window import Window
 from panda_ad.report.page import render
 from panda_ad.system.files import write_text
 

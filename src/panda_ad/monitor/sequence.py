@@ -49,7 +49,8 @@ def limit_of(significance: float, window: int, tests: int) -> float:
 
     While nothing changes, the evidence less the count of numbers is a martingale. So by Doob's and Ville's inequality
     the chance that the evidence ever reaches c among the first n numbers is at most n / c. With `tests` streams of the
-    same images and this limit, the chance of any false alarm among n images is at most significance * n / window.
+    same images and this limit, the chance of any false alarm among n images, n rounded up to a multiple of `STEP`, is
+    at most significance * n / window.
 
     Parameters
     ----------
