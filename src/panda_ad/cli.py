@@ -74,7 +74,7 @@ def score(
     The box needs --heatmaps.
     """
     from panda_ad.commands.score import score_paths
-    from panda_ad.monitor.log import LOG
+    from panda_ad.system.paths import LOG
 
     score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -16,13 +17,14 @@ import numpy as np
 from panda_ad.commands.overlay import save_overlay
 from panda_ad.data.damage import doubt
 from panda_ad.data.data_warnings import narrow_range
-from panda_ad.data.images import Decoding, Picture, batches, picture, pixel_count, read_bytes
+from panda_ad.data.images import Decoding, batches, picture, pixel_count, read_bytes
 from panda_ad.data.listing import describe, find_images, no_images, printable, settled
 from panda_ad.data.quarantine import plain_stem
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
 from panda_ad.scoring.detector import Detector
 from panda_ad.scoring.verdict import Verdict
+from panda_ad.system.cores import cores, side_by_side
 from panda_ad.system.files import atomic_file
 
 if TYPE_CHECKING:
@@ -75,24 +77,22 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
     decoding = Decoding.of(detector.config)
     with tqdm(total=len(files), desc="score", unit="img", disable=None) as bar:
         for batch in batches(files, pixel_count):
-            images: dict[Path, Picture] = {}
-            problems: dict[Path, str] = {}
-            doubts: dict[Path, str] = {}
-            for file in batch:
-                name = printable(str(file))
-                try:
-                    data = read_bytes(file, name, decoding)
-                    images[file] = picture(data, name, decoding=decoding)
-                    doubts[file] = doubt(data, images[file].rgb)
-                except UserError as e:
-                    problems[file] = str(e)
-            found = dict(zip(images, detector.score([p.rgb for p in images.values()], heatmaps), strict=True))
-            for file in batch:
-                if file in found:
-                    yield Judged(file, images[file].rgb, found[file], "", doubts[file], images[file].values)
-                else:
-                    yield Judged(file, None, None, problems[file], "")
-            bar.update(len(images) + len(problems))
+            opened = side_by_side(lambda file: _read(file, decoding), batch)
+            found = iter(detector.score([judged.pixels for judged in opened if judged.pixels is not None], heatmaps))
+            for judged in opened:
+                yield judged if judged.pixels is None else judged._replace(verdict=next(found))
+            bar.update(len(batch))
+
+
+def _read(file: Path, decoding: Decoding) -> Judged:
+    """Decode a file, or say why it cannot be; its verdict is still to come."""
+    name = printable(str(file))
+    try:
+        data = read_bytes(file, name, decoding)
+        read = picture(data, name, decoding=decoding)
+        return Judged(file, read.rgb, None, "", doubt(data, read.rgb), read.values)
+    except UserError as e:
+        return Judged(file, None, None, str(e), "")
 
 
 def score_paths(
@@ -204,7 +204,7 @@ def _write_rows(
     rows = csv.writer(target, lineterminator="\n")
     rows.writerow(COLUMNS)
     gray: list[int] = []
-    for n, judged in enumerate(verdicts(detector, files, heatmaps is not None)):
+    for judged, unwritten in _with_overlays(detector, files, heatmaps):
         file, pixels, verdict, problem, doubtful, values = judged
         gray += values or ()
         name = printable(str(file))
@@ -223,12 +223,29 @@ def _write_rows(
             warnings.append(f"{name}: called {decision}, but may be damaged: {doubtful}")
         if recorder is not None:
             recorder.add(file, pixels, verdict)
-        if heatmaps is not None and verdict.heatmap is not None:
-            stem = file.stem if len(file.stem.encode()) <= 200 else plain_stem(file)
-            try:
-                save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict, detector)
-            except (OSError, ValueError, MemoryError) as e:  # the disk, or more pixels than a JPEG holds
-                warnings.append(f"{name}: scored, but its overlay was not written ({' '.join(str(e).split())[:120]})")
+        if unwritten:
+            warnings.append(f"{name}: scored, but its overlay was not written ({unwritten})")
     if gray and (narrow := narrow_range(min(gray), max(gray), Decoding.of(detector.config).gray_range)):
         warnings.append(f"{narrow}, and make the model anew with it")
     return Scored(0, alarms, 0, problems, warnings)
+
+
+def _with_overlays(detector: Detector, files: list[Path], heatmaps: Path | None) -> Iterator[tuple[Judged, str]]:
+    """Judge files, in order, and write their overlays side by side; yield why one was not written, '' otherwise."""
+
+    def overlay(numbered: tuple[int, Judged]) -> str:
+        n, judged = numbered
+        file, pixels, verdict = judged.file, judged.pixels, judged.verdict
+        if heatmaps is None or pixels is None or verdict is None or verdict.heatmap is None:
+            return ""
+        stem = file.stem if len(file.stem.encode()) <= 200 else plain_stem(file)
+        decision = "defect" if verdict.anomalous else "good"
+        try:
+            save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict, detector)
+        except (OSError, ValueError, MemoryError) as e:  # the disk, or more pixels than a JPEG holds
+            return " ".join(str(e).split())[:120] or type(e).__name__
+        return ""
+
+    judged = enumerate(verdicts(detector, files, heatmaps is not None))
+    while part := list(islice(judged, 2 * cores())):
+        yield from zip((found for _, found in part), side_by_side(overlay, part), strict=True)

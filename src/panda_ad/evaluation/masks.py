@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from torch.nn.functional import adaptive_max_pool2d
 
 from panda_ad.data.images import Decoding
 from panda_ad.data.layouts import image_root
@@ -57,7 +55,14 @@ def load_masks(rows: pd.DataFrame, params: Params) -> Masks | None:
 
 def reduce_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Reduce a mask, bool (H, W), to bool `size`, not larger: true where any of the pixels behind is."""
-    return adaptive_max_pool2d(torch.from_numpy(mask.astype(np.float32))[None], size)[0].numpy() > 0
+
+    def rows(marked: np.ndarray, count: int) -> np.ndarray:
+        """Reduce (H, W) to (count, W): row i stands for those from floor(i H / count) to ceil((i + 1) H / count)."""
+        sums = np.concatenate([np.zeros((1, marked.shape[1]), np.int64), marked.cumsum(axis=0)])
+        edges = np.arange(count + 1) * len(marked)
+        return sums[-(-edges[1:] // count)] > sums[edges[:-1] // count]
+
+    return rows(rows(mask, size[0]).T, size[1]).T
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from panda_ad.features.image_statistics import NAMES, as_float16, statistics_mat
 from panda_ad.monitor.drift import Sample
 from panda_ad.monitor.window import Window
 from panda_ad.system.files import atomic_file
+from panda_ad.system.paths import LOG
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LOG = Path("monitoring/log")
 VERDICT = ("time", "path", "sha256", "model", "version", "score", "p_value", "decision", "threshold")
 _NUMBERS = ("score", "p_value", "threshold")
 

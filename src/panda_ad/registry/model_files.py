@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SERVING = (
     "faiss-cpu", "mlflow", "numpy", "onnxruntime", "pandas", "pillow", "pydantic", "pyyaml", "safetensors",
-    "scikit-learn", "scipy", "tqdm",
+    "scipy", "tqdm",
 )  # fmt: skip
 """Distributions that a served model needs; pinned as installed where it was made."""
 

@@ -8,3 +8,4 @@ MANIFEST = BUILD / "validation" / "manifest.csv"
 FEATURES = BUILD / "features"
 NETWORK = BUILD / "network"
 CACHE = Path(".cache")
+LOG = Path("monitoring/log")
