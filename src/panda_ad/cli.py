@@ -194,7 +194,7 @@ def promote(
 
 @app.command()
 def audit(category: Categories = None) -> None:
-    """Hold the promised false-alarm rate against the one that good parts have met.
+    """Compare false alarms with the promised rate.
 
     For each version in use, on parts that were confirmed good since it scored them; over time, by session.
     Writes plot and table into monitoring/audit.
@@ -273,7 +273,7 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
     inspect_port: Annotated[int, typer.Option(help="Port of the inspector's page on 127.0.0.1.")] = 5002,
 ) -> None:
-    """Start the MLflow and Prefect servers and the inspector's page, until Ctrl-C.
+    """Start MLflow, Prefect and the inspector's page, until Ctrl-C.
 
     On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them.
     """

@@ -32,6 +32,7 @@ from panda_ad.monitor.log import LOG, NothingLogged, read_window
 from panda_ad.params import load_params
 from panda_ad.registry.connection import connect
 from panda_ad.scoring.bundle import load_bundle, save_bundle
+from panda_ad.scoring.checksums import write_checksums
 from panda_ad.system.files import digest_file
 
 NAME = "panda-sample-fabric"
@@ -311,8 +312,8 @@ def test_what_cannot_be_checked_is_one_line(project, tmp_path):
 def test_a_bundle_from_before_monitoring_scores_but_has_nothing_to_compare_with(project, tmp_path):
     old, same = tmp_path / "old", tmp_path / "same"
     shutil.copytree("build/bundle/fabric", old)
-    for name in ("reference.safetensors", "checksums.sha256"):  # neither was there yet
-        (old / name).unlink()
+    (old / "reference.safetensors").unlink()
+    write_checksums(old)
     detector = load_bundle(old)
     assert detector.reference is None and len(detector.score([np.zeros((8, 8, 3), np.uint8)])) == 1
     with pytest.raises(UserError, match="category fabric: this version keeps no calibration images"):

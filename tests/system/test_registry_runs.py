@@ -80,7 +80,7 @@ def test_a_version_can_be_checked_for_years(project, monkeypatch):
 
 
 def test_a_category_that_fails_in_a_way_of_its_own_leaves_the_others_checked(project, monkeypatch):
-    def check_category(category, alias, params):
+    def check_category(category, alias, params, good):
         if category == "fabric":
             raise ZeroDivisionError("float division\nby zero")
         return category
@@ -89,6 +89,6 @@ def test_a_category_that_fails_in_a_way_of_its_own_leaves_the_others_checked(pro
     monkeypatch.setattr(check, "load_params", lambda: SimpleNamespace(categories=["fabric", "grid"], dataset="sample"))
     monkeypatch.setattr(check, "check_category", check_category)
     monkeypatch.setattr(check, "record", lambda found, dataset: recorded.append(found))
-    checks, problems = check.monitor([])
+    checks, problems = check.monitor([], "staging", lambda params, category: {})
     assert checks == recorded == ["grid"]
     assert problems == ["category fabric: could not be checked (ZeroDivisionError: float division by zero)"]

@@ -89,7 +89,7 @@ def test_bundles_with_checksums_of_their_own(bundles, seed):
         try:
             load_bundle(folder)
         except UserError as e:
-            one_line(e, f"{folder}: ")
+            one_line(e, str(folder))
     finally:
         for changed in (name, CHECKSUMS):
             put(folder / changed, whole[changed])

@@ -64,7 +64,7 @@ def of(name: str) -> str:
 def test_alarms_come_first_and_a_decision_leads_to_the_next(anna, site):
     page = anna.get("/queue/nut")
     assert "Alarm" in page.text and shown(page) in {of("bad 0"), of("bad 1")}
-    assert "1 of 21 good parts looks like this or worse" in page.text
+    assert "1 of 41 good parts looks like this or worse" in page.text
     first = shown(page)
     page = anna.decide("defect", "scratch")
     assert shown(page) in {of("bad 0"), of("bad 1")} - {first} and "defect." in page.text
@@ -103,7 +103,7 @@ def test_the_evidence_names_neighbors_region_and_what_decided(anna, site):
     x0, y0, x1, y1 = found.region
     assert x0 <= 0.4 <= x1 and y0 <= 0.4 <= y1, "around the bright spot"
     text = anna.get(f"/queue/nut/evidence/{row.sha256}").text
-    assert "decided:" in text and "None of the 20 calibration images" in text
+    assert "decided:" in text and "None of the 40 calibration images" in text
     heat = Image.open(io.BytesIO(anna.get(re.search(r'src="([^"]*/heat/[^"]*)"', text).group(1)).content))
     assert heat.mode == "RGBA" and np.asarray(heat)[12, 12, 3] > 0 and heat.size == (32, 32)
     for url in re.findall(r'src="([^"]*/normal/[^"]*)"', text):

@@ -102,7 +102,7 @@ def test_the_page_shows_the_steps_and_saves_one_with_name_and_reason(site, monke
     anna.decide("defect", "scratch")
     page = anna.get("/threshold/nut").text
     shown = json.loads(re.search(r'id="steps"[^>]*>(.*?)</script>', page).group(1))
-    assert len(shown) == 20 and "of 1 known defects" in page and 'class="defect" x=' in page
+    assert len(shown) == 40 and "of 1 known defects" in page and 'class="defect" x=' in page
     asked = []
 
     def saved(category, rate):
@@ -111,7 +111,7 @@ def test_the_page_shows_the_steps_and_saves_one_with_name_and_reason(site, monke
 
     monkeypatch.setattr(threshold_page, "set_threshold", saved)
     page = anna.post("/threshold/nut", rate=repr(shown[1]["rate"]), reason="too many alarms").text
-    assert asked == [("nut", 2 / 21, ("Anna", "too many alarms"))] and "version 4, @staging: promoted" in page
+    assert asked == [("nut", 2 / 41, ("Anna", "too many alarms"))] and "version 4, @staging: promoted" in page
 
     def refused(category, rate):
         raise GateRefused("recall: too low")
