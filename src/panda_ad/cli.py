@@ -273,7 +273,7 @@ def ui(
     prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
     inspect_port: Annotated[int, typer.Option(help="Port of the inspector's page on 127.0.0.1.")] = 5002,
 ) -> None:
-    """Start MLflow, Prefect and the inspector's page, until Ctrl-C.
+    """Start MLflow, Prefect and the inspector's page.
 
     On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them.
     """

@@ -27,7 +27,7 @@ from panda_ad.registry.promote import promote, rollback
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return make_monitored(tmp_path_factory.mktemp("built") / "plant")
+    return make_monitored(tmp_path_factory, tmp_path_factory.mktemp("built") / "plant")
 
 
 @pytest.fixture

@@ -36,7 +36,15 @@ def six_versions(tmp_path_factory, empty_store):
                 rollback("fabric")
         report = folder / "report.html"
         report.write_text("<html></html>")
-        check = {"checked": "2026-01-01T00:00:00", "window": 30, "drifted": False, "findings": [], "tests": []}
+        check = {
+            "checked": "2026-01-01T00:00:00",
+            "window": 30,
+            "drifted": False,
+            "findings": [],
+            "tests": [],
+            "evidence": {},
+            "open": [],
+        }
         for version in ("2", "4"):
             record_check("sample", NAME, version, check, [report])
     return folder
