@@ -48,7 +48,7 @@ fuzz: $(VENV)/.ready-dev        ## 10,000 random inputs for each thing that come
 
 peers: $(PEERS)/.ready    ## beside anomalib's PatchCore, in an environment of its own (several GB), on the sample's categories
 	@$(HERE) dvc checkout --quiet data.dvc 2>/dev/null || $(HERE) dvc pull --quiet data.dvc
-	@OMP_NUM_THREADS=1 $(PEERS)/bin/python -W ignore benchmarks/peers/compare.py data/*
+	@OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=4194304 $(PEERS)/bin/python -W ignore benchmarks/peers/compare.py data/*
 
 ui: $(VENV)/.ready        ## MLflow, Prefect and the inspector's page on loopback, with the deployments
 	@$(HERE) panda-ad ui

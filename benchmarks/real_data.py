@@ -39,20 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--methods", nargs="+", default=["none", "ses", "ewc"])
-    parser.add_argument(
-        "--localize", nargs="+", default=["patch_memory"], help="where there are masks: none, spade, patch_memory"
-    )
+    parser.add_argument("--localize", nargs="+", default=["patch_memory"], help="none, spade, patch_memory")
     parser.add_argument("--classes", nargs="+", help="only these categories or normal classes")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, help="network input, pixels")
     parser.add_argument("--limit-train", type=int)
     parser.add_argument("--limit-test", type=int)
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other parameters; adapt's default here to the paper's",
-    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other parameters")
     parser.add_argument("--publish", action="store_true", help="run the whole pipeline, publish and promotion included")
     options = parser.parse_args()
     print(HEADER, flush=True)
@@ -77,13 +69,13 @@ def run(folder: Path, repo: Path, options: argparse.Namespace) -> None:
     mvtec = not (folder / "train").is_dir()
     parent = folder if mvtec else folder / "train"
     categories = options.classes or sorted(p.name for p in parent.iterdir() if p.is_dir())
-    for method, localize in itertools.product(options.methods, options.localize if mvtec else ["none"]):
+    for method, localize in itertools.product(options.methods, options.localize):
         params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
         params |= {"dataset": folder.name, "categories": categories}
         params["data"] |= {"root": str(folder), "layout": "mvtec" if mvtec else "folders", "on_invalid": "quarantine"}
         params["data"] |= {"limit_train": options.limit_train, "limit_test": options.limit_test}
-        params["backbone"]["input_size"] = options.size
-        params["adapt"] |= {"method": method, "epochs": None, "learning_rate": None}
+        params["backbone"]["input_size"] = options.size or params["backbone"]["input_size"]
+        params["adapt"]["method"] = method
         params["localize"]["method"] = localize
         if localize == "none":
             params["verdict"]["score"] = "features"
