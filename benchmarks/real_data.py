@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the pipeline of dvc.yaml on real data sets, once per method of adaptation, and print a Markdown table.
 
-    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--size 64]
+    python benchmarks/real_data.py FOLDER-OR-ARCHIVE... [--methods none ses ewc] [--size 224]
         [--localize patch_memory spade] [--limit-train 1000] [--set adapt.epochs=20] [--publish]
 
 Each data set is a folder, or an archive of one, in MVTec's layout (<category>/train/good/...) or one class per folder
