@@ -3,7 +3,7 @@
 
     python benchmarks/localization.py
 
-ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 1,000 patches a level, random images (blurred noise,
+ResNet-18 at 224 px, 300 gallery images, K = 50, a patch memory of 2,000 patches a level, random images (blurred noise,
 seeded). Each method runs in a process of its own, so that its peak memory is its own. Plain: float32, pairwise
 differences by broadcasting, in chunks of gallery rows that fit in memory, a sample of positions timed and scaled up.
 Times leave out the backbone.
@@ -68,7 +68,7 @@ def build(folder: Path, count: int, size: int) -> None:
             arrays[name][i : i + len(value)] = value
     for method in ("spade", "patch_memory"):
         start = time.perf_counter()
-        params = LocalizeParams(method=method, neighbors=50, memory_limit=1000, sigma=4.0, tiles=None)
+        params = LocalizeParams(method=method, neighbors=50, memory_limit=2000, sigma=4.0, tiles=None)
         localizer = build_localizer(
             params, LEVELS[method], lambda i: {k: np.array(v[i]) for k, v in arrays.items()}, pooled, 0
         )
