@@ -25,6 +25,13 @@ Categories = Annotated[
     typer.Option("--category", "-c", help="Only this category (repeatable); default: all of params.yaml."),
 ]
 
+Category = Annotated[str, typer.Argument(help="A category of params.yaml.")]
+Reason = Annotated[str, typer.Option(help="Why, for the record.")]
+gallery = typer.Typer(
+    no_args_is_help=True, help="The images that the version in place compares with: look, teach, undo."
+)
+app.add_typer(gallery, name="gallery")
+
 
 @app.command()
 def run() -> None:
@@ -138,17 +145,27 @@ def ingest(
     decided: Annotated[
         bool, typer.Option("--decided", help="The images decided on the inspector's page, in place of PATHS.")
     ] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take training images out: PATHS below data.root, or their sha256.")
+    ] = False,
+    reason: Reason = "",
 ) -> None:
-    """Add images to the data set.
+    """Add images to the data set, or take some out.
 
     Records its new version with DVC; what cannot be used goes to quarantine/, with the reason.
     """
-    from panda_ad.commands.ingest import ingest, ingest_decided
+    from panda_ad.commands.ingest import ingest, ingest_decided, ingest_remove
     from panda_ad.data.add_request import Request
 
-    if decided and (paths or label != "good" or kind or split or masks or session):
+    if remove and (decided or not paths or label != "good" or kind or split or masks or session):
+        raise UserError("--remove: give it with --category, and paths or sha256 of training images, alone")
+    if reason and not remove:
+        raise UserError("--reason: goes with --remove")
+    if remove:
+        ingest_remove(category, [str(path) for path in paths or []], reason)
+    elif decided and (paths or label != "good" or kind or split or masks or session):
         raise UserError("--decided: the decisions say what is what; give it with --category alone")
-    if decided:
+    elif decided:
         ingest_decided(category, check)
     elif not paths:
         raise UserError("ingest: give images or folders, or --decided")
@@ -190,6 +207,60 @@ def promote(
 
     for decision in promote(category or None, to, in_place):
         print(decision)
+
+
+@gallery.command("list")
+def gallery_list(category: Category) -> None:
+    """List the images that the version in place compares with, and what was changed since it was trained."""
+    from panda_ad.commands.gallery import show
+
+    show(category)
+
+
+@gallery.command("add")
+def gallery_add(
+    category: Category,
+    paths: Annotated[list[Path], typer.Argument(help="Good images, or folders of images.")],
+    reason: Reason = "",
+) -> None:
+    """Add good images, without training.
+
+    The model with them becomes a version of its own, which the gate puts in place.
+    """
+    from panda_ad.commands.gallery import add
+
+    add(category, paths, reason)
+
+
+@gallery.command("remove")
+def gallery_remove(
+    category: Category,
+    images: Annotated[list[str], typer.Argument(help="sha256 (8 digits or more), or path as `gallery list` has it.")],
+    reason: Reason = "",
+) -> None:
+    """Take images out, with all that followed from them; a version of its own, through the gate."""
+    from panda_ad.commands.gallery import remove
+
+    remove(category, images, reason)
+
+
+@gallery.command("undo")
+def gallery_undo(category: Category, reason: Reason = "") -> None:
+    """Take the last change of the gallery back; a version of its own, through the gate."""
+    from panda_ad.commands.gallery import undo
+
+    undo(category, reason)
+
+
+@gallery.command("suspect")
+def gallery_suspect(
+    category: Category,
+    most: Annotated[int, typer.Option("--most", "-n", min=1, help="Images that are listed.")] = 20,
+) -> None:
+    """List the images that look least like the others, as models that have not seen them see them."""
+    from panda_ad.commands.gallery import suspect
+
+    suspect(category, most)
 
 
 @app.command()

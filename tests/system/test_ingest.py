@@ -2,6 +2,7 @@
 """New images: recognized, checked, quarantined, recorded; a kill or a second run harms nothing."""
 
 import csv
+import hashlib
 import os
 import shutil
 import signal
@@ -18,10 +19,11 @@ from conftest import REPO, build_manifest, make_mvtec, noise, save
 from PIL import Image
 from prefect_project import call, lock_held
 
-from panda_ad.commands.ingest import _summary, ingest
+from panda_ad.commands.ingest import _summary, ingest, ingest_remove
 from panda_ad.data import manifest, records
 from panda_ad.data.add_images import add_images
 from panda_ad.data.add_request import Request
+from panda_ad.data.remove_images import remove_images
 from panda_ad.errors import Busy, UserError
 
 
@@ -363,3 +365,20 @@ def test_images_labelled_good_are_shown_to_the_present_model(project, tmp_path, 
     save(part(True), tmp_path / "late.png")
     ingest(Request("nut", (tmp_path / "late.png",)), check=False)
     assert "warning" not in capfd.readouterr().err
+
+
+def test_a_bad_training_image_is_taken_out(project, make_params):
+    params, before = make_params(["nut"]), files()
+    path = project / "data/nut/train/good/003.png"
+    data, sha256 = path.read_bytes(), hashlib.sha256(path.read_bytes()).hexdigest()
+    for wrong, said in (("nut/test/good/000.png", "no training image"), ("../params.yaml", "no training image")):
+        with pytest.raises(UserError, match=said):
+            remove_images(params, "nut", [sha256, wrong])
+    assert files() == before, "all or nothing"
+    assert remove_images(params, "nut", [sha256[:12]], "a scratch") == ["nut/train/good/003.png"]
+    assert set(before) - set(files()) == {"nut/train/good/003.png"}
+    (table,) = project.glob("quarantine/*/reasons.csv")
+    (row,) = csv.DictReader(table.open(newline="", encoding="utf-8"))
+    assert row["reason"].endswith(": a scratch") and (table.parent / row["copy"]).read_bytes() == data
+    ingest_remove("nut", ["nut/train/good/004.png"])
+    assert set(before) - set(files()) == {"nut/train/good/003.png", "nut/train/good/004.png"}

@@ -16,6 +16,7 @@ from panda_ad.commands.run import dvc_meanwhile, fetch_images
 from panda_ad.data.add_images import Additions, add_images
 from panda_ad.data.add_request import Request
 from panda_ad.data.links import refuse_links
+from panda_ad.data.remove_images import remove_images
 from panda_ad.errors import UserError
 from panda_ad.params import load_params
 from panda_ad.system.files import digest_if_readable
@@ -75,6 +76,29 @@ def ingest_decided(category: str, check: bool = True) -> None:
         for (label, kind), paths in sorted(groups.items())
     ]
     _ingest(category, requests, check)
+
+
+def ingest_remove(category: str, images: Sequence[str], reason: str = "") -> None:
+    """Take training images that turned out to be bad out of the data set, and record its new version with DVC.
+
+    Raises
+    ------
+    UserError
+        A name is not that of one training image, the data set is not here in full, or DVC fails.
+    """
+    params = load_params()
+    with repository_lock("panda-ad ingest"):
+        root = Path(params.data.root)
+        tracked = _tracked(root)
+        _complete(tracked)
+        before = _version(tracked)
+        gone = remove_images(params, category, images, reason)
+        unversioned = _unversioned(root)
+        with nullcontext() if unversioned else dvc_meanwhile("add", "--quiet", str(tracked.with_suffix(""))):
+            pass
+    print("\n".join(f"{category}: {path} taken out, a copy is in quarantine/" for path in gone))
+    print(unversioned or f"data: {before or 'none'} -> {_version(tracked)} ({tracked})")
+    print("next: dvc repro")
 
 
 def _ingest(category: str, requests: Sequence[Request], check: bool) -> None:

@@ -58,6 +58,11 @@ def reproduce(name: str, version: int | str, keep: bool = False) -> None:
     """
     facts = explain_version(name, version)
     category, label = facts["category"], f"{name} version {facts['version']}"
+    if facts["gallery_changes"]:
+        raise UserError(
+            f"{label}: its gallery was changed after training, so the pipeline makes another version; reproduce "
+            "the one that was trained, and repeat the changes that `panda-ad explain-version` lists"
+        )
     if facts["uncommitted_changes"]:
         print(
             f"{label} was published with uncommitted changes: its parameters, data and lock file are known, "

@@ -46,6 +46,13 @@ def on_behalf(who: str, why: str = "") -> Iterator[None]:
         _BEHALF.reset(token)
 
 
+def acting() -> tuple[str, str]:
+    """Return who acts, the person named if one is, with the account; and that person's reason, '' if none was given."""
+    person, reason = _BEHALF.get()
+    account = f"{user()}@{socket.gethostname()}"
+    return f"{person} ({account})" if person else account, reason
+
+
 def now() -> str:
     """Return the time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -61,9 +68,8 @@ def record(
     when = now()
     key = f"{_PREFIX}{when.replace(':', '').replace('+0000', 'Z')}"  # MLflow's tag names allow no '+'
     last = max((k for k in model.tags if k.startswith(_PREFIX)), default="")
-    person, reason = _BEHALF.get()
-    account = f"{user()}@{socket.gethostname()}"
-    who, why = f"{person} ({account})" if person else account, f"{why}; {reason}" if reason else why
+    who, reason = acting()
+    why = f"{why}; {reason}" if reason else why
     move = {
         "action": action, "alias": alias, "from": moved[0], "to": moved[1], "why": why, "when": when,
         "who": who, "prefect_run": prefect_run() or None, "done": False,

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from panda_ad.params import plain_name
@@ -14,7 +16,7 @@ from panda_ad.registry.connection import connect, mlflow_errors, tracking_uri, w
 from panda_ad.registry.run_inputs import inputs_hash
 from panda_ad.registry.runs import run_intervals
 from panda_ad.registry.standing import standing
-from panda_ad.registry.versions import find_version, registered
+from panda_ad.registry.versions import bundle_of, find_version, registered
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]
             "prefect_run": run_tags.get("panda.prefect_run"),
             "params": dict(run.data.params),
             "metrics": metrics | run_intervals(client, found.run_id, origin.category),
+            "gallery_changes": _gallery_changes(bundle_of(client, found)),
             "gate": {k.removeprefix("gate."): v for k, v in tags.items() if k.startswith("gate.")},
             "moves": [
                 {k: v for k, v in m.items() if k != "key"}
@@ -92,6 +95,12 @@ def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]
             ],
             "reproduce": commands(name, str(found.version), origin),
         }
+
+
+def _gallery_changes(bundle: Path) -> list[dict[str, Any]]:
+    """Return the images added to and removed from a version's gallery since it was trained, oldest change first."""
+    about = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    return list(about.get("provenance", {}).get("gallery", []))
 
 
 def commands(name: str, version: str, origin: Origin) -> list[str]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 SOURCE = {"staging": "challenger", "champion": "staging"}
 DERIVED = "panda.threshold_of"
-"""Tag of a version that is another one with another threshold: the hash of the bundle that training made."""
+"""Tag of a version that is another one with another threshold or gallery: the hash of the bundle that training made."""
 
 
 @dataclass(frozen=True)

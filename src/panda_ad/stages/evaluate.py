@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,8 @@ import pandas as pd
 
 from panda_ad.evaluation import figures
 from panda_ad.evaluation.intervals import Intervals
-from panda_ad.evaluation.masks import PIXEL_SIDE, load_masks, with_masks
+from panda_ad.evaluation.masks import PIXEL_SIDE, Masks, load_masks, with_masks
+from panda_ad.features.images import CachedImages
 from panda_ad.params import Params, load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.calibration import p_values
@@ -42,8 +43,41 @@ def main(category: str) -> None:
     threshold = detector.threshold()
     limit = threshold.value
     scores = score_rows(detector, params, rows, category)
+    found = measured(detector, params, rows, scores)
+    values, intervals = found.values, found.intervals
     labels = rows["label"].to_numpy(np.int64)
-    values, intervals = figures.image_figures(labels, scores.score, limit, params)
+    folder = BUILD / "evaluation" / category
+    write_measured(folder, found)
+    write_csv(folder / "roc.csv", figures.roc_table(labels, scores.score))
+    write_csv(folder / "histogram.csv", figures.histogram_table(labels, scores.score, limit))
+    shown = Evaluated(rows, scores, values, intervals, found.masks)
+    evaluation_report(folder / "report.html", category, params, detector, shown)
+    print(f"{category}: {summary_line(values, intervals)}")
+    for line in figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence):
+        print(f"{category}: {line}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a detector does on a category's test images.
+
+    Attributes
+    ----------
+    values, intervals : its figures.
+    table : scores.csv, a row per image.
+    masks : of the images, None where no image has any.
+    """
+
+    values: dict[str, float]
+    intervals: Intervals
+    table: pd.DataFrame
+    masks: Masks | None
+
+
+def measured(detector: Detector, params: Params, rows: pd.DataFrame, scores: Scores) -> Measured:
+    """Return all figures of the test images `rows`, manifest rows in the order of `scores`."""
+    threshold, labels = detector.threshold(), rows["label"].to_numpy(np.int64)
+    values, intervals = figures.image_figures(labels, scores.score, threshold.value, params)
     values |= figures.component_figures(labels, scores.feature_score, scores.map_score)
     if threshold.sessions is not None:
         session_values, session_intervals = figures.session_figures(threshold.sessions)
@@ -54,25 +88,22 @@ def main(category: str) -> None:
         pixel_values, pixel_intervals = figures.pixel_figures(*with_masks(scores.heatmaps, masks), params)
         values |= pixel_values
         intervals |= pixel_intervals
-    folder = BUILD / "evaluation" / category
-    write_json(folder / "metrics.json", values)
-    write_json(folder / "intervals.json", intervals)
     table = rows[["path", "sha256", "label", "defect"]].assign(
         score=scores.score,
         features_score=scores.feature_score,
         heatmap_peak=scores.map_score,
         p_value=p_values(detector.calibration, scores.score),
-        anomalous=scores.score > limit,
+        anomalous=scores.score > threshold.value,
         snapshot=scores.snapshot,
     )
-    write_csv(folder / "scores.csv", table)
-    write_csv(folder / "roc.csv", figures.roc_table(labels, scores.score))
-    write_csv(folder / "histogram.csv", figures.histogram_table(labels, scores.score, limit))
-    found = Evaluated(rows, scores, values, intervals, masks)
-    evaluation_report(folder / "report.html", category, params, detector, found)
-    print(f"{category}: {summary_line(values, intervals)}")
-    for line in figures.cautions(int((labels == 0).sum()), int((labels == 1).sum()), params.evaluate.confidence):
-        print(f"{category}: {line}")
+    return Measured(values, intervals, table, masks)
+
+
+def write_measured(folder: Path, found: Measured) -> None:
+    """Write metrics.json, intervals.json and scores.csv."""
+    write_json(folder / "metrics.json", found.values)
+    write_json(folder / "intervals.json", found.intervals)
+    write_csv(folder / "scores.csv", found.table)
 
 
 def summary_line(values: Mapping[str, float], intervals: Intervals) -> str:
@@ -98,7 +129,11 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
     """
     if not len(rows):
         return no_scores(detector)
-    images = cached_images(activations_for(params, detector.network), rows, params, category)
+    return score_cached(detector, cached_images(activations_for(params, detector.network), rows, params, category))
+
+
+def score_cached(detector: Detector, images: CachedImages) -> Scores:
+    """Score images of the activation cache; see `score_rows`."""
     images.cache.warm(images.items, detector.levels)
     most = max(PIXEL_SIDE, *detector.size)
     parts: list[Scores] = []
@@ -111,7 +146,7 @@ def score_rows(detector: Detector, params: Params, rows: pd.DataFrame, category:
             kept = [resize_map(m, (round(m.shape[0] * scale), round(m.shape[1] * scale))) for m in part.heatmaps]
             if maps is None:  # thousands of test images have more of it than there is memory
                 with tempfile.TemporaryFile(dir=BUILD) as file:
-                    maps = np.memmap(file, np.float32, "w+", shape=(len(rows), *kept[0].shape))
+                    maps = np.memmap(file, np.float32, "w+", shape=(len(images), *kept[0].shape))
             maps[done : done + len(kept)] = kept
     columns = ("score", "snapshot", "neighbors", "distances", "features")
     score, snapshot, neighbors, distances, features = (
