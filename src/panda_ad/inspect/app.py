@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
 from panda_ad.errors import Busy, Unavailable, UserError
-from panda_ad.inspect import queue_page, state_page, threshold_page
+from panda_ad.inspect import learn_page, queue_page, state_page, threshold_page
 from panda_ad.inspect.access import POLICY, Refused, checked_form
 from panda_ad.inspect.site import Site, asset, notify
 from panda_ad.inspect.texts import LANGUAGES
@@ -34,6 +34,7 @@ HEADERS = {
 _STATIC = {
     "style.css": "text/css",
     "queue.js": "text/javascript",
+    "learn.js": "text/javascript",
     "threshold.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
@@ -74,7 +75,7 @@ def create_app(site: Site, key: str, hosts: Sequence[str]) -> FastAPI:
     _add_errors(app, site)
     _add_entrance(app, site)
     _add_people(app, site)
-    for page in (queue_page, threshold_page, state_page):
+    for page in (queue_page, learn_page, threshold_page, state_page):
         app.include_router(page.routes(site))
     return app
 

@@ -18,6 +18,7 @@ from panda_ad.data.layouts import image_root
 from panda_ad.errors import UserError
 from panda_ad.inspect.access import UPLOAD_BYTES, Refused, body, check_csrf, check_origin, checked_form
 from panda_ad.inspect.decisions import AlreadyDecided, Decision, Label
+from panda_ad.inspect.learn_page import teach
 from panda_ad.inspect.queue import SHOWS, Show, select, shown
 from panda_ad.inspect.scorer import Evidence
 from panda_ad.inspect.site import Site, known_kinds, notify
@@ -123,6 +124,7 @@ def _queue_values(site: Site, request: Request, category: str, show: Show, at: s
         "counts": list(counts.items()), "total": len(rows), "problems": problems[:3],
         "stands": stands if shown(stands) != "undecided" else None, "stands_id": stands.id if stands else 0,
         "may_decide": allowed and bool(site.access.who(request)), "role_allows": allowed,
+        "may_promote": site.may(request, "promote"),
         "kinds": known_kinds(category, standing.values()), "last_kind": request.session.get("kind", ""),
     }  # fmt: skip
 
@@ -169,7 +171,10 @@ def _normal(site: Site, category: str, version: str, position: int) -> bytes:
 def _decide(site: Site, request: Request, category: str, form: dict[str, str]) -> Response:
     text, show = site.text(request), _show(form)
     row = site.find(category, form.get("sha256", ""))
-    label: Label = form.get("label", "")  # type: ignore[assignment]  # `decide` refuses what is none
+    teaching = "teach" in form
+    if teaching:
+        site.access.require(request, "promote")
+    label: Label = "good" if teaching else form.get("label", "")  # type: ignore[assignment]  # `decide` refuses what is none
     seen = int(form["seen"]) if form.get("seen", "").isdecimal() else -1
     before = site.decisions.standing(category)
     following = _following(site, category, show, row.sha256, before)
@@ -182,6 +187,9 @@ def _decide(site: Site, request: Request, category: str, form: dict[str, str]) -
     if made.label == "defect":
         request.session["kind"] = made.kind
     notify(request, text(f"queue.done_{made.label}", name=row.name))
+    if teaching:
+        teach(site, request, category, [row.sha256], "")
+        return RedirectResponse(f"/learn/{quote(category)}", 303)
     return _to(category, show, following)
 
 

@@ -31,7 +31,7 @@ from panda_ad.monitor.log import LOG
 from panda_ad.params import Params
 from panda_ad.system.paths import MANIFEST
 
-PAGES = ("queue", "threshold", "state")
+PAGES = ("queue", "learn", "threshold", "state")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Site:
     params : of the checkout.  access : who may do what.
     decisions, models, scorer, pictures : services.  log : the verdict log.
     registry : what it says of each category.
+    suspects : per category the version, and (suspicion, sha256, path) of images of its gallery.
     """
 
     params: Params
@@ -53,6 +54,7 @@ class Site:
     log: Path = LOG
     pictures: Pictures = field(default_factory=Pictures)
     registry: Lookups = field(init=False)
+    suspects: dict[str, tuple[str, list[tuple[float, str, str]]]] = field(default_factory=dict)
     _queues: dict[str, Queue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -26,8 +26,12 @@ _SHORT = 12
 """Hex digits of a sha256 that people write."""
 
 
-def add(category: str, files: Sequence[Path]) -> Decision:
+def add(category: str, files: Sequence[Path] | Mapping[str, Path]) -> Decision:
     """Add good images to the gallery of the version in place.
+
+    Parameters
+    ----------
+    files : the images; as a mapping, by the sha256 that each has to have.
 
     Raises
     ------
@@ -36,7 +40,8 @@ def add(category: str, files: Sequence[Path]) -> Decision:
     Busy
         Another run is at work.
     """
-    return _change(category, "add", {digest_file(file): file for file in files})
+    known = files if isinstance(files, Mapping) else {digest_file(file): file for file in files}
+    return _change(category, "add", known)
 
 
 def remove(category: str, images: Sequence[str]) -> Decision:
@@ -97,7 +102,7 @@ def _admitted(known: Gallery, files: Mapping[str, Path]) -> tuple[str, ...]:
             raise UserError(f"{file}: a test image of this version; what the model knows cannot test it")
         read_image(file, sha256, decoding)
     for sha256, file in files.items():
-        keep(known.held.category, sha256, file)
+        keep(known.held.category, sha256, file, decoding)
     return tuple(sorted(files))
 
 

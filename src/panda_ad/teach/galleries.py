@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from panda_ad.data.images import Decoding, read_image
+from panda_ad.data.images import Decoding, read_bytes, read_image, require_digest
 from panda_ad.data.layouts import image_root
 from panda_ad.data.manifest import load_manifest
 from panda_ad.data.quarantine import image_suffix
@@ -153,11 +152,14 @@ def taught(category: str, sha256: str) -> Path:
     return found[0]
 
 
-def keep(category: str, sha256: str, file: Path) -> None:
-    """Keep a copy of an image that is added to a gallery: its file may be moved or deleted any time."""
-    folder = TAUGHT / plain_name(category)
-    path = folder / f"{sha256}{image_suffix(file)}"
+def keep(category: str, sha256: str, file: Path, decoding: Decoding) -> None:
+    """Keep a copy of an image that is added to a gallery: its file may be moved or deleted any time.
+
+    UserError where it is not the file of `sha256`.
+    """
+    path = TAUGHT / plain_name(category) / f"{sha256}{image_suffix(file)}"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        data = read_bytes(file, decoding=decoding)
+        require_digest([data], sha256, file)
         with atomic_file(path) as temporary:
-            shutil.copyfile(file, temporary)
+            temporary.write_bytes(data)

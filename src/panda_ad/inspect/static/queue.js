@@ -131,6 +131,7 @@
     form.addEventListener('submit', event => {
       if (form.dataset.sent) { event.preventDefault(); return; } // a key held down decides one image
       form.dataset.sent = '1';
+      if (event.submitter && event.submitter.dataset.working) event.submitter.textContent = event.submitter.dataset.working;
     });
     for (const chip of document.querySelectorAll('[data-kind]')) {
       chip.addEventListener('click', () => { kind.value = chip.dataset.kind; press('#decide .defect'); });
@@ -142,7 +143,7 @@
     window.addEventListener('pageshow', () => delete form.dataset.sent);
   }
   const keys = {
-    g: () => press('#decide .good'), d: () => press('#decide .defect'), u: () => press('#decide [value=unsure]'),
+    g: () => press('#decide .good'), t: () => press('#decide .teach'), d: () => press('#decide .defect'), u: () => press('#decide [value=unsure]'),
     n: () => press('#next'), z: () => press('#undo button'), h: () => heat && heat.click(), r: () => region && region.click(),
     '+': () => zoom.by(1.5), '=': () => zoom.by(1.5), '-': () => zoom.by(1 / 1.5), 0: () => zoom.reset(),
     ArrowLeft: () => zoom.move(0.1, 0), ArrowRight: () => zoom.move(-0.1, 0),
