@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from panda_ad.inspect.site import Site, notify
 from panda_ad.registry import audit
 from panda_ad.registry.load import Model
 from panda_ad.registry.promote import Decision as Outcome
-from panda_ad.scoring.refit import changes_of, effective
+from panda_ad.scoring.refit import Change, changes_of, effective
 from panda_ad.teach import change, look
 
 Form = Annotated[dict[str, str], Depends(checked_form)]
@@ -73,13 +74,13 @@ def teach(site: Site, request: Request, category: str, images: list[str], reason
     _say(site, request, category, reason, lambda: change.add(category, files))
 
 
-def _say(site: Site, request: Request, category: str, reason: str, act: Any) -> None:
+def _say(site: Site, request: Request, category: str, reason: str, act: Callable[[], Outcome]) -> None:
     who = site.access.who(request)
     if not who:
         raise Refused("say who you are", 422)
     try:
         with audit.on_behalf(who, reason.strip()):
-            outcome: Outcome = act()
+            outcome = act()
         notify(request, str(outcome), "" if outcome.outcome == "promoted" else "bad")
     except UserError as e:
         notify(request, str(e), "bad")
@@ -104,8 +105,8 @@ def _values(site: Site, category: str, model: Model) -> dict[str, Any]:
     return {
         "version": model.version, "here": f"/learn/{quote(category)}", "queue": f"/queue/{quote(category)}",
         "waiting": found[:_AT_ONCE], "all_waiting": len(found), "log": log[::-1], "last": left[-1] if left else None,
-        "rows": rows, "removed": removed, "wrong": wrong, "images": len(model.detector.images),
-        "position": _positions(model), "standing": left,
+        "rows": rows, "removed": removed, "wrong": wrong[:_AT_ONCE], "images": len(model.detector.images),
+        "position": _positions(model), "most": _AT_ONCE,
     }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def _positions(model: Model) -> dict[str, int]:
     return {image["sha256"]: i for i, image in enumerate(model.detector.images)}
 
 
-async def _effects(site: Site, category: str, last: Any) -> list[tuple[Row, float, float]]:
+async def _effects(site: Site, category: str, last: Change | None) -> list[tuple[Row, float, float]]:
     """Return (verdict in the log, score now, threshold now) of the images that the last change added."""
     rows = site.queue(category).rows()
     chosen = [rows[image] for image in last.images if image in rows][:_AT_ONCE] if last and last.what == "add" else []
