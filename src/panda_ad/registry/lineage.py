@@ -18,6 +18,9 @@ from panda_ad.registry.runs import run_intervals
 from panda_ad.registry.standing import standing
 from panda_ad.registry.versions import bundle_of, find_version, registered
 
+CHANGED = "panda.gallery"
+"""Tag of a version whose gallery was changed since it was trained: how many changes its bundle keeps."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -86,7 +89,7 @@ def explain_version(name: str, version: int | str = "staging") -> dict[str, Any]
             "prefect_run": run_tags.get("panda.prefect_run"),
             "params": dict(run.data.params),
             "metrics": metrics | run_intervals(client, found.run_id, origin.category),
-            "gallery_changes": _gallery_changes(bundle_of(client, found)),
+            "gallery_changes": _gallery_changes(bundle_of(client, found)) if CHANGED in tags else [],
             "gate": {k.removeprefix("gate."): v for k, v in tags.items() if k.startswith("gate.")},
             "moves": [
                 {k: v for k, v in m.items() if k != "key"}

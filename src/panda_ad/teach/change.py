@@ -15,6 +15,7 @@ from panda_ad.data.images import Decoding, read_image
 from panda_ad.errors import UserError
 from panda_ad.params import load_params, plain_name
 from panda_ad.registry import audit
+from panda_ad.registry.lineage import CHANGED
 from panda_ad.registry.new_version import Successor, succeed, version_to_change
 from panda_ad.registry.promote import Decision
 from panda_ad.scoring.refit import LOG, Change, checked, refit, taken_back, with_provenance
@@ -89,7 +90,7 @@ def _put_in_place(known: Gallery, change: Change) -> Decision:
         f"panda-ad gallery {change.what}",
         f"Version {held.number} with {said}: {len(members)} images.",
         said,
-        tags={"panda.calibration_images": str(len(detector.calibration))},
+        tags={"panda.calibration_images": str(len(detector.calibration)), CHANGED: str(len(log))},
     )
     return succeed(held, new, lambda folder: write_measured(folder / plain_name(held.category), found))
 
