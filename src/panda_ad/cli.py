@@ -27,9 +27,7 @@ Categories = Annotated[
 
 Category = Annotated[str, typer.Argument(help="A category of params.yaml.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
-gallery = typer.Typer(
-    no_args_is_help=True, help="The images that the version in place compares with: look, teach, undo."
-)
+gallery = typer.Typer(no_args_is_help=True, help="The normal images of the version in place: look, teach, undo.")
 app.add_typer(gallery, name="gallery")
 
 
@@ -211,7 +209,7 @@ def promote(
 
 @gallery.command("list")
 def gallery_list(category: Category) -> None:
-    """List the images that the version in place compares with, and what was changed since it was trained."""
+    """List its images, and what was changed since training."""
     from panda_ad.commands.gallery import show
 
     show(category)
@@ -238,7 +236,10 @@ def gallery_remove(
     images: Annotated[list[str], typer.Argument(help="sha256 (8 digits or more), or path as `gallery list` has it.")],
     reason: Reason = "",
 ) -> None:
-    """Take images out, with all that followed from them; a version of its own, through the gate."""
+    """Take images out.
+
+    With all that followed from them; a version of its own, which the gate puts in place.
+    """
     from panda_ad.commands.gallery import remove
 
     remove(category, images, reason)
@@ -246,7 +247,10 @@ def gallery_remove(
 
 @gallery.command("undo")
 def gallery_undo(category: Category, reason: Reason = "") -> None:
-    """Take the last change of the gallery back; a version of its own, through the gate."""
+    """Take the last change back.
+
+    A version of its own, which the gate puts in place.
+    """
     from panda_ad.commands.gallery import undo
 
     undo(category, reason)
@@ -257,7 +261,10 @@ def gallery_suspect(
     category: Category,
     most: Annotated[int, typer.Option("--most", "-n", min=1, help="Images that are listed.")] = 20,
 ) -> None:
-    """List the images that look least like the others, as models that have not seen them see them."""
+    """List the images that look least like the others.
+
+    As models see them that have not seen them before.
+    """
     from panda_ad.commands.gallery import suspect
 
     suspect(category, most)

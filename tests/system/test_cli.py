@@ -22,10 +22,11 @@ def said(monkeypatch, capsys, *arguments):
 
 def test_every_command_is_named_with_a_whole_sentence():
     """A first sentence that does not fit 80 columns is cut off with dots."""
-    text = CliRunner().invoke(cli.app, ["--help"]).stdout
-    commands = dict(re.findall(r"^  ([a-z-]+)  +(\S.*)$", text.partition("Commands:")[2], re.M))
-    assert len(commands) == len(cli.app.registered_commands)
-    assert [line for line in commands.values() if line.endswith("...")] == []
+    for app in (cli.app, cli.gallery):
+        text = CliRunner().invoke(app, ["--help"]).stdout
+        commands = dict(re.findall(r"^  ([a-z-]+)  +(\S.*)$", text.partition("Commands:")[2], re.M))
+        assert len(commands) == len(app.registered_commands) + len(app.registered_groups)
+        assert [line for line in commands.values() if line.endswith("...")] == []
 
 
 @pytest.mark.parametrize(
