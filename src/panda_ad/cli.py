@@ -27,7 +27,7 @@ Categories = Annotated[
 
 Category = Annotated[str, typer.Argument(help="A category of params.yaml.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
-gallery = typer.Typer(no_args_is_help=True, help="The normal images of the version in place: look, teach, undo.")
+gallery = typer.Typer(no_args_is_help=True, help="Look at the normal images in place, teach, undo.")
 app.add_typer(gallery, name="gallery")
 
 
