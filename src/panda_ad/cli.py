@@ -27,7 +27,9 @@ Categories = Annotated[
 
 Category = Annotated[str, typer.Argument(help="A category of params.yaml.")]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
-gallery = typer.Typer(no_args_is_help=True, help="Look at the normal images in place, teach, undo.")
+gallery = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, add_completion=False, help="Look at the gallery in place, teach, undo."
+)
 app.add_typer(gallery, name="gallery")
 
 
