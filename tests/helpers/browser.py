@@ -60,3 +60,12 @@ def watch(page, log: list[str]) -> None:
 def file_url(path: Path) -> str:
     """file: address of a page on disk."""
     return path.resolve().as_uri()
+
+
+def barriers(page) -> list[str]:
+    """What WCAG 2.2 (A, AA) and good practice forbid on a page, as axe finds it: one line each."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    rules = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+    found = Axe().run(page, options={"runOnly": rules}).response["violations"]
+    return [f"{page.url}: {rule['id']}: {rule['nodes'][0]['html']}" for rule in found]

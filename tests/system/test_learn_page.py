@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import uvicorn
-from browser import browser, watch  # noqa: F401
+from browser import barriers, browser, watch  # noqa: F401
 from conftest import save
 from inspect_site import Inspector
 from monitor_project import make_monitored
@@ -130,20 +130,43 @@ def test_who_may_not_and_what_makes_no_sense_changes_nothing(plant):
     site.close()
 
 
-def test_the_whole_way_by_keyboard(site, browser):  # noqa: F811
+@pytest.fixture
+def here(site):
+    """The page's address, served on loopback."""
     config = uvicorn.Config(create_app(site, "k" * 64, ["127.0.0.1"]), port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
-    threading.Thread(target=server.run, daemon=True).start()
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
     while not server.started:
         time.sleep(0.02)
-    here = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def test_no_barriers_in_both_languages_by_day_and_night(here, browser):  # noqa: F811
+    for scheme, language in (("light", "de"), ("dark", "en")):
+        context = browser.new_context(color_scheme=scheme, locale=language, viewport={"width": 1180, "height": 820})
+        page = context.new_page()
+        page.goto(f"{here}/me")
+        assert barriers(page) == []
+        page.fill("input[name=who]", "Anna")
+        page.press("input[name=who]", "Enter")
+        page.wait_for_selector("html.explained")
+        assert page.get_attribute("html", "lang") == language and barriers(page) == []
+        for path in ("threshold/fabric", "learn/fabric", "state/fabric", "no/such/page"):
+            page.goto(f"{here}/{path}")
+            assert barriers(page) == []
+
+
+def test_the_whole_way_by_keyboard(here, browser):  # noqa: F811
     page = browser.new_context(viewport={"width": 820, "height": 1180}).new_page()
     log: list[str] = []
     watch(page, log)
     page.goto(f"{here}/me")
     page.fill("input[name=who]", "Anna")
     page.press("input[name=who]", "Enter")
-    page.wait_for_selector("#decide")
+    page.wait_for_selector("html.explained")  # the script that hears keys has run
     page.keyboard.press("t")
     page.wait_for_selector(".effects b.fine")
     assert "version 2, @staging: promoted" in page.inner_text(".notice:not([hidden])") and aliases()["staging"] == 2
@@ -155,4 +178,3 @@ def test_the_whole_way_by_keyboard(site, browser):  # noqa: F811
     page.wait_for_function("document.querySelectorAll('#undo').length === 0")
     assert "version 3, @staging: promoted" in page.inner_text(".notice:not([hidden])")
     assert [line for line in log if not line.startswith("request: http://127.0.0.1")] == []
-    server.should_exit = True

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from browser import browser, file_url, watch  # noqa: F401
+from browser import barriers, browser, file_url, watch  # noqa: F401
 from report_demo import KINDS
 from report_page import count, open_page, page_file, report, settled, shown_rows, slide, wrong_at  # noqa: F401
 
@@ -36,6 +36,7 @@ def test_page_opens_offline_in_both_schemes(open_page, page_file, scheme):
              !c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v)).length"""
     )
     assert blank == 0
+    assert barriers(page) == []
 
 
 def test_pictures_carry_heat_map_outline_and_neighbors(open_page, page_file, report):
