@@ -56,6 +56,22 @@ def summary() -> None:
 
 
 @app.command()
+def start(
+    folder: Annotated[Path, typer.Argument(help="Pictures, sorted into folders (good, bad, test/<kind>) or not.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of results.  [default: <name>-start]")] = None,
+    good: Annotated[bool, typer.Option("--good", help="Pictures in folders of no telling name are good.")] = False,
+    size: Annotated[int, typer.Option(min=64, max=512, help="Network input, pixels; 224 for small defects.")] = 128,
+) -> None:
+    """Judge a folder of pictures, without a project.
+
+    Learns from the good ones and judges the others; unsorted ones are ranked, the oddest first.
+    """
+    from panda_ad.commands.start import start
+
+    start(folder, out, good, size)
+
+
+@app.command()
 def score(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images (searched recursively).")],
     model: Annotated[

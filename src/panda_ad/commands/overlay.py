@@ -29,18 +29,28 @@ def save_overlay(path: Path, rgb: np.ndarray, verdict: Verdict, detector: Detect
     """
     heatmap = verdict.heatmap
     assert heatmap is not None and detector.config.heatmap_range is not None, "only a localizer makes heat maps"
-    start, full = detector.config.heatmap_range
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blend = np.empty_like(rgb)
-    for pixels, heat, out in zip(
-        rgb, heatmap, blend, strict=True
+    picture = blend(rgb, heatmap, detector.config.heatmap_range)
+    if verdict.anomalous and verdict.region is not None:
+        _draw_box(picture, verdict.region)
+    save_picture(path, picture)
+
+
+def blend(rgb: np.ndarray, heatmap: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Lay a heat map, float (H, W), over an image, uint8 (H, W, 3); color starts and is full at the limits."""
+    start, full = limits
+    out = np.empty_like(rgb)
+    for pixels, heat, row in zip(
+        rgb, heatmap, out, strict=True
     ):  # row by row: in floating point a large image takes gigabytes
         strength = np.clip((heat - start) / max(full - start, 1e-12), 0, 1)[:, None]
         color = np.concatenate([np.full_like(strength, 255), 220 * (1 - strength), np.zeros_like(strength)], axis=1)
-        out[:] = pixels * (1 - 0.65 * strength) + color * 0.65 * strength
-    picture = Image.fromarray(blend)
-    if verdict.anomalous and verdict.region is not None:
-        _draw_box(picture, verdict.region)
+        row[:] = pixels * (1 - 0.65 * strength) + color * 0.65 * strength
+    return Image.fromarray(out)
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as JPEG, whole or not at all. OSError or ValueError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         picture.save(temporary, "JPEG", quality=90, subsampling=0)  # a thin line keeps its color
 

@@ -30,24 +30,11 @@ from panda_ad.params import Params
 
 SPLITS = {"train": "train", "test": "test", "validation": "train", "val": "train"}
 """Folder of a category -> split."""
-_GOOD = frozenset(
-    [
-        "ok",
-        "okay",
-        "io",
-        "normal",
-        "nominal",
-        "pass",
-        "passed",
-        "gut",
-        "defect_free",
-        "defect-free",
-        "non_defective",
-        "no_defect",
-        "goods",
-    ]
-)
-"""Folder names that must not be taken for a kind of defect."""
+GOOD_NAMES = frozenset([
+    "good", "goods", "ok", "okay", "io", "normal", "nominal", "pass", "passed", "gut", "defect_free", "defect-free",
+    "non_defective", "no_defect",
+])  # fmt: skip
+"""Folder names, of good parts, that must not be taken for a kind of defect; all but the first stop a data set."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +193,7 @@ def _split(split: _Folder, masks: MaskFiles, passed: list[Path]) -> Iterator[Ent
                 yield split.entry(child, problem=problem)
             else:
                 passed.append(child)
-        elif defect.casefold() in _GOOD or (alike(defect) == "good" and defect.casefold() != "good"):
+        elif defect.casefold() != "good" and (defect.casefold() in GOOD_NAMES or alike(defect) == "good"):
             problem = (
                 f"is this the folder of good images? Then call it {where}/good; a kind of defect needs another name"
             )
