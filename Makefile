@@ -34,8 +34,8 @@ run: $(VENV)/.ready       ## everything: environment, data, pipeline, registrati
 test: $(VENV)/.ready-dev lint   ## everything the tests need, and all tests
 	@$(HERE) pytest -n 3 $(BALANCED)
 
-test-fast: $(VENV)/.ready-dev   ## the tests that start no server and run no whole pipeline
-	@$(HERE) pytest -n 2 $(BALANCED) tests/unit
+test-fast: $(VENV)/.ready-dev   ## the tests that start no server, run no whole pipeline and take no seconds
+	@$(HERE) pytest -n 2 $(BALANCED) -m "not slow" tests/unit
 
 coverage: $(VENV)/.ready-dev    ## lines that the tests in tests/unit reach
 	@$(HERE) pytest -n 2 $(BALANCED) --cov=panda_ad --cov-report=term-missing:skip-covered tests/unit

@@ -161,6 +161,7 @@ def test_training_lowers_the_loss(backbone, layer2):
     assert result.history[-1]["center_distance"] < 0.99 * result.history[0]["center_distance"]
 
 
+@pytest.mark.slow
 def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
     fisher = {k: torch.ones_like(p) for k, p in backbone.adapted.named_parameters()}
 
@@ -184,6 +185,7 @@ def test_a_stronger_penalty_keeps_the_head_closer(backbone, layer2):
     )
 
 
+@pytest.mark.slow
 def test_outlier_exposure_learns_to_tell_them_apart(backbone, layer2, outliers):
     result = adapt(backbone.adapted, layer2, params("oe", epochs=15, learning_rate=1.0), seed=0, outliers=outliers)
     head, classifier = with_state(backbone, result.snapshots[0]), result.classifier

@@ -29,7 +29,12 @@ def random_state(name: str, classes: int = 3) -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *TIMM])
+DEEPER = {"resnet34", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2"}
+"""More, or wider, of the same blocks as the others."""
+EACH = [pytest.param(n, marks=[pytest.mark.slow] if n in DEEPER else []) for n in (*ARCHITECTURES, *TIMM)]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_each_runs_and_its_parts_make_the_whole(name):
     entry, state = architecture(name), random_state(name)
     backbone = Backbone(name, state)

@@ -69,6 +69,7 @@ def example(tmp_path_factory):
     return folder / "bundle", image, done.stdout
 
 
+@pytest.mark.slow
 def test_scoring_needs_nothing_outside_its_group_and_the_examples_give_the_same_verdict(example):
     """examples/score.py, and a heat map, where all that the other groups bring cannot be imported."""
     bundle, image, printed = example

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from test_architectures import TIMM, random_state
+from test_architectures import EACH, random_state
 
 from panda_ad.errors import UserError
-from panda_ad.features.architectures import ARCHITECTURES
 from panda_ad.features.backbones import Backbone, load_backbone, with_state
 from panda_ad.features.engine import Session
 from panda_ad.features.export import export_network, with_snapshots
@@ -37,7 +36,7 @@ def network():
     return with_snapshots(export_network(backbone, SIZE), backbone.adapted, [state], [0, 5])
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *TIMM])
+@pytest.mark.parametrize("name", EACH)
 def test_each_architecture_computes_what_pytorch_does(name):
     backbone = Backbone(name, random_state(name))
     state = {k: v * 1.001 for k, v in backbone.adapted.state_dict().items() if k.endswith("weight")}

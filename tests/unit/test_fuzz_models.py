@@ -21,7 +21,7 @@ from panda_ad.errors import UserError
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.checksums import CHECKSUMS, write_checksums
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(0)]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(0)]
 IMAGES = [noise(100), noise(101)]
 
 

@@ -9,6 +9,8 @@ import sys
 import pytest
 from registry_project import make_project
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, sys
 

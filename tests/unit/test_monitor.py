@@ -170,6 +170,7 @@ def arrays_of(n: int, seed: int, d: int = 24) -> Sample:
     return Sample(np.abs(hidden).sum(axis=1), rng.normal(size=(n, len(NAMES))) + hidden[:, : len(NAMES)], hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(24, 30), (24, 200), (100, 60)])
 def test_no_drift_where_nothing_has_changed(m, n):
     """At most the significance asked for, 5 % here, of windows that are exchangeable with the calibration images."""
