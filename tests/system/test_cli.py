@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from panda_ad import cli
+from panda_ad.commands import cli_gallery
 
 
 def said(monkeypatch, capsys, *arguments):
@@ -22,7 +23,7 @@ def said(monkeypatch, capsys, *arguments):
 
 def test_every_command_is_named_with_a_whole_sentence():
     """A first sentence that does not fit 80 columns is cut off with dots."""
-    for app in (cli.app, cli.gallery):
+    for app in (cli.app, cli_gallery.gallery):
         text = CliRunner().invoke(app, ["--help"]).stdout
         commands = dict(re.findall(r"^  ([a-z-]+)  +(\S.*)$", text.partition("Commands:")[2], re.M))
         assert len(commands) == len(app.registered_commands) + len(app.registered_groups)
