@@ -31,6 +31,7 @@ for command in (
     cli_versions.rollback,
     cli_versions.explain_version,
     cli_versions.reproduce,
+    cli_versions.export,
     cli_versions.clean,
     cli_project.ui,
     cli_project.serve,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on registered versions: promote, audit, rollback, explain-version, reproduce, clean.
+"""Commands on registered versions: promote, audit, rollback, explain-version, reproduce, export, clean.
 
 Options and words; what they do is imported when they run, so that the help is there at once.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -86,6 +87,26 @@ def reproduce(
     from panda_ad.commands.reproduce import reproduce
 
     reproduce(name, version, keep)
+
+
+def export(
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="A registered model, e.g. models:/panda-sample-fabric@staging.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle folder, e.g. build/bundle/fabric.")] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Images or folders to compare scores on (repeatable); default: the category's own."),
+    ] = None,
+) -> None:
+    """Write a folder that scores on its own at a station.
+
+    With a certificate that it scores the same; refused where one score differs (exit code 3).
+    """
+    from panda_ad.commands.export import export_model
+
+    print(export_model(model, bundle, images or [], out))
 
 
 def clean(
