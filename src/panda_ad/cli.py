@@ -44,9 +44,9 @@ app.add_typer(cli_gallery.gallery, name="gallery")
 def main() -> None:
     """Entry point: a user's mistake is one line and its exit code, never a stack trace."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # into a file or a service's journal too, `ui` says at once where it listens
+        # into a file or a service's journal too, `ui` says at once where it listens; a name of which the locale has no
+        # letter is written in escapes
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         prepare()
         app()

@@ -2,6 +2,7 @@
 """Files in, a table out: every file has a row, and what cannot be written costs only itself."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,27 @@ def test_a_name_as_long_as_names_may_be_has_an_overlay(drop, bundle):
     save(noise(5), drop / name)
     done = score_files([drop / name], Model(load_bundle(bundle)), Path("out.csv"), Path("overlays"))
     assert not done.warnings and len(list(Path("overlays").iterdir())) == 1
+
+
+def test_pipes_and_names_that_are_no_text_cost_only_themselves(drop, bundle):
+    """A pipe's header was waited for without end; a name that is no UTF-8 had no overlay, and the table went with it."""
+    os.mkfifo(drop / "pipe.png")
+    os.mkfifo(drop / "pipe_without_ending")
+    os.rename(drop / "0.png", os.fsencode(drop) + b"/bad\xff.png")
+    with pytest.raises(UserError, match=r"1 of 4 files could not be read: .*pipe.png: cannot be read \(not a file\)"):
+        score_paths([drop], None, bundle, Path("out.csv"), Path("overlays"), None)
+    assert {name: bool(row["score"]) for name, row in rows_of("out.csv").items()} == {
+        "1.png": True, "2.png": True, "bad\\xff.png": True, "pipe.png": False
+    }  # fmt: skip
+    assert len(list(Path("overlays").iterdir())) == 3
+
+
+def test_a_device_is_not_replaced_by_a_file(drop, bundle):
+    """A rename would put a file where /dev/null was, for all of the machine."""
+    os.mkfifo("device")  # root may make a device, others a pipe; neither is a file
+    with pytest.raises(FileExistsError, match="no file to write"):
+        score_paths([drop], None, bundle, Path("device"), None, None)
+    assert Path("device").is_fifo() and not list(Path().glob(".device*"))
 
 
 def test_a_folder_of_unreadable_pictures_alone_is_no_good_news(drop, bundle):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,7 +239,7 @@ def _with_overlays(detector: Detector, files: list[Path], heatmaps: Path | None)
         file, pixels, verdict = judged.file, judged.pixels, judged.verdict
         if heatmaps is None or pixels is None or verdict is None or verdict.heatmap is None:
             return ""
-        stem = file.stem if len(file.stem.encode()) <= 200 else plain_stem(file)
+        stem = file.stem if len(os.fsencode(file.stem)) <= 200 else plain_stem(file)
         decision = "defect" if verdict.anomalous else "good"
         try:
             save_overlay(heatmaps / f"{n:05d}-{stem}-{decision}.jpg", pixels, verdict, detector)

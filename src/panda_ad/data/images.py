@@ -266,6 +266,8 @@ def require_digest(parts: Sequence[bytes], sha256: str | None, path: Path | str)
 
 def pixel_count(file: Path | bytes) -> int:
     """Return how many pixels an image has, by its header alone; 0 where that cannot be read (decoding says why)."""
+    if not isinstance(file, bytes) and not file.is_file():  # a pipe would be waited for
+        return 0
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return image.width * image.height

@@ -121,7 +121,7 @@ def is_image(file: Path) -> bool:
     suffix = file.suffix.lower()
     if suffix in SUFFIXES:
         return True
-    if suffix in UNREAD or suffix in _INCOMPLETE or file.name.endswith("~"):
+    if suffix in UNREAD or suffix in _INCOMPLETE or file.name.endswith("~") or not file.is_file():
         return False
     try:
         with open(file, "rb") as f:

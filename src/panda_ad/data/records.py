@@ -130,7 +130,7 @@ class Records:
         rules = b"".join(Path(file).read_bytes() for file in (images.__file__, damage_code, sessions_code, __file__))
         self.rules = hashlib.sha256(rules + f"{PIL.__version__} {decoding}".encode()).hexdigest()
         # by the root as it is written: a copy of the checkout that shares its .cache has the same records
-        self.path = CACHE / f"{hashlib.sha256(str(root).encode()).hexdigest()[:16]}.json"
+        self.path = CACHE / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
         self.used: dict[str, _Stored] = {}
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ A kill at any moment leaves the old file or the new one, never half of one.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -31,6 +32,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 @contextmanager
 def renamed_file(path: Path) -> Iterator[Path]:
     """`atomic_file` for one of many files in an existing folder: what killed writers left there is not looked for."""
+    if path.exists() and not path.is_file():  # a rename would take the place of /dev/null
+        raise FileExistsError(errno.EEXIST, "is a folder or a device, no file to write", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
