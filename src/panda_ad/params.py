@@ -367,9 +367,11 @@ def _problem(error, raw: dict) -> str:
     if error["type"] == "missing":
         return f"{key}: missing"
     message = error["msg"].removeprefix("Value error, ")
-    return (
-        (f"{key}: " if key else "") + message + ("" if error["type"] == "value_error" else f", found {_shown(value)}")
-    )
+    if error["type"] != "value_error":
+        message += f", found {_shown(value)}"
+    if error["type"] == "string_type" and not isinstance(value, (list, dict)):
+        message += "; YAML reads names such as no, on and 007 as other things: put it in quotes"
+    return (f"{key}: " if key else "") + message
 
 
 def _shown(value: object) -> str:

@@ -136,3 +136,14 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
     with pytest.raises(UserError, match="not valid YAML"):
         load_params(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize(("name", "read"), [("no", "False"), ("007", "7"), ("2026-11-26", "datetime")])
+def test_a_name_that_yaml_reads_as_something_else_wants_quotes(tmp_path, repo_root, name, read):
+    text = (repo_root / "params.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "params.yaml"
+    file.write_text(text.replace("categories: [fabric, grid, capsule]", f"categories: [{name}]"), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"categories.0: .* found {read}.*put it in quotes"):
+        load_params(file)
+    file.write_text(text.replace("categories: [fabric, grid, capsule]", f"categories: ['{name}']"), encoding="utf-8")
+    assert load_params(file).categories == [name]
