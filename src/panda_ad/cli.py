@@ -23,6 +23,7 @@ for command in (
     cli_project.summary,
     cli_pictures.start,
     cli_pictures.score,
+    cli_pictures.watch,
     cli_pictures.monitor,
     cli_pictures.ingest,
     cli_pictures.inspect,

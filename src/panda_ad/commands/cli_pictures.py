@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on pictures: start, score, monitor, ingest, inspect.
+"""Commands on pictures: start, score, watch, monitor, ingest, inspect.
 
 Options and words; what they do is imported when they run, so that the help is there at once.
 """
@@ -65,6 +65,28 @@ def score(
     from panda_ad.system.paths import LOG
 
     score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Where pictures arrive.")],
+    out: Annotated[Path, typer.Option(help="Table of verdicts; what it holds is not judged again.")] = Path(
+        "watch.csv"
+    ),
+    model: Annotated[
+        str | None, typer.Option(help="A registered model, e.g. models:/panda-sample-fabric@staging; it is followed.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle folder, e.g. build/bundle/fabric.")] = None,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds that a file must not have changed.")] = 0.5,
+    webhook: Annotated[str | None, typer.Option(help="Address that each row is sent to as JSON.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="End when all that is there has been judged and sent.")] = False,
+) -> None:
+    """Judge pictures as they arrive in a folder.
+
+    Until Ctrl-C. A restart goes on where it was. Webhooks are signed with PANDA_WEBHOOK_SECRET.
+    """
+    from panda_ad.commands.watch import watch
+
+    watch(folder, model, bundle, out, settle, webhook, once)
 
 
 def monitor(

@@ -85,6 +85,14 @@ def verdicts(detector: Detector, files: list[Path], heatmaps: bool = False) -> I
             bar.update(len(batch))
 
 
+def judge(detector: Detector, file: Path) -> Judged:
+    """Judge one file, with its region where the model makes heat maps."""
+    judged = _read(file, Decoding.of(detector.config))
+    if judged.pixels is None:
+        return judged
+    return judged._replace(verdict=detector.score([judged.pixels], detector.localizer is not None)[0])
+
+
 def _read(file: Path, decoding: Decoding) -> Judged:
     """Decode a file, or say why it cannot be; its verdict is still to come."""
     name = printable(str(file))

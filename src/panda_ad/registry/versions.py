@@ -79,6 +79,12 @@ def download_version(model: str) -> tuple[str, str, Path]:
         return version.name, str(version.version), bundle_of(client, version)
 
 
+def version_number(model: str) -> str:
+    """Return which version an address names now, e.g. 'models:/panda-sample-fabric@staging'; UserError if none."""
+    with mlflow_errors():
+        return str(find_version(connect(), model).version)
+
+
 def note_on(model: str) -> str:
     """Return '' or, where `models:/NAME@ALIAS` is asked for and a hand put the alias there, a line that says so."""
     name, _, alias = unquote(model.removeprefix("models:").strip("/")).partition("@")
