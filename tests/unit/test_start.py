@@ -129,9 +129,13 @@ def test_what_cannot_be_started_says_so_and_leaves_nothing():
     fill(Path("bads/bad"), 4)
     with pytest.raises(UserError, match="no good pictures to learn from, only bad"):
         start("bads")
+    fill(Path("set/a/train/good"), 1)
+    fill(Path("set/b/train/good"), 1)
+    with pytest.raises(UserError, match="set: holds several things, a, b; start with one: set/a"):
+        start("set")
     Path("mine").mkdir()
     with pytest.raises(UserError, match="mine: exists, and is no result"):
         start("two", "mine")
     with pytest.raises(UserError, match="lies in two"):
         start("two", "two/results")
-    assert sorted(p.name for p in Path().iterdir()) == ["bads", "empty", "mine", "two"]
+    assert sorted(p.name for p in Path().iterdir()) == ["bads", "empty", "mine", "set", "two"]

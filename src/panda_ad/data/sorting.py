@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from panda_ad.data.layouts import GOOD_NAMES, alike
-from panda_ad.data.listing import Found, find_images, nfc, no_images
+from panda_ad.data.listing import Found, find_images, nfc, no_images, visible
 from panda_ad.data.mask_files import MASK_FOLDERS
 from panda_ad.errors import UserError
 
@@ -47,10 +47,13 @@ def sort_pictures(folder: Path, all_good: bool = False) -> Sorted:
     Raises
     ------
     UserError
-        There is no such folder, or no picture in it.
+        There is no such folder, no picture in it, or it holds several categories in MVTec's layout.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    several = [p.name for p in visible(folder) if (p / "train").is_dir()]
+    if len(several) > 1:
+        raise UserError(f"{folder}: holds several things, {', '.join(several)}; start with one: {folder / several[0]}")
     found = find_images([folder])
     files = [file for file in found.images if not MASK_FOLDERS & set(_names(folder, file))]
     if not files:
