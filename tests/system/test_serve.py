@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import yaml
-from registry_project import make_project, read_rows, write_rows
+from monitor_project import make_monitored
+from registry_project import make_project, read_rows, set_gate, write_rows
 
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
+from panda_ad.registry.new_threshold import set_threshold
 from panda_ad.registry.promote import promote
 from panda_ad.registry.versions import download_version
 from panda_ad.scoring.bundle import load_bundle
@@ -295,3 +297,28 @@ def answer(address, body):
     )
     with urllib.request.urlopen(request, timeout=300) as response:
         return json.loads(response.read())["predictions"]
+
+
+@pytest.mark.slow
+def test_a_new_version_takes_over_without_a_gap(tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = make_monitored(tmp_path_factory, tmp_path / "plant")
+    monkeypatch.chdir(folder)
+    set_gate(folder, decision_margin=None)
+    image = (next((folder / "data/fabric/test/good").iterdir())).read_bytes()
+    with serving(
+        folder, tmp_path, ["panda_ad.cli", "serve", "models:/panda-sample-fabric@staging", "--port"]
+    ) as address:
+        versions = [ask(address, [image])[0]["version"]]
+        assert set_threshold("fabric", 2 / 7).outcome == "promoted"
+        end = time.monotonic() + 60
+        while versions[-1] == versions[0] and time.monotonic() < end:
+            versions.append(ask(address, [image])[0]["version"])  # each is answered, or this raises
+        assert (versions[0], versions[-1]) == ("panda-sample-fabric version 1", "panda-sample-fabric version 2")
+        with urllib.request.urlopen(f"{address}/metrics", timeout=5) as answered:
+            text = answered.read().decode()
+        assert f'panda_requests_total{{status="200"}} {len(versions)}\n' in text
+        assert 'panda_version_info{version="panda-sample-fabric version 2"} 1' in text
+        (folder / "mlflow.db").rename(folder / "gone.db")  # the registry is away: the version in place goes on
+        time.sleep(7)
+        assert ask(address, [image])[0]["version"] == "panda-sample-fabric version 2"

@@ -107,16 +107,16 @@ def server(tmp_path_factory):
     import mlflow.pyfunc
     from starlette.testclient import TestClient
 
-    from panda_ad.registry import serve
     from panda_ad.registry.model_files import save
+    from panda_ad.registry.serve_app import Serving, application
 
     folder = tmp_path_factory.mktemp("served")
     (folder / "bundle").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serve, "MAX_BODY", 100_000)
+        patch.setattr("panda_ad.registry.serve_app.MAX_BODY", 100_000)
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")
         save(folder / "model", make_bundle(folder / "bundle"), SEEDS[0], "x", "0" * 32, "m-1")
-        with TestClient(serve.application(mlflow.pyfunc.load_model(str(folder / "model")))) as client:
+        with TestClient(application(Serving(mlflow.pyfunc.load_model(str(folder / "model"))))) as client:
             yield client
     shutil.rmtree(folder)
 

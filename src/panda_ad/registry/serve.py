@@ -4,31 +4,28 @@
 MLflow's own server answers a mistake with the whole request, ignores parameters that it does not know, and goes on
 computing after a client has given up. This one refuses early: a body that is too large (413), a request that is none
 or has unknown parameters (400), and more requests at a time than it can answer (429).
+
+Started with an alias, it follows that: a new version is loaded beside the one in place, which answers until then.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from panda_ad.errors import UserError
 from panda_ad.registry.connection import connect, mlflow_errors
-from panda_ad.registry.versions import bundle_of, find_version, note_on
+from panda_ad.registry.versions import bundle_of, find_version, note_on, version_number
 
 if TYPE_CHECKING:
-    from mlflow.pyfunc import PyFuncModel
     from starlette.applications import Starlette
-    from starlette.requests import Request
 
-MAX_BODY = 64 * 2**20
-"""Bytes of a request."""
-_DROPPED = 16 * MAX_BODY
-MAX_WAITING = 4
-"""Requests at a time, the one that is computed among them."""
-FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
-_JSON = "application/json"
-_SHOWN = 500  # characters of an error
+    from panda_ad.registry.serve_app import Serving
+
+FOLLOW_SECONDS = 5.0
+"""Between two looks at the alias."""
 
 
 def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
@@ -37,13 +34,9 @@ def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
 
     import uvicorn
 
-    with mlflow_errors():
-        import mlflow.pyfunc
+    from panda_ad.registry.serve_app import application
 
-        client = connect()
-        version = find_version(client, model)
-        bundle_of(client, version)  # files that are gone are said in a line
-        loaded = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    serving = load(model)
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -52,97 +45,52 @@ def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
             raise UserError(f"--port {port}: {e.strerror}; choose another one") from None
         port = s.getsockname()[1]
     note = note_on(model)
-    print(
-        f"{version.name} version {version.version}{f' ({note})' if note else ''}: http://{host}:{port}/invocations",
-        flush=True,
-    )
-    uvicorn.run(application(loaded), host=host, port=port, log_level="warning")
+    print(f"{serving.version}{f' ({note})' if note else ''}: http://{host}:{port}/invocations", flush=True)
+    app = application(serving, _following(serving, model) if "@" in model else None)
+    uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
-def application(model: PyFuncModel) -> Starlette:
-    """Return the web application: GET /ping, GET /health, POST /invocations."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.pyfunc.scoring_server import init, invocations
-    from starlette.applications import Starlette
-    from starlette.responses import Response
-    from starlette.routing import Route
+def load(model: str) -> Serving:
+    """Load a registered version. UserError where there is none, or its files are gone."""
+    from panda_ad.registry.serve_app import Serving
 
-    init(model)  # MLflow's preparations for serving
-    turn = asyncio.Semaphore(1)
-    schema, known = model.metadata.get_input_schema(), {p.name for p in model.metadata.get_params_schema().params}
-    waiting = 0
+    with mlflow_errors():
+        import mlflow.pyfunc
 
-    def refuse(status: int, text: str) -> Response:
-        body = json.dumps({"error_code": status, "message": " ".join(text.split())[:_SHOWN]})
-        return Response(body, status, {"Retry-After": "5"} if status == 429 else None, "application/json")
+        client = connect()
+        version = find_version(client, model)
+        bundle_of(client, version)  # files that are gone are said in a line
+        loaded = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    return Serving(loaded, f"{version.name} version {version.version}")
 
-    async def ping(_: Request) -> Response:
-        return Response("\n", media_type="application/json")
 
-    async def answer(request: Request) -> Response:
-        nonlocal waiting
-        if waiting >= MAX_WAITING:
-            await _body(request, most=0)
-            return refuse(429, f"{waiting} requests are being answered; try again in some seconds")
-        waiting += 1
+async def _follow(serving: Serving, model: str, say: Callable[[str], None]) -> None:
+    """Let the version that an alias names answer, whenever it changes; where that fails, the one in place goes on."""
+    problem = ""
+    while True:
+        await asyncio.sleep(FOLLOW_SECONDS)
         try:
-            body = await _body(request, MAX_BODY)
-            if body is None:
-                return refuse(413, f"more than {MAX_BODY // 2**20} MiB; send fewer images in one request")
-            content = request.headers.get("content-type", _JSON)
-            if content.partition(";")[0].strip().lower() != _JSON:
-                return refuse(415, f"content type {content}: {_JSON} is expected")
-            if wrong := _mistake(body, known):
-                return refuse(400, wrong)
-            async with turn:
-                if await request.is_disconnected():
-                    return refuse(499, "the client is gone")
-                result = await asyncio.to_thread(invocations, body, _JSON, model, schema)
-            return Response(result.response, result.status, media_type=_JSON)
-        except MlflowException as e:
-            return refuse(e.get_http_status_code(), _reason(e.message))
-        finally:
-            waiting -= 1
-
-    pings = [Route(path, ping) for path in ("/ping", "/health")]
-    return Starlette(routes=[*pings, Route("/invocations", answer, methods=["POST"])])
+            number = await asyncio.to_thread(version_number, model)
+            if number != serving.version.rpartition(" ")[2]:
+                new = await asyncio.to_thread(load, model)
+                serving.model, serving.version = new.model, new.version
+                say(f"{new.version} answers from now on")
+            problem = ""
+        except Exception as e:  # whatever is wrong with a registry or a new version, the old one serves
+            if str(e) != problem:
+                problem = str(e)
+                say(f"{serving.version} goes on: {' '.join(problem.split())[:300]}")
 
 
-async def _body(request: Request, most: int) -> bytes | None:
-    """Return a request's body; None if it is more than `most` bytes.
+def _following(serving: Serving, model: str) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+    """Return what follows an alias while a web application runs."""
 
-    What is too much is read and dropped, up to a limit: a client that is still sending would not see the answer.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= most:
-            parts.append(part)
-        else:
-            parts.clear()
-        if size > _DROPPED:
-            break
-    return b"".join(parts) if size <= most else None
+    @asynccontextmanager
+    async def following(_: Starlette) -> AsyncIterator[None]:
+        task = asyncio.create_task(_follow(serving, model, lambda line: print(line, flush=True)))
+        yield
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
-
-def _mistake(body: bytes, known: set[str]) -> str:
-    """Return what is wrong with a JSON request, '' if nothing is."""
-    try:
-        request = json.loads(body)
-    except ValueError as e:
-        return f"the body is no JSON ({e})"
-    if not isinstance(request, dict) or len(found := [k for k in FORMATS if k in request]) != 1:
-        return f"a JSON object with one of {', '.join(FORMATS)} is expected"
-    if extra := sorted(set(request) - {*found, "params"}):
-        return f"unknown: {', '.join(extra)}; there are {', '.join(FORMATS)} and params"
-    params = request.get("params") or {}
-    if not isinstance(params, dict):
-        return "params: an object is expected"
-    if extra := sorted(set(params) - known):
-        return f"params: unknown: {', '.join(extra)}; there is {', '.join(sorted(known))}"
-    return ""
-
-
-def _reason(message: str) -> str:
-    """Return the end of an MLflow error, which has the request before it, as one line."""
-    return " ".join(message.rpartition("Error: ")[2].split())
+    return following
