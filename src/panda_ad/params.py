@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -301,7 +301,9 @@ def _unusable(category: str) -> str:
 
 
 class _Reader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which PyYAML keeps the last in silence."""
+    """Reads YAML 1.2, as DVC does, and refuses a key that stands twice, of which PyYAML keeps the last in silence."""
+
+    yaml_implicit_resolvers: ClassVar = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Return a mapping of keys that differ."""
@@ -309,6 +311,31 @@ class _Reader(yaml.SafeLoader):
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", ["<"]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):  # the order counts: an integer is no float
+    _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Reader.add_constructor(
+    "tag:yaml.org,2002:int", lambda _, node: int(node.value, 0 if node.value[:2] in ("0x", "0o") else 10)
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return what a YAML file holds, as DVC reads it: `no` and `on` are text, `1e-5` is a number, `010` is ten.
+
+    PyYAML's own reading is YAML 1.1, in which these are false, true, text and eight.
+    """
+    return yaml.load(text, _Reader)
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -321,7 +348,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Reader)
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); run from the folder that holds params.yaml") from None
     except (
@@ -370,7 +397,7 @@ def _problem(error, raw: dict) -> str:
     if error["type"] != "value_error":
         message += f", found {_shown(value)}"
     if error["type"] == "string_type" and not isinstance(value, (list, dict)):
-        message += "; YAML reads names such as no, on and 007 as other things: put it in quotes"
+        message += "; YAML reads names such as 7, null and true as other things: put it in quotes"
     return (f"{key}: " if key else "") + message
 
 

@@ -356,7 +356,17 @@ def test_a_folder_without_images_says_what_it_holds():
 def test_a_pipe_is_not_waited_for(make_params):
     make_mvtec(Path("data"))
     os.mkfifo(NUT / "train/good/pipe.png")
+    os.mkfifo(NUT / "train/good/pipe")  # its first bytes would tell what it is
     assert dict(found_in(make_params).problems) == {"nut/train/good/pipe.png": "cannot be read (not a file)"}
+
+
+def test_what_was_named_and_is_no_file_is_not_called_missing():
+    os.mkfifo("pipe.png")
+    os.symlink("nowhere.png", "dead.png")
+    with pytest.raises(UserError, match=r"^pipe.png: is no file or folder, and is not read$"):
+        find_images([Path("pipe.png")])
+    with pytest.raises(UserError, match=r"^dead.png: leads to no file or folder$"):
+        find_images([Path("dead.png")])
 
 
 @given(

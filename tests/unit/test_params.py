@@ -2,6 +2,7 @@
 """params.yaml: what is wrong is one line that names the key."""
 
 import copy
+import re
 
 import pytest
 import yaml
@@ -109,6 +110,26 @@ def test_a_key_that_stands_twice_is_refused(tmp_path, repo_root, key, line):
     path.write_text((repo_root / "params.yaml").read_text(encoding="utf-8") + line, encoding="utf-8")
     with pytest.raises(UserError, match=f"the key '{key}' stands twice"):
         load_params(path)
+
+
+def test_parameters_are_read_as_dvc_reads_them(tmp_path, raw):
+    """YAML 1.2: `dvc exp run -S adapt.weight_decay=1e-5` writes 1e-05, which YAML 1.1 takes for text, and `no` for false."""
+    from dvc.utils.serialize import parse_yaml
+
+    raw["adapt"]["weight_decay"] = "WEIGHT"
+    text = yaml.safe_dump(raw).replace("WEIGHT", "1e-05").replace("seed: 0", "seed: 010")
+    text = re.sub(r"categories:\n(- .*\n)+", "categories: [no, on, y]\n", text)
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    params, theirs = load_params(path), parse_yaml(text, str(path))
+    assert params.categories == theirs["categories"] == ["no", "on", "y"]
+    assert params.adapt.weight_decay == theirs["adapt"]["weight_decay"] == 1e-5
+    assert params.seed == theirs["seed"] == 10
+
+
+def test_a_name_that_is_a_number_asks_for_quotes(raw):
+    with pytest.raises(UserError, match=r"categories.0: Input should be a valid string, found 7; YAML reads .* put it in quotes$"):
+        parse_params(raw | {"categories": [7]})
 
 
 def test_a_number_out_of_range_is_not_told_to_be_a_list(raw):

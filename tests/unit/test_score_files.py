@@ -74,6 +74,22 @@ def test_every_file_has_a_row(drop, bundle, capsys):
     assert "passed over, no images: 1 .json" in capsys.readouterr().err
 
 
+def test_odd_names_have_a_row_of_one_line_and_pipes_are_not_waited_for(drop, bundle):
+    """Python 3.11 writes a carriage return without quotes, and readers see two rows."""
+    for name in ("a\rb.png", "a\nb.png", b"a\xffb.png"):
+        (Path(drop) / os.fsdecode(name)).write_bytes((drop / "0.png").read_bytes())
+    os.mkfifo(drop / "pipe.png")
+    os.mkfifo(drop / "pipe")
+    os.symlink("/dev/zero", drop / "zeros.png")
+    with pytest.raises(
+        UserError, match=r"2 of 8 files .*pipe.png: cannot be read \(not a file\); .*zeros.png: .*file\)$"
+    ):
+        score_paths([drop], None, bundle, Path("out.csv"), None, None)
+    rows = rows_of("out.csv")
+    assert {r"a\x0db.png", r"a\x0ab.png", r"a\xffb.png", "pipe.png", "zeros.png"} <= rows.keys() and len(rows) == 8
+    assert len(Path("out.csv").read_text().splitlines()) == 9
+
+
 def test_half_a_picture_is_judged_and_named(drop, bundle, capsys):
     smooth = Image.fromarray(noise(1)).resize((160, 120))
     smooth.save("whole.jpg", quality=90)

@@ -10,12 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from panda_ad.benchmark.protocols import METHODS, Job, Protocol, Settings, jobs_of
 from panda_ad.benchmark.sources import SETS, data_folder, read_set
 from panda_ad.errors import UserError
-from panda_ad.params import AdaptParams, Params, parse_params
+from panda_ad.params import AdaptParams, Params, parse_params, read_yaml
 
 if TYPE_CHECKING:
     from panda_ad.benchmark.tables import Row
@@ -93,7 +91,7 @@ def make_settings(
                 f"benchmark: --set {change}: write METHOD.KEY=VALUE, METHOD one of ses, ewc, oe "
                 "and KEY of the adapt section"
             )
-        of_method[method][key] = yaml.safe_load(value)
+        of_method[method][key] = read_yaml(value)
     known = data / "tiny_imagenet_10k"
     default = params.adapt.outliers or (str(known) if known.is_dir() else None)
     if "oe" in methods and not (of_method["oe"].setdefault("outliers", default)):

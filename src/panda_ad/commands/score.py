@@ -19,7 +19,7 @@ from panda_ad.commands.overlay import save_overlay
 from panda_ad.data.damage import doubt
 from panda_ad.data.data_warnings import narrow_range
 from panda_ad.data.images import Decoding, batches, picture, pixel_count, read_bytes
-from panda_ad.data.listing import describe, find_images, no_images, printable, settled
+from panda_ad.data.listing import describe, find_images, no_images, one_line, settled
 from panda_ad.data.quarantine import plain_stem
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
@@ -95,7 +95,7 @@ def judge(detector: Detector, file: Path) -> Judged:
 
 def _read(file: Path, decoding: Decoding) -> Judged:
     """Decode a file, or say why it cannot be; its verdict is still to come."""
-    name = printable(str(file))
+    name = one_line(str(file))
     try:
         data = read_bytes(file, name, decoding)
         read = picture(data, name, decoding=decoding)
@@ -216,7 +216,7 @@ def _write_rows(
     for judged, unwritten in _with_overlays(detector, files, heatmaps):
         file, pixels, verdict, problem, doubtful, values = judged
         gray += values or ()
-        name = printable(str(file))
+        name = one_line(str(file))
         if verdict is None or pixels is None:
             problems.append(problem)
             rows.writerow([name, "", "", "unreadable", *[""] * (len(COLUMNS) - 4)])

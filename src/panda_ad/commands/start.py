@@ -20,7 +20,7 @@ from panda_ad.commands.overlay import blend, save_picture
 from panda_ad.commands.score import score_files
 from panda_ad.commands.start_page import Shown, ranking_page, verdict_page
 from panda_ad.data.images import read_image
-from panda_ad.data.listing import printable
+from panda_ad.data.listing import one_line, printable
 from panda_ad.data.sorting import Sorted, sort_pictures
 from panda_ad.errors import UserError
 from panda_ad.features.backbones import load_backbone
@@ -65,7 +65,7 @@ class FileImages:
     @property
     def names(self) -> Sequence[str]:
         """See `Images`."""
-        return [printable(str(file)) for file in self.files]
+        return [one_line(str(file)) for file in self.files]
 
     @cached_property
     def keys(self) -> Sequence[str]:

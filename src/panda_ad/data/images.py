@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from panda_ad.data.listing import open_file
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
@@ -234,9 +235,7 @@ def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = D
     Raises UserError where the file cannot be read.
     """
     try:
-        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
-            raise UserError(f"{name or path}: cannot be read (not a file)")
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             return f.read(decoding.max_bytes + 1)
     except OSError as e:
         raise UserError(f"{name or path}: cannot be read ({e.strerror})") from None
@@ -269,7 +268,10 @@ def pixel_count(file: Path | bytes) -> int:
     if not isinstance(file, bytes) and not file.is_file():  # a pipe would be waited for
         return 0
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        with (
+            io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as data,
+            Image.open(data, formats=FORMATS) as image,
+        ):
             return image.width * image.height
     except Exception:  # as many kinds as decoding damaged files raises
         return 0

@@ -10,13 +10,17 @@ What is not an image is passed over and counted.
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
+from typing import BinaryIO
 
 from panda_ad.errors import UserError
 
@@ -116,6 +120,15 @@ def visible(folder: Path) -> list[Path]:
     return [folder / name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM]
 
 
+def open_file(path: Path | str) -> BinaryIO:
+    """Open a file to read. A pipe, a socket or a device, which may be waited for without end, is an OSError."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115, returned
+    if not S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return file
+
+
 def is_image(file: Path) -> bool:
     """Tell whether a file claims to be an image: by its ending, else by its first bytes."""
     suffix = file.suffix.lower()
@@ -124,7 +137,7 @@ def is_image(file: Path) -> bool:
     if suffix in UNREAD or suffix in _INCOMPLETE or file.name.endswith("~") or not file.is_file():
         return False
     try:
-        with open(file, "rb") as f:
+        with open_file(file) as f:
             start = f.read(16)
     except OSError:
         return False
@@ -182,7 +195,8 @@ def find_images(paths: Iterable[Path]) -> Found:
         elif path.is_file():
             found.images.append(path)
         else:
-            raise UserError(f"{path}: no such file or folder")
+            known = "leads to no file or folder" if path.is_symlink() else "is no file or folder, and is not read"
+            raise UserError(f"{path}: {known if os.path.lexists(path) else 'no such file or folder'}")
     return found
 
 
@@ -263,3 +277,11 @@ def describe(files: Iterable[Path]) -> str:
 def printable(text: str) -> str:
     r"""Return the text with bytes that are not UTF-8 (which Python keeps as lone surrogates) written as \x escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def one_line(text: str) -> str:
+    """Return `printable` text with line breaks and control characters as escapes too, for tables and messages.
+
+    Python 3.11 writes a carriage return into CSV without quotes, where readers begin a row.
+    """
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: rf"\x{ord(found[0]):02x}", printable(text))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from panda_ad.data.images import FORMATS, read_bytes, read_image
+from panda_ad.data.images import pixel_count, read_bytes, read_image
 from panda_ad.data.listing import image_files
 from panda_ad.errors import UserError
 from panda_ad.features.cache import Item
@@ -80,11 +80,5 @@ def coarseness(files: Sequence[Path], size: tuple[int, int], network: tuple[int,
     Ratio of lengths, >= 1: the square root of normal pixels per pixel of the median outlier.
     """
     most = network[0] * network[1]
-    pixels = []
-    for file in files:
-        try:
-            with Image.open(file, formats=FORMATS) as image:
-                pixels.append(min(image.width * image.height, most))
-        except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-            continue  # whoever decodes it says what is wrong
+    pixels = [min(found, most) for file in files if (found := pixel_count(file))]
     return max(1.0, (min(size[0] * size[1], most) / float(np.median(pixels))) ** 0.5) if pixels else 1.0

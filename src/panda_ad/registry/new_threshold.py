@@ -15,7 +15,7 @@ import yaml
 
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import binomial_interval
-from panda_ad.params import load_params, plain_name
+from panda_ad.params import load_params, plain_name, read_yaml
 from panda_ad.registry.evidence import score_table
 from panda_ad.registry.new_version import Successor, succeed, version_to_change
 from panda_ad.registry.promote import Decision
@@ -68,7 +68,7 @@ def set_threshold(category: str, rate: float) -> Decision:
 
 
 def _change_params(path: Path, rate: float) -> None:
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
+    values = read_yaml(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
     if "verdict" in values:
         values["verdict"]["false_alarm_rate"] = rate
         path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

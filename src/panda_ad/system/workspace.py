@@ -11,10 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
-import yaml
-
 from panda_ad.errors import UserError
-from panda_ad.params import load_params, parse_params
+from panda_ad.params import load_params, parse_params, read_yaml
 from panda_ad.system.paths import BUILD
 
 PARAMS = "params.yaml"
@@ -185,13 +183,13 @@ def _apply(changes: Sequence[str], path: Path) -> None:
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import apply_overrides
 
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    before = read_yaml(path.read_text(encoding="utf-8"))
     try:
         apply_overrides(path, list(changes))
     except DvcException as e:
         why = f"{e.__cause__ or e}".splitlines()[0].rstrip(".")
         raise UserError(f"set_params: {why}; write KEY=VALUE with a key of {PARAMS}") from None
-    after = yaml.safe_load(path.read_text(encoding="utf-8"))
+    after = read_yaml(path.read_text(encoding="utf-8"))
     if after.get("gate") != before.get("gate"):
         raise UserError(
             "set_params: the gate's rules (gate.*) may not be changed for one run, which they are to judge; "
