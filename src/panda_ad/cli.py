@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a mistake to correct, 3 the gate refused, 4 another run is
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import typer
@@ -44,6 +45,9 @@ app.add_typer(cli_gallery.gallery, name="gallery")
 
 def main() -> None:
     """Entry point: a user's mistake is one line and its exit code, never a stack trace."""
+    # closed by whoever started this (`>&-`, some services): what is printed goes nowhere, as they wish
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, as long as the process
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     if isinstance(sys.stdout, io.TextIOWrapper):
         # into a file or a service's journal too, `ui` says at once where it listens; a name of which the locale has no
         # letter is written in escapes

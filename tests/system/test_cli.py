@@ -86,3 +86,19 @@ def test_each_line_is_written_at_once_into_a_file_too(tmp_path):
             [sys.executable, "-c", program], env=env, stdout=out, stderr=subprocess.PIPE, text=True, check=True
         )
     assert done.stderr.strip() == "True"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_do_no_harm(tmp_path, closed):
+    """As some services and cron scripts start their children."""
+    command = f"'{sys.executable}' -m panda_ad.cli score . --bundle . {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_verdicts_for_a_closed_stdout_go_nowhere(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.argv", ["panda-ad", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0

@@ -2,6 +2,7 @@
 """Scoring's network in ONNX Runtime: PyTorch's results to a tolerance, its own to the digit, and bad files in one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -192,3 +193,11 @@ def test_a_network_runs_without_pytorch(network, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_nothing_is_stored_for_or_reported_to_the_engines_maker(tmp_path):
+    """ONNX Runtime's import alone leaves an identifier of the device and a queue of events under HOME else."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    code = "import panda_ad.features.engine"
+    subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, check=True)
+    assert not list(tmp_path.iterdir())

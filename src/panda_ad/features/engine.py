@@ -7,10 +7,14 @@ threads. With both at one, an image alone costs one image, and images run side b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+# From 1.32 on, its import alone stores an identifier of the device under HOME, and what runs is reported to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 from panda_ad.errors import UserError
