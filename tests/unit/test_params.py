@@ -127,11 +127,6 @@ def test_parameters_are_read_as_dvc_reads_them(tmp_path, raw):
     assert params.seed == theirs["seed"] == 10
 
 
-def test_a_name_that_is_a_number_asks_for_quotes(raw):
-    with pytest.raises(UserError, match=r"categories.0: Input should be a valid string, found 7; YAML reads .* put it in quotes$"):
-        parse_params(raw | {"categories": [7]})
-
-
 def test_a_number_out_of_range_is_not_told_to_be_a_list(raw):
     raw["backbone"]["input_size"] = 3
     with pytest.raises(
@@ -159,7 +154,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_params(tmp_path / "bad.yaml")
 
 
-@pytest.mark.parametrize(("name", "read"), [("no", "False"), ("007", "7"), ("2026-11-26", "datetime")])
+@pytest.mark.parametrize(("name", "read"), [("true", "True"), ("007", "7"), ("null", "None")])
 def test_a_name_that_yaml_reads_as_something_else_wants_quotes(tmp_path, repo_root, name, read):
     text = (repo_root / "params.yaml").read_text(encoding="utf-8")
     file = tmp_path / "params.yaml"

@@ -27,7 +27,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from panda_ad.data.listing import open_file
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
@@ -44,6 +43,8 @@ WHITE = (255, 255, 255)
 # Ours is the check that counts (below, before any pixel is decoded); Pillow's own stays armed behind it.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# of EXIF data that cannot be read, with the path of Pillow's code: what matters of a file is said by ours
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -195,7 +196,7 @@ def _refuse(image: Image.Image, name: str, decoding: Decoding) -> None:
         raise UserError(_too_large(name, f"{width} x {height} pixels, ", decoding))
     if image.mode not in MODES or (image.mode == "I" and image.format != "PPM"):
         raise UserError(
-            f"{name}: pixel mode {image.mode} has no known value range; save it with 8 or 16 bits per channel"
+            f"{name}: pixel mode {image.mode} is not read; save it as gray or RGB of 8 or 16 bits, whose range is known"
         )
     # A multi-picture JPEG (MPO) is a photo with previews or other views behind it: the first is the photo.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -235,7 +236,9 @@ def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = D
     Raises UserError where the file cannot be read.
     """
     try:
-        with open_file(path) as f:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise UserError(f"{name or path}: cannot be read (not a file)")
+        with open(path, "rb") as f:
             return f.read(decoding.max_bytes + 1)
     except OSError as e:
         raise UserError(f"{name or path}: cannot be read ({e.strerror})") from None
@@ -268,10 +271,7 @@ def pixel_count(file: Path | bytes) -> int:
     if not isinstance(file, bytes) and not file.is_file():  # a pipe would be waited for
         return 0
     try:
-        with (
-            io.BytesIO(file) if isinstance(file, bytes) else open_file(file) as data,
-            Image.open(data, formats=FORMATS) as image,
-        ):
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return image.width * image.height
     except Exception:  # as many kinds as decoding damaged files raises
         return 0

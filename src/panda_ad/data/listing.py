@@ -10,7 +10,6 @@ What is not an image is passed over and counted.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import time
@@ -19,8 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISREG
-from typing import BinaryIO
 
 from panda_ad.errors import UserError
 
@@ -120,15 +117,6 @@ def visible(folder: Path) -> list[Path]:
     return [folder / name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM]
 
 
-def open_file(path: Path | str) -> BinaryIO:
-    """Open a file to read. A pipe, a socket or a device, which may be waited for without end, is an OSError."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115, returned
-    if not S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return file
-
-
 def is_image(file: Path) -> bool:
     """Tell whether a file claims to be an image: by its ending, else by its first bytes."""
     suffix = file.suffix.lower()
@@ -137,7 +125,7 @@ def is_image(file: Path) -> bool:
     if suffix in UNREAD or suffix in _INCOMPLETE or file.name.endswith("~") or not file.is_file():
         return False
     try:
-        with open_file(file) as f:
+        with open(file, "rb") as f:
             start = f.read(16)
     except OSError:
         return False
