@@ -158,6 +158,37 @@ def test_a_copy_that_broke_off(kind):
     assert "zeros" in doubt_of(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
 
 
+@pytest.mark.parametrize("gray", [False, True])
+def test_a_progressive_jpeg_whose_last_scans_are_missing(gray):
+    """Cut off and ended again it decodes, whole but coarse."""
+    data = encode(np.ascontiguousarray(SMOOTH[..., 0]) if gray else SMOOTH, quality=90, progressive=True)
+    last = data.rfind(b"\xff\xda")
+    for cut in (last, len(data) // 2):
+        assert "last scans are missing" in doubt_of(data[:cut] + b"\xff\xd9")
+
+
+def png_with(raw: bytes, depth: int, color: int) -> bytes:
+    """A PNG of SMOOTH's size with these rows."""
+    height, width = SMOOTH.shape[:2]
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)), (b"PLTE", bytes(range(240)))]
+    chunks += [(b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "color", "row"), [(8, 0, 1), (8, 2, 3), (16, 2, 6), (8, 6, 4), (8, 3, 1), (16, 4, 4)]
+)
+def test_a_png_that_lacks_rows(depth, color, row):
+    """Pillow leaves them empty, without a word."""
+    height, width = SMOOTH.shape[:2]
+    rows = [b"\0" + RNG.integers(0, 80, width * row, np.uint8).tobytes() for _ in range(height // 2)]
+    assert doubt_of(png_with(b"".join(rows), depth, color)) == "its PNG data ends before its last row"
+    flat = [b"\0" + bytes(width * row)] * (height - len(rows))
+    assert doubt_of(png_with(b"".join(rows + flat), depth, color)) == "", "black below is what it shows"
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_rows": 1}]
 )

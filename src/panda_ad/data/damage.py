@@ -9,6 +9,9 @@ to refuse it.
 from __future__ import annotations
 
 import io
+import math
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -39,6 +42,10 @@ def doubt(data: bytes, rgb: np.ndarray) -> str:
             return "its JPEG data goes on where the picture ends: damaged in between"
         if _filled(data):
             return "its JPEG data holds one byte many times over: damaged in between"
+        if _scans_missing(data):
+            return "it is a progressive JPEG whose last scans are missing: coarser than it was taken"
+    if data.startswith(b"\x89PNG") and (rgb[-1] == rgb[-1, 0]).all() and _rows_missing(data):
+        return "its PNG data ends before its last row"
     return ""
 
 
@@ -78,3 +85,48 @@ def _data_left_over(data: bytes) -> bool:
     except Exception:  # it needs them, as it should
         return False
     return True
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield marker and content of a JPEG's segments, up to its end marker; the codes between them are passed over."""
+    at = 2
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 3 and (marker := data[at + 1]) != 0xD9:
+        if marker in (0x00, 0xFF) or 0xD0 <= marker <= 0xD7:  # a stuffed byte, a fill byte, a restart
+            at += 1
+            continue
+        length = int.from_bytes(data[at + 2 : at + 4], "big")
+        yield marker, data[at + 4 : at + 2 + length]
+        at += 2 + length
+
+
+def _scans_missing(data: bytes) -> bool:
+    """Return whether a progressive JPEG (ITU T.81, G.1.1) lacks scans that refine its first component, the luma."""
+    missing = np.zeros(64, np.uint8)  # low bits not yet sent, of each coefficient
+    luma = -1
+    for marker, body in _segments(data):
+        if marker in (0xC0, 0xC1) or len(body) < 6:
+            return False  # sequential: its one scan has everything
+        if marker == 0xC2:
+            luma = body[6]
+            missing[:] = 16
+        elif marker == 0xDA and luma in tuple(body[1 : 1 + 2 * body[0] : 2]):
+            first, last, bits = body[-3:]
+            missing[first : last + 1] = bits & 15
+    return bool(missing.any())
+
+
+def _rows_missing(data: bytes) -> bool:
+    """Return whether a PNG that is not interlaced holds fewer rows than its header says; Pillow leaves them empty."""
+    width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
+    depth, color, interlaced = data[24], data[25], data[28]
+    row = 1 + math.ceil(width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(color, 1) / 8)
+    at, found, inflate = 8, 0, zlib.decompressobj()
+    while at + 8 <= len(data) and (kind := data[at + 4 : at + 8]) != b"IEND":
+        length = int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IDAT":
+            try:
+                found += len(inflate.decompress(data[at + 8 : at + 8 + length]))
+            except zlib.error:  # Pillow, which is what decodes, has taken it
+                return False
+        at += 12 + length
+    return not interlaced and found < row * height
