@@ -113,3 +113,17 @@ def test_a_log_that_lacks_or_breaks_says_so_in_one_line(tmp_path):
     assert "\n" not in str(error.value) and path.name in str(error.value)
     with pytest.raises(ValueError, match="one category"):
         append([entry(1), dataclasses.replace(entry(2), category="grid")], tmp_path)
+
+
+def test_the_log_is_read_once_however_many_verdicts_are_added(tmp_path, monkeypatch):
+    """It was read once for each of them: minutes for a day's images beside a month's."""
+    append([entry(n) for n in range(3)], tmp_path)
+    reads: list[str] = []
+
+    def counted(category, model, version, log):
+        reads.append(version)
+        return known(category, model, version, log)
+
+    monkeypatch.setattr("panda_ad.monitor.log.known", counted)
+    append([entry(n, version) for n in range(20) for version in "12"], tmp_path)
+    assert sorted(reads) == ["1", "2"] and len(known("fabric", "m", "1", tmp_path)) == 20

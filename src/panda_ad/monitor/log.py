@@ -79,7 +79,7 @@ def append(entries: Sequence[Entry], log: Path = LOG) -> Path | None:
     import pyarrow.parquet as pq
 
     category = entries[0].category
-    seen = {(e.model, e.version): known(category, e.model, e.version, log) for e in entries}
+    seen = {by: known(category, *by, log) for by in {(e.model, e.version) for e in entries}}
     new = []
     for entry in entries:
         hashes = seen[entry.model, entry.version]
