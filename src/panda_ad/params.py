@@ -303,7 +303,7 @@ def _unusable(category: str) -> str:
 class _Reader(yaml.SafeLoader):
     """Reads YAML 1.2, as DVC does, and refuses a key that stands twice, of which PyYAML keeps the last in silence."""
 
-    yaml_implicit_resolvers: ClassVar = {}
+    yaml_implicit_resolvers: ClassVar = {}  # type: ignore[misc]  # PyYAML's stubs take it for an instance's
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Return a mapping of keys that differ."""
