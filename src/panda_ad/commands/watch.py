@@ -23,7 +23,7 @@ from threading import Event
 import filelock
 
 from panda_ad.commands.score import judge
-from panda_ad.commands.webhook import Webhook
+from panda_ad.commands.webhook import Webhook, sent_mark
 from panda_ad.data.listing import find_images, printable
 from panda_ad.errors import UserError
 from panda_ad.registry.load import Model, load_model
@@ -64,6 +64,7 @@ class Table:
         """
         header = ",".join(COLUMNS) + "\n"
         if not path.exists():
+            sent_mark(path).unlink(missing_ok=True)  # of an earlier table: its place is not this one's
             with atomic_file(path) as temporary:
                 temporary.write_text(header, encoding="utf-8")
             return cls(path)

@@ -27,6 +27,11 @@ _FIRST, _LONGEST = 0.5, 60.0  # seconds between tries
 _TIMEOUT = 10.0
 
 
+def sent_mark(table: Path) -> Path:
+    """Return the file that says how far a table has been sent."""
+    return table.with_name(f"{table.name}.sent")
+
+
 @dataclass
 class Webhook:
     """What sends the rows.
@@ -70,7 +75,7 @@ class Webhook:
     @property
     def mark(self) -> Path:
         """Return the file that says how far the table has been sent."""
-        return self.table.with_name(f"{self.table.name}.sent")
+        return sent_mark(self.table)
 
     def idle(self) -> bool:
         """Tell whether everything has been delivered."""
@@ -92,7 +97,8 @@ class Webhook:
                 self.stop.wait(0.05)
                 continue
             row = next(csv.DictReader([names, line.decode()]))
-            problem = self._post(row, f"{self.table.name}-{self.sent}")
+            # the row's time is in the line: a later table of this name has other ids
+            problem = self._post(row, f"{self.table.name}-{self.sent}-{hashlib.sha256(line).hexdigest()[:16]}")
             if not problem:
                 self.sent += len(line)
                 write_text(self.mark, f"{self.sent}\n")
