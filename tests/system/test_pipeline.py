@@ -3,6 +3,7 @@
 
 import ast
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -68,9 +69,10 @@ def test_what_python_writes_beside_the_code_runs_no_stage_again(tmp_path):
     (tmp_path / "parts").mkdir()
     for name in ("__init__", "one", "other"):
         (tmp_path / "parts" / f"{name}.py").touch()
-    first = {"cmd": f"{sys.executable} -c 'import parts.one' && echo 1 > first", "deps": ["parts"], "outs": ["first"]}
+    python = shlex.quote(sys.executable)
+    first = {"cmd": f"{python} -c 'import parts.one' && echo 1 > first", "deps": ["parts"], "outs": ["first"]}
     second = {
-        "cmd": f"{sys.executable} -c 'import parts.other' && echo 2 > second",
+        "cmd": f"{python} -c 'import parts.other' && echo 2 > second",
         "deps": ["first"],
         "outs": ["second"],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -44,7 +45,7 @@ def project(tmp_path_factory):
     plots = yaml.safe_load((REPO / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["evaluate"]["plots"]
     stage = {
         "matrix": {"category": [CATEGORY]},
-        "cmd": f"{sys.executable} make.py",
+        "cmd": f"{shlex.quote(sys.executable)} make.py",
         "deps": ["quality.txt", "make.py"],
         "plots": plots,
     }

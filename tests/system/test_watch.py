@@ -138,11 +138,15 @@ def test_every_row_reaches_a_receiver_that_was_down(inbox, bundle):
         save(noise(i), inbox / f"{i}.png")
     process = started(inbox, "--bundle", bundle, "--settle", 0, "--webhook", "http://127.0.0.1:9/", no_proxy="*")
     wait_for(lambda: len(rows()) == 3)
+    time.sleep(2)  # for the first try to fail, and to be said
     assert "webhook: does not answer" in ended(process, signal.SIGTERM)
     thread = threading.Thread(target=receiver.serve_forever)
     thread.start()
     try:
-        for _ in range(2):  # the second time there is nothing left to send
+        for turn in range(3):  # the second time there is nothing left to send; the third begins a new table
+            if turn == 2:
+                before = [row["path"] for row in rows()]
+                Path("watch.csv").unlink()
             process = started(
                 inbox, "--bundle", bundle, "--settle", 0, "--webhook", address, "--once", PANDA_WEBHOOK_SECRET="key"
             )
@@ -151,8 +155,8 @@ def test_every_row_reaches_a_receiver_that_was_down(inbox, bundle):
         receiver.shutdown()
         receiver.server_close()
         thread.join()
-    assert [json.loads(body)["path"] for _, _, body in receiver.bodies] == [row["path"] for row in rows()]
-    assert len({delivery for delivery, _, _ in receiver.bodies}) == 3
+    assert [json.loads(body)["path"] for _, _, body in receiver.bodies] == before + [row["path"] for row in rows()]
+    assert len({delivery for delivery, _, _ in receiver.bodies}) == 6
     for _, signature, body in receiver.bodies:
         assert signature == "sha256=" + hmac.new(b"key", body, hashlib.sha256).hexdigest()
 

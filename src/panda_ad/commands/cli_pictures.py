@@ -175,7 +175,7 @@ def ingest(
 
 
 def inspect(
-    port: Annotated[int, typer.Option(help="TCP port; 0 takes any free one.")] = 5002,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 5002,
     host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs tokens.")] = "127.0.0.1",
     alias: Annotated[str, typer.Option(help="The registered versions that score and explain.")] = "staging",
     folder: Annotated[Path | None, typer.Option(help="Score the images of this folder into the log first.")] = None,

@@ -32,9 +32,9 @@ def summary() -> None:
 
 
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow server on 127.0.0.1.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server on 127.0.0.1.")] = 4200,
-    inspect_port: Annotated[int, typer.Option(help="Port of the inspector's page on 127.0.0.1.")] = 5002,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="MLflow's port on 127.0.0.1.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Prefect's port on 127.0.0.1.")] = 4200,
+    inspect_port: Annotated[int, typer.Option(min=1, max=65535, help="The page's port on 127.0.0.1.")] = 5002,
 ) -> None:
     """Start MLflow, Prefect and the inspector's page.
 
@@ -49,7 +49,7 @@ def ui(
 
 def serve(
     model: Annotated[str, typer.Argument(help="A registered model, e.g. models:/panda-sample-fabric@staging.")],
-    port: Annotated[int, typer.Option(help="TCP port on 127.0.0.1; 0 takes any free one.")] = 5001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1; 0 takes any free one.")] = 5001,
 ) -> None:
     """Serve a registered model over REST, until Ctrl-C.
 
