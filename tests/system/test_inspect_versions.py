@@ -20,6 +20,7 @@ from panda_ad.inspect.server import make_site
 from panda_ad.monitor.log import LOG
 from panda_ad.params import load_params
 from panda_ad.registry.connection import connect
+from panda_ad.registry.evidence import artifact
 from panda_ad.registry.load import load_model
 from panda_ad.registry.new_threshold import set_threshold
 from panda_ad.registry.promote import promote, rollback
@@ -62,7 +63,7 @@ def test_another_threshold_is_a_version_with_the_same_scores(plant):
     version = connect().get_model_version(NAME, "2")
     run = connect().get_run(version.run_id)
     assert run.data.params["verdict.false_alarm_rate"] == json.dumps(2 / 7) and run.info.status == "FINISHED"
-    metrics = json.loads(Path(connect().download_artifacts(version.run_id, "fabric/metrics.json")).read_text())
+    metrics = json.loads(artifact(connect(), version.run_id, "fabric/metrics.json"))
     assert metrics["threshold"] == new.threshold().value == run.data.metrics["fabric/threshold"]
     assert version.tags["panda.budget"] == repr(2 / 7) and version.description.startswith(
         "Version 1 with false-alarm rate"
@@ -76,7 +77,7 @@ def test_another_threshold_is_a_version_with_the_same_scores(plant):
 
 def test_a_threshold_that_the_gate_refuses_moves_nothing(plant):
     missing = connect().get_model_version(NAME, "1").tags
-    table = Path(connect().download_artifacts(missing["panda.run"], "fabric/scores.csv")).read_text().splitlines()
+    table = artifact(connect(), missing["panda.run"], "fabric/scores.csv").decode().splitlines()
     caught = next(line.split(",")[0] for line in table if "test/hole" in line)
     set_gate(plant, must_catch=[caught, "nowhere.png"])
     decision = set_threshold("fabric", 2 / 7)

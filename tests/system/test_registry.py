@@ -33,6 +33,7 @@ from panda_ad.commands.summary import summary
 from panda_ad.errors import GateRefused, Unavailable, UserError
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.registry.evidence import artifact
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.registry.versions import download_version, note_on
@@ -179,9 +180,7 @@ def test_a_better_version_takes_over_and_the_old_one_stays_at_previous(project):
     assert (decision.version, decision.incumbent) == ("2", "1")
     assert aliases() == {"challenger": 2, "staging": 2} and before() == ["1"]
     run = connect().get_model_version(NAME, "2").tags["panda.run"]
-    path = connect().download_artifacts(run, "fabric/decisions/staging-version-2.json")
-    with open(path) as f:
-        saved = json.load(f)
+    saved = json.loads(artifact(connect(), run, "fabric/decisions/staging-version-2.json"))
     assert saved["outcome"] == "promoted" and "image AUROC not worse" in {r["name"] for r in saved["rules"]}
 
 

@@ -120,7 +120,7 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
     served, bundle = PandaModel(), project / "build/bundle/fabric"
     served.version = ""
     served.detector = load_bundle(bundle)
-    rows = score_table(project / "build/evaluation/fabric/scores.csv")
+    rows = score_table((project / "build/evaluation/fabric/scores.csv").read_bytes())
     files = [project / "data" / path for path in rows["path"]]
     table = pd.DataFrame({"image": [file.read_bytes() for file in files]})
 

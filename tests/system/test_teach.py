@@ -19,6 +19,7 @@ from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.registry.evidence import artifact
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.load import load_model
 from panda_ad.registry.new_threshold import set_threshold
@@ -73,10 +74,8 @@ def test_teach_and_undo(plant):
     assert log["why"] == "seam is normal" and about["moves"][-1]["why"].endswith("; seam is normal")
     assert explain_version(NAME, 1)["gallery_changes"] == []
     run = connect().get_run(connect().get_model_version(NAME, "2").run_id)
-    table = Path(connect().download_artifacts(run.info.run_id, "fabric/metrics.json"))
-    assert (
-        json.loads(table.read_text())["threshold"] == taught.threshold().value == run.data.metrics["fabric/threshold"]
-    )
+    metrics = json.loads(artifact(connect(), run.info.run_id, "fabric/metrics.json"))
+    assert metrics["threshold"] == taught.threshold().value == run.data.metrics["fabric/threshold"]
     assert change.undo("fabric").outcome == "promoted"
     assert figures(detector(3)) == figures(old) and [c["what"] for c in explain_version(NAME, 3)["gallery_changes"]] == [
         "add", "undo",

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,11 +95,11 @@ def _rival(
 
 
 def _metrics(client: MlflowClient, run: str, category: str) -> dict[str, float]:
-    return json.loads(artifact(client, run, f"{plain_name(category)}/metrics.json").read_text(encoding="utf-8"))
+    return json.loads(artifact(client, run, f"{plain_name(category)}/metrics.json"))
 
 
-def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
-    """Return a run's artifact as a file on this machine.
+def artifact(client: MlflowClient, run_id: str, path: str) -> bytes:
+    """Return the content of a run's artifact.
 
     Raises
     ------
@@ -109,7 +111,8 @@ def artifact(client: MlflowClient, run_id: str, path: str) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        return Path(client.download_artifacts(run_id, path))
+        with tempfile.TemporaryDirectory() as folder:  # MLflow's own would stay
+            return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
     except (MlflowException, OSError) as e:
         require_server()  # MLflow's errors do not tell a lost file from a lost server
         raise UserError(f"MLflow run {run_id}: {path} cannot be read ({first_line(e)}); publish again") from None
@@ -162,12 +165,15 @@ def latency_ms(bundle: Path) -> float:
     return statistics.median(times)
 
 
-def score_table(path: Path) -> pd.DataFrame:
-    """Read scores.csv; floats exactly as written."""
+def score_table(content: bytes) -> pd.DataFrame:
+    """Read what scores.csv or manifest.csv holds; floats exactly as written."""
     import pandas as pd
 
     return pd.read_csv(
-        path, float_precision="round_trip", keep_default_na=False, dtype={"path": str, "sha256": str, "defect": str}
+        io.BytesIO(content),
+        float_precision="round_trip",
+        keep_default_na=False,
+        dtype={"path": str, "sha256": str, "defect": str},
     )
 
 

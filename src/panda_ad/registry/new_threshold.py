@@ -76,7 +76,7 @@ def _change_params(path: Path, rate: float) -> None:
 
 def _change_figures(folder: Path, limit: float, confidence: float) -> None:
     """Compute recall and false alarms at another threshold, with their intervals, as `evaluation.figures` does."""
-    table = score_table(folder / "scores.csv")
+    table = score_table((folder / "scores.csv").read_bytes())
     table["anomalous"] = table["score"] > limit
     table.to_csv(folder / "scores.csv", index=False)
     figures: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,9 +68,14 @@ class Held:
         """Folder of its bundle."""
         return bundle_of(self.client, self.version)
 
-    def file(self, path: str) -> Path:
-        """Return an artifact of its run as a file. UserError where it is gone."""
-        return artifact(self.client, self.version.tags["panda.run"], path)
+    @contextmanager
+    def file(self, path: str) -> Iterator[Path]:
+        """Give an artifact of its run as a file for a while. UserError where it is gone."""
+        content = artifact(self.client, self.version.tags["panda.run"], path)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(path).name
+            file.write_bytes(content)
+            yield file
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ def _old_files(held: Held, folder: Path) -> None:
     wanted += [f"{prefix}/{name}" for name in _EVALUATED if f"{prefix}/{name}" in there]
     for path in wanted:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact(client, source, path), folder / path)
+        (folder / path).write_bytes(artifact(client, source, path))
 
 
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:

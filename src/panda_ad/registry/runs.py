@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -204,8 +205,9 @@ def run_intervals(client: MlflowClient, run_id: str, category: str) -> dict[str,
     folder = plain_name(category)
     if f"{folder}/intervals.json" not in {item.path for item in client.list_artifacts(run_id, folder)}:
         return {}
-    with open(client.download_artifacts(run_id, f"{folder}/intervals.json"), encoding="utf-8") as file:
-        return interval_ends(json.load(file))
+    with tempfile.TemporaryDirectory() as temporary:  # MLflow's own would stay
+        file = Path(client.download_artifacts(run_id, f"{folder}/intervals.json", temporary))
+        return interval_ends(json.loads(file.read_text(encoding="utf-8")))
 
 
 def interval_ends(intervals: Mapping[str, Sequence[float]]) -> dict[str, float]:

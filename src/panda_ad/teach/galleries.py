@@ -59,7 +59,8 @@ class Gallery:
 
     @cached_property
     def _manifest(self) -> pd.DataFrame:
-        return load_manifest(self.held.file("data/manifest.csv"), self.held.category)
+        with self.held.file("data/manifest.csv") as file:
+            return load_manifest(file, self.held.category)
 
     @cached_property
     def trained(self) -> pd.DataFrame:
@@ -139,7 +140,8 @@ def gallery_of(held: Held) -> Gallery:
     UserError
         Its files are gone, or its parameters are of another version of this package.
     """
-    own = load_params(held.file("params.yaml"))
+    with held.file("params.yaml") as file:
+        own = load_params(file)
     here = own.model_copy(update={"data": own.data.model_copy(update={"root": held.params.data.root})})
     return Gallery(held, load_bundle(held.bundle), here)
 
