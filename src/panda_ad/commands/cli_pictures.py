@@ -38,7 +38,7 @@ def start(
 
 
 def score(
-    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images (searched recursively).")],
+    paths: Annotated[list[str], typer.Argument(help="Images, or folders of images (searched recursively).")],
     model: Annotated[
         str | None, typer.Option(help="A registered model, e.g. models:/panda-sample-fabric@staging.")
     ] = None,
@@ -55,16 +55,35 @@ def score(
     log: Annotated[
         bool, typer.Option("--log", help="Append to the verdict log; what it holds of this version is left out.")
     ] = False,
+    parts: Annotated[
+        str | None,
+        typer.Option(help="For very many: write Parquet files into this folder; what it holds is not scored again."),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="With --parts: so many processes, or a Dask scheduler's address (tcp://host:8786)."),
+    ] = None,
 ) -> None:
     """Score images or folders.
 
     Per image a row: score, p-value, good or defect, threshold, and the box of the region that decided.
-    The box needs --heatmaps.
+    The box needs --heatmaps. With --parts, PATHS and the folder may be addresses, as s3://bucket/folder.
     """
+    if parts is not None:
+        from panda_ad.commands.score_parts import score_parts
+
+        if out is not None or heatmaps is not None or log:
+            raise UserError("--parts: goes without --out, --heatmaps and --log")
+        score_parts(paths, model, bundle, parts, false_alarm_rate, cluster)
+        return
+    if cluster is not None:
+        raise UserError("--cluster: goes with --parts FOLDER")
     from panda_ad.commands.score import score_paths
     from panda_ad.system.paths import LOG
 
-    score_paths(paths, model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
+    if addresses := [path for path in paths if "://" in path]:
+        raise UserError(f"{addresses[0]}: an address goes with --parts FOLDER")
+    score_paths([Path(path) for path in paths], model, bundle, out, heatmaps, false_alarm_rate, LOG if log else None)
 
 
 def watch(

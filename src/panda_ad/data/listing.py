@@ -114,7 +114,12 @@ def visible(folder: Path) -> list[Path]:
         return []
     except OSError as e:
         raise UserError(f"{folder}: cannot be listed ({e.strerror})") from None
-    return [folder / name for name in names if not name.startswith(".") and name.lower() not in _SYSTEM]
+    return [folder / name for name in names if not hidden(name)]
+
+
+def hidden(name: str) -> bool:
+    """Tell whether a file or folder of this name does not exist for us."""
+    return name.startswith(".") or name.lower() in _SYSTEM
 
 
 def is_image(file: Path) -> bool:
