@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -258,10 +260,18 @@ def test_a_request_that_cannot_be_answered_is_refused_in_a_line(project, tmp_pat
             code, message = refused(address, body)
             assert code == status and message.startswith(text), message
         assert [row["decision"] for row in answer(address, {"inputs": [image, 3, None]})][1:] == ["error", "error"]
-        with ThreadPoolExecutor(12) as pool:  # one is computed, three wait, the others are told to come again
+        with ThreadPoolExecutor(48) as pool:  # 32 are computed or wait, the others are told to come again
             many = {"inputs": [image] * 64}
-            statuses = set(pool.map(lambda _: status_of(address, many), range(12)))
-        assert statuses == {200, 429}
+            statuses = Counter(pool.map(lambda _: status_of(address, many), range(48)))
+        assert statuses.keys() == {200, 429} and statuses[200] >= 32
+        with urllib.request.urlopen(f"{address}/metrics", timeout=5) as answered:
+            text = answered.read().decode()
+        judged = 64 * statuses[200] + 1
+        counts = dict(re.findall(r'panda_verdicts_total\{decision="(\w+)"\} (\d+)', text))
+        assert int(counts.get("good", 0)) + int(counts.get("defect", 0)) == judged and counts["error"] == "2"
+        assert (
+            f'panda_requests_total{{status="429"}} {statuses[429]}\n' in text and "panda_requests_waiting 0\n" in text
+        )
 
 
 def refused(address, body):

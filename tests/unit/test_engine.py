@@ -201,3 +201,18 @@ def test_nothing_is_stored_for_or_reported_to_the_engines_maker(tmp_path):
     code = "import panda_ad.features.engine"
     subprocess.run([sys.executable, "-c", code], env=environment | {"HOME": str(tmp_path)}, check=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_do_not_depend_on_who_loads_numpy_first():
+    """On two threads, products round otherwise, and one image in ninety had another score in the sixth digit."""
+    program = """
+import numpy, scipy.linalg, faiss
+from threadpoolctl import threadpool_info
+import panda_ad.features.engine
+
+threads = {(i["threading_layer"], i["num_threads"]) for i in threadpool_info() if i["internal_api"] == "openblas"}
+print(sorted(threads))
+"""
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "3", "OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "('pthreads', 1)" in done.stdout and "('pthreads', 3)" not in done.stdout

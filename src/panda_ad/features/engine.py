@@ -18,7 +18,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime
 
 from panda_ad.errors import UserError
+from panda_ad.system.cores import one_blas_thread
 
+one_blas_thread()
 onnxruntime.set_default_logger_severity(3)  # errors: what it warns of is said in a line of ours, or does no harm
 
 

@@ -37,17 +37,19 @@ def serve(model: str, port: int, host: str = "127.0.0.1") -> None:
     from panda_ad.registry.serve_app import application
 
     serving = load(model)
-    with socket.socket() as s:
+    # by its protocol asyncio knows that it may send the parts of an answer at once, else each waits 40 ms for an echo
+    with socket.socket(proto=socket.IPPROTO_TCP) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             s.bind((host, port))
         except OSError as e:
             raise UserError(f"--port {port}: {e.strerror}; choose another one") from None
-        port = s.getsockname()[1]
-    note = note_on(model)
-    print(f"{serving.version}{f' ({note})' if note else ''}: http://{host}:{port}/invocations", flush=True)
-    app = application(serving, _following(serving, model) if "@" in model else None)
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+        s.listen(128)  # who reads the address below may connect at once
+        note = note_on(model)
+        address = f"http://{host}:{s.getsockname()[1]}/invocations"
+        print(f"{serving.version}{f' ({note})' if note else ''}: {address}", flush=True)
+        app = application(serving, _following(serving, model) if "@" in model else None)
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[s])
 
 
 def load(model: str) -> Serving:

@@ -16,14 +16,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
+from panda_ad.system.cores import cores
+
 if TYPE_CHECKING:
     from mlflow.pyfunc import PyFuncModel
 
 MAX_BODY = 64 * 2**20
 """Bytes of a request."""
 _DROPPED = 16 * MAX_BODY
-MAX_WAITING = 4
-"""Requests at a time, the one that is computed among them."""
+MAX_WAITING = 32
+"""Requests at a time, those that are computed among them."""
+MAX_HELD = 4 * MAX_BODY
+"""Bytes of all of them together."""
+_AT_ONCE = 8
 FORMATS = ("inputs", "instances", "dataframe_split", "dataframe_records")
 _JSON = "application/json"
 _SHOWN = 500  # characters of an error
@@ -37,16 +42,19 @@ class Serving:
     ----------
     model : of the version in place.
     version : name and number.
-    waiting : requests that are being answered.
+    waiting, held : requests that are being answered, and their bytes.
     answers : responses by status.  seconds : spent on those of status 200.
+    verdicts : images by decision (good, defect, error).
     """
 
     model: PyFuncModel
     version: str = ""
     waiting: int = 0
+    held: int = 0
     answers: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
-    _turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1), repr=False)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    _turn: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(min(cores(), _AT_ONCE)), repr=False)
 
     async def ping(self, _: Request) -> Response:
         """Say that the server is there."""
@@ -57,6 +65,10 @@ class Serving:
         lines = [
             "# TYPE panda_requests_total counter",
             *(f'panda_requests_total{{status="{status}"}} {n}' for status, n in sorted(self.answers.items())),
+            "# TYPE panda_verdicts_total counter",
+            *(f'panda_verdicts_total{{decision="{decision}"}} {n}' for decision, n in sorted(self.verdicts.items())),
+            "# TYPE panda_requests_waiting gauge",
+            f"panda_requests_waiting {self.waiting}",
             "# TYPE panda_answer_seconds summary",
             f"panda_answer_seconds_sum {self.seconds:.6f}",
             f"panda_answer_seconds_count {self.answers[200]}",
@@ -70,24 +82,25 @@ class Serving:
         from mlflow.exceptions import MlflowException
 
         start = perf_counter()
-        if self.waiting >= MAX_WAITING:
+        size = _announced(request)
+        if self.waiting >= MAX_WAITING or self.held + size > MAX_HELD:
             await _body(request, most=0)
             response = refuse(429, f"{self.waiting} requests are being answered; try again in some seconds")
         else:
             self.waiting += 1
+            self.held += size
             try:
                 response = await self._answer(request)
             except MlflowException as e:
                 response = refuse(e.get_http_status_code(), reason(e.message))
             finally:
                 self.waiting -= 1
+                self.held -= size
         self.answers[response.status_code] += 1
         self.seconds += (perf_counter() - start) * (response.status_code == 200)
         return response
 
     async def _answer(self, request: Request) -> Response:
-        from mlflow.pyfunc.scoring_server import invocations
-
         body = await _body(request, MAX_BODY)
         if body is None:
             return refuse(413, f"more than {MAX_BODY // 2**20} MiB; send fewer images in one request")
@@ -99,10 +112,18 @@ class Serving:
         async with self._turn:
             if await request.is_disconnected():
                 return refuse(499, "the client is gone")
-            model = self.model  # one version for all images of a request
-            schema = model.metadata.get_input_schema()
-            result = await asyncio.to_thread(invocations, body, _JSON, model, schema)
-        return Response(result.response, result.status, media_type=_JSON)
+            status, text, verdicts = await asyncio.to_thread(_judge, body, self.model)
+        self.verdicts += verdicts
+        return Response(text, status, media_type=_JSON)
+
+
+def _judge(body: bytes, model: PyFuncModel) -> tuple[int, str, Counter[str]]:
+    """Return status and text of an answer, and its images by decision; one version judges all of a request."""
+    from mlflow.pyfunc.scoring_server import invocations
+
+    result = invocations(body, _JSON, model, model.metadata.get_input_schema())
+    rows = json.loads(result.response)["predictions"] if result.status == 200 else []
+    return result.status, result.response, Counter(row["decision"] for row in rows)
 
 
 def application(serving: Serving, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -118,6 +139,12 @@ def refuse(status: int, text: str) -> Response:
     """Return an error of one line."""
     body = json.dumps({"error_code": status, "message": " ".join(text.split())[:_SHOWN]})
     return Response(body, status, {"Retry-After": "5"} if status == 429 else None, _JSON)
+
+
+def _announced(request: Request) -> int:
+    """Return the bytes of a request's body, as its header has it; the most where it does not say."""
+    length = request.headers.get("content-length", "")
+    return min(int(length), MAX_BODY) if length.isdecimal() else MAX_BODY
 
 
 async def _body(request: Request, most: int) -> bytes | None:

@@ -43,6 +43,19 @@ def quota(folder: Path) -> float:
         return math.inf
 
 
+def one_blas_thread() -> None:
+    """Have NumPy's matrix products stay in the thread that calls them, whoever loaded NumPy, and however.
+
+    The last bits of a product depend on how it was divided among threads, and with them, where two rows are equally
+    near, which is nearest. OPENBLAS_NUM_THREADS says the same, but only to who imports this package before NumPy.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    for library in ThreadpoolController().lib_controllers:
+        if library.internal_api == "openblas" and library.threading_layer == "pthreads":  # faiss's own uses OpenMP
+            library.set_num_threads(1)
+
+
 def side_by_side(function: Callable[[T], R], items: Iterable[T], start: Callable[[], None] | None = None) -> list[R]:
     """Apply a function to each item, in threads of their own where there are several, and return the results in order.
 
