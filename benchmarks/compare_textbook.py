@@ -28,7 +28,7 @@ from panda_ad.benchmark.protocols import Job, Settings, choose_test, train_files
 from panda_ad.benchmark.runner import make_settings, plan
 from panda_ad.benchmark.sources import data_folder, read_set
 from panda_ad.features.backbones import load_backbone
-from panda_ad.params import load_params, parse_params
+from panda_ad.params_file import load_params, parse_params
 
 
 def settings_of(args: argparse.Namespace, data: Path) -> Settings:

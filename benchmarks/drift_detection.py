@@ -22,7 +22,8 @@ from panda_ad.monitor.drift import Sample, find_drift
 from panda_ad.monitor.sequence import evidence_of_change
 from panda_ad.monitor.stream import Stream
 from panda_ad.monitor.watch import SHARES, find_change, limit_of, reference_images, spacing, watch
-from panda_ad.params import MonitorParams, load_params
+from panda_ad.params import MonitorParams
+from panda_ad.params_file import load_params
 
 NIGHT = 20
 RATE = 0.05

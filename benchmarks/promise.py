@@ -28,7 +28,8 @@ from panda_ad.data.listing import image_files
 from panda_ad.features.backbones import load_backbone
 from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.params import GalleryParams, Params, load_params
+from panda_ad.params import GalleryParams, Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.calibration import Threshold, threshold
 from panda_ad.scoring.config import DetectorConfig
 from panda_ad.scoring.detector import Detector

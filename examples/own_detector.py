@@ -17,7 +17,8 @@ from panda_ad.data.listing import image_files
 from panda_ad.features.backbones import load_backbone
 from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.detector import Detector

@@ -24,7 +24,7 @@ from panda_ad.monitor.alarms import tell
 from panda_ad.monitor.check import Check, check_category, chosen_categories, record
 from panda_ad.monitor.drift import TooFew
 from panda_ad.monitor.log import NothingLogged
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 
 EVENT = "panda.drift"
 

@@ -19,7 +19,8 @@ from prefect.states import Completed, Failed, State
 from flows.common import Stage, read_pipeline, run_logged, select
 from flows.results import GateResult, publish_artifacts
 from panda_ad.errors import GateRefused, Unavailable, UserError
-from panda_ad.params import METHODS, load_params
+from panda_ad.params import METHODS
+from panda_ad.params_file import load_params
 from panda_ad.registry.connection import root
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.workspace import changed_copy, has_commit

@@ -22,7 +22,7 @@ from panda_ad.errors import UserError
 from panda_ad.monitor.check import chosen_categories, model_at
 from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 
 VERDICTS = Path("monitoring/verdicts")
 """A CSV per category and run with new images."""

@@ -20,7 +20,8 @@ from PIL import Image
 
 from panda_ad.data.manifest import collect
 from panda_ad.data.validation import validate
-from panda_ad.params import Params, parse_params
+from panda_ad.params import Params
+from panda_ad.params_file import parse_params
 
 # on a busy machine any property would fail for its time alone
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

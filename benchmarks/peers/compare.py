@@ -37,7 +37,7 @@ from panda_ad.data.masks import read_mask  # noqa: E402
 from panda_ad.evaluation.image_metrics import auroc, paired_bootstrap, percentiles  # noqa: E402
 from panda_ad.evaluation.masks import reduce_mask  # noqa: E402
 from panda_ad.evaluation.pixel_metrics import au_pro, pixel_auroc  # noqa: E402
-from panda_ad.params import load_params  # noqa: E402
+from panda_ad.params_file import load_params  # noqa: E402
 from panda_ad.scoring.bundle import save_bundle  # noqa: E402
 from panda_ad.scoring.calibration import threshold  # noqa: E402
 from panda_ad.scoring.verdict import resize_map  # noqa: E402

@@ -21,7 +21,8 @@ from panda_ad.inspect.models import Models
 from panda_ad.inspect.scorer import Scorer
 from panda_ad.inspect.site import Site
 from panda_ad.monitor.record import Recorder
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector

@@ -22,7 +22,8 @@ from panda_ad.benchmark.tables import build_table
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.features.network import Network
-from panda_ad.params import Params, load_params, parse_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params, parse_params
 from panda_ad.registry.connection import connect
 from panda_ad.system.processes import Group
 

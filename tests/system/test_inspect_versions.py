@@ -18,7 +18,7 @@ from panda_ad.errors import UserError
 from panda_ad.inspect.access import Access
 from panda_ad.inspect.server import make_site
 from panda_ad.monitor.log import LOG
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry.connection import connect
 from panda_ad.registry.evidence import artifact
 from panda_ad.registry.load import load_model

@@ -23,7 +23,7 @@ from panda_ad.inspect.access import Access
 from panda_ad.inspect.app import create_app
 from panda_ad.inspect.server import make_site
 from panda_ad.monitor.log import LOG
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry.lineage import explain_version
 from panda_ad.registry.load import load_model
 from panda_ad.system.files import digest_file

@@ -29,7 +29,7 @@ from panda_ad.monitor.check import check_category, model_at, record, reference_o
 from panda_ad.monitor.drift import TooFew
 from panda_ad.monitor.inbox import due
 from panda_ad.monitor.log import LOG, NothingLogged, read_window
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry.connection import connect
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.checksums import write_checksums

@@ -113,7 +113,7 @@ def test_few_large_images_are_decoded_at_a_time_and_the_verdicts_stay_the_same(p
 
     from panda_ad.commands import score
     from panda_ad.data import images
-    from panda_ad.params import load_params
+    from panda_ad.params_file import load_params
     from panda_ad.registry.evidence import rescore, score_table
     from panda_ad.registry.model import PandaModel
     from panda_ad.scoring.detector import Detector

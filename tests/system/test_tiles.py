@@ -19,7 +19,8 @@ from panda_ad.data.images import decode, read_image
 from panda_ad.features.backbones import load_backbone
 from panda_ad.features.export import export_network
 from panda_ad.features.preprocessing import preprocess
-from panda_ad.params import LocalizeParams, load_params
+from panda_ad.params import LocalizeParams
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.bundle_formats import FORMAT
 from panda_ad.scoring.localize.localizer import build_localizer

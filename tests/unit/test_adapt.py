@@ -26,7 +26,8 @@ from panda_ad.features.architectures import architecture
 from panda_ad.features.backbones import Backbone, load_backbone
 from panda_ad.features.export import export_network, with_snapshots
 from panda_ad.params import METHODS as ALL
-from panda_ad.params import AdaptParams, load_params
+from panda_ad.params import AdaptParams
+from panda_ad.params_file import load_params
 from panda_ad.scoring.detector import normalize
 from panda_ad.scoring.gallery import Gallery
 from panda_ad.scoring.ses import ses_scores

@@ -11,7 +11,7 @@ from panda_ad.errors import UserError
 from panda_ad.evaluation import figures
 from panda_ad.evaluation.image_metrics import auroc
 from panda_ad.evaluation.intervals import read_intervals
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.system.files import write_json
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from panda_ad.features.backbones import load_backbone
 from panda_ad.features.export import export_network
 from panda_ad.features.images import DecodedImages
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.config import FitParams
 from panda_ad.scoring.fit import fit_detector, fit_galleries, training_features

@@ -23,7 +23,8 @@ from panda_ad.data.layouts import list_entries
 from panda_ad.data.manifest import COLUMNS, data_hash, load_manifest
 from panda_ad.data.masks import mask_levels
 from panda_ad.errors import UserError
-from panda_ad.params import Params, load_params, parse_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params, parse_params
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(0)]
 EXAMPLES = int(os.environ.get("PANDA_FUZZ", "200"))

@@ -18,7 +18,7 @@ from test_localize import build, naive_spade, pairwise
 
 from panda_ad.data.images import read_image
 from panda_ad.errors import UserError
-from panda_ad.params import parse_params
+from panda_ad.params_file import parse_params
 from panda_ad.scoring.bundle import load_bundle, save_bundle
 from panda_ad.scoring.bundle_formats import FORMAT
 from panda_ad.scoring.folds import split_folds

@@ -29,7 +29,7 @@ note("backbones")
 
 import numpy as np
 from panda_ad.adapt.train import adapt
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 images = np.random.default_rng(0).normal(size=(4, 128, 8, 8)).astype(np.float16)
 settings = load_params().adapt.model_copy(update={"method": "ses", "epochs": 1})
 assert adapt(embedded.adapted, images, settings, seed=0).steps[-1] > 0

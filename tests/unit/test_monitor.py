@@ -21,7 +21,8 @@ from panda_ad.errors import UserError
 from panda_ad.features import image_statistics as statistics
 from panda_ad.features.image_statistics import NAMES, image_statistics, statistics_matrix
 from panda_ad.monitor.drift import Sample, TooFew, _energy, _shift_of_points, find_drift
-from panda_ad.params import MonitorParams, parse_params
+from panda_ad.params import MonitorParams
+from panda_ad.params_file import parse_params
 
 LIMITS = MonitorParams(window=200, min_images=15, significance=0.01, min_shift=0.5)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from panda_ad.errors import UserError
-from panda_ad.params import load_params, parse_params
+from panda_ad.params_file import load_params, parse_params
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from panda_ad.features.backbones import load_backbone
 from panda_ad.features.cache import Activations, Item
 from panda_ad.features.export import export_network
 from panda_ad.features.images import CachedImages, DecodedImages
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector
 from panda_ad.scoring.refit import Change, checked, members, refit, taken_back

@@ -26,7 +26,7 @@ from panda_ad.scoring.fit import fit_detector
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """A small model with heat maps, of images of noise."""
-    from panda_ad.params import load_params
+    from panda_ad.params_file import load_params
 
     params = load_params(Path(__file__).resolve().parents[2] / "params.yaml")
     backbone = load_backbone("embedded")

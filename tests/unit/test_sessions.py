@@ -18,7 +18,7 @@ from panda_ad.data.manifest import collect, load_manifest, write_manifest
 from panda_ad.data.sessions import _apart, taken_at
 from panda_ad.data.validation import validate
 from panda_ad.errors import UserError
-from panda_ad.params import parse_params
+from panda_ad.params_file import parse_params
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from panda_ad.commands import start as command
 from panda_ad.commands.score import score_paths
 from panda_ad.data.sorting import sort_pictures
 from panda_ad.errors import UserError
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from panda_ad.benchmark.protocols import METHODS, Job, Protocol, Settings, jobs_of
 from panda_ad.benchmark.sources import SETS, data_folder, read_set
 from panda_ad.errors import UserError
-from panda_ad.params import AdaptParams, Params, parse_params, read_yaml
+from panda_ad.params import AdaptParams, Params
+from panda_ad.params_file import parse_params, read_yaml
 
 if TYPE_CHECKING:
     from panda_ad.benchmark.tables import Row

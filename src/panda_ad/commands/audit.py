@@ -10,7 +10,8 @@ from panda_ad.commands.summary import columns
 from panda_ad.monitor.budget import HEADER, REPORTS, Audit, audit_category, sessions_table
 from panda_ad.monitor.check import chosen_categories
 from panda_ad.monitor.promise import labeled_good
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 
 
 def audit(categories: Sequence[str]) -> bool:

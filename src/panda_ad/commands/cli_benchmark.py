@@ -53,7 +53,7 @@ def benchmark(
     """
     from panda_ad.benchmark.runner import METHODS
     from panda_ad.benchmark.runner import benchmark as run_benchmark
-    from panda_ad.params import load_params, parse_params
+    from panda_ad.params_file import load_params, parse_params
 
     params = load_params()
     if size is not None:

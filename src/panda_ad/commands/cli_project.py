@@ -41,7 +41,7 @@ def ui(
     On 127.0.0.1, with the deployments of prefect.yaml and a worker that runs them.
     """
     from panda_ad.commands.servers import serve_ui
-    from panda_ad.params import load_params
+    from panda_ad.params_file import load_params
 
     load_params()  # a wrong folder, or a mistake in params.yaml, is better said now than by a flow
     serve_ui(mlflow_port, prefect_port, inspect_port)

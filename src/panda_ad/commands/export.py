@@ -26,7 +26,7 @@ from panda_ad.commands import station_score
 from panda_ad.commands.score import score_files
 from panda_ad.data.listing import image_files
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry.load import Model, load_model
 from panda_ad.system.cores import side_by_side
 from panda_ad.system.files import atomic_folder, digest_file, write_json, write_text

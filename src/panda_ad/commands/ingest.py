@@ -18,7 +18,7 @@ from panda_ad.data.add_request import Request
 from panda_ad.data.links import refuse_links
 from panda_ad.data.remove_images import remove_images
 from panda_ad.errors import UserError
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.system.files import digest_if_readable
 from panda_ad.system.lock import repository_lock
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from panda_ad.commands.summary import summary
 from panda_ad.data.links import refuse_links
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.processes import Group, child_environment
 

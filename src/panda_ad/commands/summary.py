@@ -10,7 +10,8 @@ from typing import Any
 
 from panda_ad.errors import UserError
 from panda_ad.evaluation.intervals import Intervals, read_intervals
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.system.paths import BUILD
 
 _HEADER = (

@@ -17,7 +17,8 @@ from panda_ad.inspect.decisions import open_decisions
 from panda_ad.inspect.models import Models
 from panda_ad.inspect.scorer import Scorer
 from panda_ad.inspect.site import Site
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 
 HOSTS = "PANDA_INSPECT_HOSTS"
 """Environment variable: names, with commas, under which a reverse proxy or others address the page."""

@@ -23,7 +23,8 @@ from panda_ad.monitor.log import LOG, read_window
 from panda_ad.monitor.promise import confirmed_verdicts
 from panda_ad.monitor.report import write_report
 from panda_ad.monitor.stream import Stream, read_stream
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.registry.load import Model, load_model
 from panda_ad.registry.monitoring import record_check, record_promise
 from panda_ad.registry.names import model_name

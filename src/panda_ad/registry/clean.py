@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect, local_store, mlflow_errors, tracking_uri
 from panda_ad.registry.names import model_name

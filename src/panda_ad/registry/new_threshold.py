@@ -15,7 +15,8 @@ import yaml
 
 from panda_ad.errors import UserError
 from panda_ad.evaluation.image_metrics import binomial_interval
-from panda_ad.params import load_params, plain_name, read_yaml
+from panda_ad.params import plain_name
+from panda_ad.params_file import load_params, read_yaml
 from panda_ad.registry.evidence import score_table
 from panda_ad.registry.new_version import Successor, succeed, version_to_change
 from panda_ad.registry.promote import Decision

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import GateRefused, UserError
-from panda_ad.params import Params, load_params, plain_name
+from panda_ad.params import Params, plain_name
+from panda_ad.params_file import load_params
 from panda_ad.registry import audit
 from panda_ad.registry.cautions import cautions
 from panda_ad.registry.connection import connect, mlflow_errors

@@ -18,7 +18,8 @@ from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.outliers import coarseness, folder_files, is_gray, outlier_item, plain_item
 from panda_ad.errors import UserError
-from panda_ad.params import METHODS, GalleryParams, Params, load_params
+from panda_ad.params import METHODS, GalleryParams, Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.whitening import fit_whitening
 from panda_ad.stages.common import (
     activations_for,

@@ -15,7 +15,8 @@ from panda_ad.evaluation import figures
 from panda_ad.evaluation.intervals import Intervals
 from panda_ad.evaluation.masks import PIXEL_SIDE, Masks, load_masks, with_masks
 from panda_ad.features.images import CachedImages
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.calibration import p_values
 from panda_ad.scoring.detector import Detector

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from panda_ad.data.manifest import load_manifest, write_manifest
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.stages.common import activations_for, backbone_for, items_of, levels_needed
 from panda_ad.system.files import atomic_folder
 from panda_ad.system.paths import FEATURES, MANIFEST, NETWORK

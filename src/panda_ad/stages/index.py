@@ -14,7 +14,8 @@ from panda_ad.adapt.snapshots import unpack_snapshots
 from panda_ad.data.images import Decoding
 from panda_ad.features.backbones import Backbone
 from panda_ad.features.network import Network
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.params import Params, load_params, plain_name
+from panda_ad.params import Params, plain_name
+from panda_ad.params_file import load_params
 from panda_ad.registry import runs, versions
 from panda_ad.registry.card import TITLES, CardFacts, model_card
 from panda_ad.registry.connection import connect, mlflow_errors, root

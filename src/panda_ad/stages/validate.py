@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from panda_ad.errors import UserError
-from panda_ad.params import Params, load_params
+from panda_ad.params import Params
+from panda_ad.params_file import load_params
 from panda_ad.system.files import atomic_folder, write_json, write_text
 from panda_ad.system.paths import MANIFEST
 from panda_ad.system.stage import run_stage

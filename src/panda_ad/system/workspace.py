@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from panda_ad.errors import UserError
-from panda_ad.params import load_params, parse_params, read_yaml
+from panda_ad.params_file import load_params, parse_params, read_yaml
 from panda_ad.system.paths import BUILD
 
 PARAMS = "params.yaml"

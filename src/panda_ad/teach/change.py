@@ -13,7 +13,8 @@ from pathlib import Path
 
 from panda_ad.data.images import Decoding, read_image
 from panda_ad.errors import UserError
-from panda_ad.params import load_params, plain_name
+from panda_ad.params import plain_name
+from panda_ad.params_file import load_params
 from panda_ad.registry import audit
 from panda_ad.registry.lineage import CHANGED
 from panda_ad.registry.new_version import Successor, succeed, version_to_change

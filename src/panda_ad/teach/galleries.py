@@ -19,7 +19,8 @@ from panda_ad.data.quarantine import image_suffix
 from panda_ad.errors import UserError
 from panda_ad.features.cache import Activations, Item
 from panda_ad.features.images import CachedImages
-from panda_ad.params import Params, load_params, plain_name
+from panda_ad.params import Params, plain_name
+from panda_ad.params_file import load_params
 from panda_ad.registry.new_version import Held
 from panda_ad.scoring.bundle import load_bundle
 from panda_ad.scoring.config import FitParams

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from panda_ad.params import load_params
+from panda_ad.params_file import load_params
 from panda_ad.registry.new_version import version_in_place
 from panda_ad.scoring.refit import Change, effective
 from panda_ad.scoring.suspects import suspicion
