@@ -14,9 +14,10 @@ import sys
 import pytest
 from registry_project import NAME, aliases, make_project, moves, retrained, the_run
 
-from panda_ad.errors import GateRefused
+from panda_ad.errors import GateRefused, Unavailable
 from panda_ad.registry import audit
 from panda_ad.registry.connection import connect
+from panda_ad.registry.moves import move_alias, settled
 from panda_ad.registry.promote import promote, rollback
 from panda_ad.stages.publish import main as publish
 
@@ -31,7 +32,7 @@ WRITES = (
     "create_experiment", "create_run", "update_run", "log_inputs", "log_batch", "log_artifact", "log_artifacts", "set_tag", "create_registered_model",
     "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model", "create_model_version",
     "set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias",
-    "set_registered_model_tag", "set_terminated", "update_model_version",
+    "set_registered_model_tag", "delete_registered_model_tag", "set_terminated", "update_model_version",
 )  # fmt: skip
 
 
@@ -303,3 +304,26 @@ def test_a_rollback_killed_after_any_write_is_finished_by_the_next_command(third
         assert decision.outcome == "held back"
         assert aliases() == {"challenger": 3, "staging": 2} and before() == ["1"], writes[number - 1]
         assert moves()[-1] == ("rollback", "staging", "3", "2")
+
+
+def test_of_two_moves_that_saw_the_same_state_the_second_is_taken_back(project):
+    """As two checkouts: each has looked at the registered model before the other one moved its alias."""
+    publish("fabric")
+    retrained(project)
+    publish("fabric")
+    client = connect()
+    mine, theirs, late = (settled(client, NAME, "staging") for _ in range(3))
+    move_alias(client, theirs, "promote", "staging", "1", "3 rules passed")
+    with pytest.raises(Unavailable, match=r"@staging is moved at the same time by .*, to version 1; nothing was moved"):
+        move_alias(client, mine, "promote", "staging", "2", "3 rules passed")
+    assert moves() == [("promote", "staging", None, "1")] and len(audit.history(settled(client, NAME, "staging"))) == 1
+
+    held = settled(client, NAME, "staging")
+    client.set_registered_model_alias(NAME, "staging", "2")
+    with pytest.raises(Unavailable, match="at the same time in MLflow"):
+        move_alias(client, held, "promote", "staging", "1", "")
+    with pytest.raises(Unavailable):
+        move_alias(client, late, "promote", "staging", "2", "")
+    assert aliases()["staging"] == 2 and [m["action"] for m in audit.records(settled(client, NAME, "staging"))] == [
+        "promote"
+    ]

@@ -10,6 +10,7 @@ from the records and stored nowhere.
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,16 +68,24 @@ def record(
     """
     when = now()
     key = f"{_PREFIX}{when.replace(':', '').replace('+0000', 'Z')}"  # MLflow's tag names allow no '+'
+    own = secrets.token_hex(4)  # two machines whose clocks are behind would take the same name
     last = max((k for k in model.tags if k.startswith(_PREFIX)), default="")
     who, reason = acting()
     why = f"{why}; {reason}" if reason else why
     move = {
         "action": action, "alias": alias, "from": moved[0], "to": moved[1], "why": why, "when": when,
         "who": who, "prefect_run": prefect_run() or None, "done": False,
-        "key": key if key > last else f"{last}z",  # another machine's clock is ahead: the order is that of the moves
+        # where another machine's clock is ahead: the order is that of the moves
+        "key": f"{key}-{own}" if key > last else f"{last}z{own}",
     }  # fmt: skip
     _write(client, model.name, move)
     return move
+
+
+def meanwhile(before: RegisteredModel, after: RegisteredModel, move: Move) -> list[Move]:
+    """Return the records of the alias of `move` that were written between two looks, but for `move`; oldest first."""
+    known = {*before.tags, move["key"]}
+    return [m for m in records(after) if m["alias"] == move["alias"] and m["key"] not in known]
 
 
 def mark_done(client: MlflowClient, name: str, move: Move) -> None:

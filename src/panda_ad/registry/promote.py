@@ -10,7 +10,7 @@ on a whole version that was evaluated:
 4. the record is marked as done.
 
 A record left unmarked after 3 is marked by the next `promote` or `rollback`. Until then `audit.history` reads from the
-alias whether the move was made.
+alias whether the move was made. Where another checkout moves the same alias meanwhile, 2 is taken back (`moves`).
 """
 
 from __future__ import annotations
