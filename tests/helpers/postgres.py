@@ -29,10 +29,10 @@ class Postgres:
     """A running server. `address` and `create` speak of its databases."""
 
     def __init__(self, port: int, password: str) -> None:
-        self.port, self._password = port, password
+        self.port, self.password = port, password
 
     def address(self, database: str, driver: str = "psycopg") -> str:
-        return f"postgresql+{driver}://{USER}:{self._password}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql+{driver}://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def rows(self, statement: str, database: str = "postgres") -> list[tuple]:
         """What a statement gives, [] for one that gives nothing; each in a transaction of its own."""

@@ -49,12 +49,15 @@ def ui(
 
 def serve(
     model: Annotated[str, typer.Argument(help="A registered model, e.g. models:/panda-sample-fabric@staging.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port on 127.0.0.1; 0 takes any free one.")] = 5001,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 takes any free one.")] = 5001,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than loopback answers whoever reaches it.")
+    ] = "127.0.0.1",
 ) -> None:
     """Serve a registered model over REST, until Ctrl-C.
 
-    MLflow's request format, on 127.0.0.1; answers base64 images with score, p-value, threshold and decision.
+    MLflow's request format; answers base64 images with score, p-value, threshold and decision.
     """
     from panda_ad.registry.serve import serve
 
-    serve(model, port)
+    serve(model, port, host)
