@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -43,6 +44,19 @@ for command in (
 app.add_typer(cli_gallery.gallery, name="gallery")
 
 
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """UserError where an argument is empty, as a shell's unset variable leaves it.
+
+    As a path it would be the working directory.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if argument and not (option.startswith("--") and equals and not value):
+            continue
+        where = option or (before if before.startswith("-") else "an argument")
+        raise UserError(f"{where}: empty; name a value, or leave it out (is a variable of the shell unset?)")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and its exit code, never a stack trace."""
     # closed by whoever started this (`>&-`, some services): what is printed goes nowhere, as they wish
@@ -53,6 +67,7 @@ def main() -> None:
         # letter is written in escapes
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
+        refuse_empty(sys.argv[1:])
         prepare()
         app()
     except UserError as e:

@@ -102,3 +102,24 @@ def test_verdicts_for_a_closed_stdout_go_nowhere(monkeypatch):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["score", "", "--bundle", "b"], "an argument"),
+        (["start", ""], "an argument"),
+        (["watch", "in", "--out", ""], "--out"),
+        (["ingest", "-c", "", "in"], "-c"),
+        (["export", "--out=", "--bundle", "b"], "--out"),
+        (["score", "in", "--bundle", "b", "--log", ""], "--log"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_directory(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["panda-ad", *arguments])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    said = capsys.readouterr()
+    assert e.value.code == 2 and said.err.startswith(f"panda-ad: {named}: empty;") and not said.out
+    assert not list(tmp_path.iterdir())

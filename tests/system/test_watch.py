@@ -24,6 +24,7 @@ from tiny_bundle import make_bundle
 
 from panda_ad.commands.score import judge
 from panda_ad.commands.watch import Table, watch
+from panda_ad.commands.webhook import Webhook
 from panda_ad.errors import UserError
 from panda_ad.registry.new_threshold import set_threshold
 from panda_ad.scoring.bundle import load_bundle
@@ -159,6 +160,38 @@ def test_every_row_reaches_a_receiver_that_was_down(inbox, bundle):
     assert len({delivery for delivery, _, _ in receiver.bodies}) == 6
     for _, signature, body in receiver.bodies:
         assert signature == "sha256=" + hmac.new(b"key", body, hashlib.sha256).hexdigest()
+
+
+@pytest.mark.parametrize("mark", [b"", b"many", b"\xff\xfe", b"-5", b"7", b"99999"])
+def test_a_mark_that_says_nothing_costs_no_row(inbox, bundle, mark):
+    save(noise(0), inbox / "0.png")
+    watch(inbox, None, bundle, Path("watch.csv"), 0, None, once=True)
+    Path("watch.csv.sent").write_bytes(mark)
+    said: list[str] = []
+    hook = Webhook("http://127.0.0.1:9", Path("watch.csv"), threading.Event(), said.append, b"")
+    hook.sent = hook.place()
+    assert hook.sent == len(Path("watch.csv").read_bytes().splitlines(keepends=True)[0])
+    assert len(said) == 1 and "watch.csv.sent: cannot be read" in said[0]
+
+
+def test_a_mark_that_cannot_be_written_stops_no_verdict(inbox, bundle):
+    got = Receiver()
+    address = f"http://127.0.0.1:{got.server_port}/"
+    thread = threading.Thread(target=got.serve_forever)
+    thread.start()
+    try:
+        Table.opened(Path("watch.csv"))
+        Path("watch.csv.sent").mkdir()
+        for i in range(3):
+            save(noise(i), inbox / f"{i}.png")
+        process = started(inbox, "--bundle", bundle, "--settle", 0, "--once", "--webhook", address)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        got.shutdown()
+        got.server_close()
+        thread.join()
+    assert len(rows()) == len(got.bodies) == 3
+    assert said.count("watch.csv.sent: cannot be written") == 1 and "Traceback" not in said
 
 
 def test_a_new_version_takes_over_and_names_itself(tmp_path_factory, tmp_path, monkeypatch):

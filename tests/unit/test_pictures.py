@@ -291,3 +291,42 @@ def test_a_training_picture_saved_again_in_test_is_named(make_params, tmp_path, 
     (line,) = [w for w in found_in(make_params).warnings if "nearly copies" in w]
     assert "2 test images" in line and "nut/test/good/again.jpg of nut/train/good/003.png" in line
     assert "nut/test/good/larger.jpg of nut/train/good/004.png" in line
+
+
+# one color of a PNG that is transparent, previews of camera raw
+
+
+def png_with_clear_color(depth: int, color: int, row: bytes, clear: bytes) -> bytes:
+    """Two pixels beside each other; `color` as in PNG's header, 0 gray and 2 RGB."""
+    header = struct.pack(">IIBBBBB", 2, 1, depth, color, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "clear"),
+    [(16, b"\0\5\x80\x80", 5), (8, b"\5\x80", 5), (4, b"\x58", 5), (2, b"\x60", 1), (1, b"\x40", 0)],
+)
+def test_a_transparent_gray_is_white_at_any_depth(depth, row, clear):
+    pixels = decode(png_with_clear_color(depth, 0, row, struct.pack(">H", clear)), "x")[0, :, 0]
+    assert pixels[0] == 255 and pixels[1] == {16: 128, 8: 128, 4: 136, 2: 170, 1: 255}[depth]
+    none = decode(png_with_clear_color(depth, 0, row, struct.pack(">H", 0 if depth > 1 else 1)), "x")[0, :, 0]
+    assert none[0] < 100
+
+
+def test_transparent_gray_everywhere_is_one_that_nobody_meant():
+    pixels = decode(png_with_clear_color(16, 0, b"\x40\x40\x40\x40", b"\x40\x40"), "x")
+    assert np.all(pixels == 64)
+
+
+def test_a_transparent_color_of_sixteen_bits_is_refused():
+    with pytest.raises(UserError, match=r"x\.png: one of its colors of 16 bits is transparent"):
+        decode(png_with_clear_color(16, 2, bytes(12), bytes(6)), "x.png")
+    assert np.all(decode(png_with_clear_color(8, 2, bytes(3) + b"\x40" * 3, bytes(6)), "x")[0] == [[255], [64]])
+
+
+def test_the_preview_of_a_camera_raw_is_no_picture():
+    with pytest.raises(UserError, match=r"x\.nef: camera raw, of which only the preview"):
+        decode(encode(SMOOTH, "TIFF", tiffinfo={254: 1}), "x.nef")
+    np.testing.assert_array_equal(decode(encode(SMOOTH, "TIFF", tiffinfo={254: 0}), "x"), SMOOTH)

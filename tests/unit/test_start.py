@@ -65,15 +65,18 @@ def test_good_and_bad_pictures(capsys):
     fill(Path("nut/later"), 2)
     save(part(5), Path("nut/ground_truth/scratch/0_mask.png"))
     Path("nut/NG/broken.png").write_bytes(b"\x89PNG\r\n\x1a\nx")
-    Path("nut/photo.heic").write_bytes(b"x")
+    Path("nut/photo.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    Path("nut/OK/cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     said = start("nut")
     assert "learned  9 good pictures" in said and "3 of 3 known defects called defect" in said
     assert "of 2 pictures nobody has sorted called defect" in said and "10 calibration" not in said
     assert "9 calibration images are too few for a false-alarm rate of 0.05" in said and "is 0.1" in said
     err = capsys.readouterr().err
-    assert "photo.heic: its format is not read" in err and "broken.png" in err
+    assert "photo.heic: HEIC" in err and err.count("broken.png") == 1 and err.count("OK/cut.jpg") == 1
     found = {row["path"]: row for row in rows("nut-start/verdicts.csv")}
-    assert len(found) == 6 and found["nut/NG/broken.png"]["decision"] == "unreadable"
+    assert len(found) == 8
+    unread = {path for path, row in found.items() if row["decision"] == "unreadable"}
+    assert unread == {"nut/NG/broken.png", "nut/photo.heic", "nut/OK/cut.jpg"}
     page = Path("nut-start/index.html").read_text()
     assert page.count("<img") == 5 + 9 and "alarm · scratch" in page and "<script" not in page
     Path("nut/NG/broken.png").unlink()
@@ -99,8 +102,9 @@ def test_only_good_pictures():
     said = start("good")
     assert "verdicts" not in said and "learned  8" in said
     assert rows("good-start/verdicts.csv") == []
-    fill(Path("heap"), 3)
-    assert "learned  3" in start("heap", good=True)
+    fill(Path("line\nbreak"), 3)
+    said = start("line\nbreak", good=True)
+    assert "learned  3" in said and said.endswith("line\\x0abreak-start/index.html")
 
 
 def test_unsorted_pictures_are_ranked(capsys):
@@ -110,7 +114,8 @@ def test_unsorted_pictures_are_ranked(capsys):
     said = start("heap")
     assert "ranked   10 pictures" in said and "--good" in said and "left out" in capsys.readouterr().err
     ranking = rows("heap-start/ranking.csv")
-    assert [row["rank"] for row in ranking] == [str(i) for i in range(1, 11)]
+    assert [row["rank"] for row in ranking] == [*map(str, range(1, 11)), "unreadable"]
+    assert ranking[-1]["path"] == "heap/phone/cut.jpg"
     assert ranking[0]["path"] == "heap/phone/0.png"
     assert re.search(r'alt="oddness [0-9.]+"', Path("heap-start/index.html").read_text())
     assert not Path("heap-start/model").exists()

@@ -119,31 +119,32 @@ def start(folder: Path, out: Path | None, good: bool, size: int, say: Callable[[
         raise UserError(f"--out {out}: exists, and is no result of panda-ad start; name another folder")
     if out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {out}: lies in {folder}, whose pictures are read; name a folder elsewhere")
-    for file in found.unread:
-        _warn(f"{file}: its format is not read; save it as PNG or JPEG")
     network = export_network(load_backbone(*NETWORK), (size, size))
     with atomic_folder(out) as folder_out:
         lines = list((_judge if found.good else _rank)(found, network, folder_out, folder))
     for line in [*lines, f"page     {out / 'index.html'}"]:
-        say(line.replace("{out}", str(out)).replace("{folder}", str(folder)))
+        say(one_line(line.replace("{out}", str(out)).replace("{folder}", str(folder))))
 
 
 def _judge(found: Sorted, network: Network, out: Path, folder: Path) -> Iterator[str]:
     """Learn from the good pictures and judge the others."""
-    train = FileImages(network, _readable(found.good, "learned from"))
+    kept, broken = _readable(found.good, "learned from")
+    train = FileImages(network, kept)
     name = printable(folder.resolve().name)
     config = DetectorConfig(dataset="start", category=name, provenance={"train_images": len(train)})
     detector = fit_detector(network, train, FIT, config)
     (out / "model").mkdir()
     save_bundle(detector, out / "model")
-    files = [file for file, _ in found.others]
-    done = score_files(files, Model(load_bundle(out / "model")), out / "verdicts.csv", out / "heatmaps")
-    for line in [*done.problems, *done.warnings]:
+    judged = [*found.others, *((file, "good") for file in broken)]  # a row `unreadable` for each of these
+    done = score_files(
+        [file for file, _ in judged], Model(load_bundle(out / "model")), out / "verdicts.csv", out / "heatmaps"
+    )
+    for line in [*done.problems[: len(done.problems) - len(broken)], *done.warnings]:
         _warn(line)
     with open(out / "verdicts.csv", newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     shown = []
-    for n, (row, (file, kind)) in enumerate(zip(rows, found.others, strict=True)):
+    for n, (row, (file, kind)) in enumerate(zip(rows, judged, strict=True)):
         if row["score"]:
             overlay = next((out / "heatmaps").glob(f"{n:05d}-*.jpg"), file)
             shown.append(Shown(overlay, _within(folder, file), kind, float(row["score"]), row["decision"] == "defect"))
@@ -195,7 +196,8 @@ def _rank(found: Sorted, network: Network, out: Path, folder: Path) -> Iterator[
         raise UserError(
             f"no good pictures to learn from, only {', '.join(kinds)}: put good ones into a folder named good beside"
         )
-    images = FileImages(network, _readable([file for file, _ in found.others], "ranked"))
+    kept, broken = _readable([file for file, _ in found.others], "ranked")
+    images = FileImages(network, kept)
     levels = network.map_levels
     maps = mutual_maps(lambda i: _maps(images, i, levels), len(images), levels, network.size, FIT.localize.sigma)
     scores = maps.max(axis=(1, 2))
@@ -210,6 +212,7 @@ def _rank(found: Sorted, network: Network, out: Path, folder: Path) -> Iterator[
             save_picture(overlay, blend(rgb, resize(maps[i], rgb.shape[:2]), limits))
             rows.writerow([rank, images.names[i], repr(float(scores[i]))])
             shown.append(Shown(overlay, _within(folder, images.files[i]), "", float(scores[i]), False))
+        rows.writerows(["unreadable", one_line(str(file)), ""] for file in broken)
     ranking_page(out / "index.html", printable(folder.resolve().name), shown)
     yield f"ranked   {len(images)} pictures, the oddest first; {{out}}/ranking.csv. An order is no verdict"
     yield "next     move good pictures into a folder named good, defects into one named bad, and start again"
@@ -223,21 +226,25 @@ def _maps(images: FileImages, index: int, levels: Sequence[str]) -> dict[str, np
     return {level: maps[level][0] for level in levels}
 
 
-def _readable(files: list[Path], use: str) -> list[Path]:
-    """Return the files that can be decoded, at most `MOST`; the others are named. UserError where too few remain."""
+def _readable(files: list[Path], use: str) -> tuple[list[Path], list[Path]]:
+    """Return, of at most `MOST` files, those that can be decoded, and the others, which are named.
+
+    UserError where too few remain.
+    """
     if len(files) > MOST:
         chosen = np.sort(np.random.default_rng(0).permutation(len(files))[:MOST])
         _warn(f"{MOST} of {len(files)} pictures are {use}, drawn at random; a project takes all")
         files = [files[i] for i in chosen]
-    kept = []
+    kept, broken = [], []
     for file, problem in zip(files, side_by_side(_problem, files), strict=True):
         if problem:
             _warn(f"left out: {problem}")
+            broken.append(file)
         else:
             kept.append(file)
     if len(kept) < LEAST:
         raise UserError(f"{len(kept)} pictures to be {use} are too few: {LEAST} are needed, {FEW} for verdicts")
-    return kept
+    return kept, broken
 
 
 def _within(folder: Path, file: Path) -> str:
@@ -253,4 +260,4 @@ def _problem(file: Path) -> str:
 
 
 def _warn(line: str) -> None:
-    print(f"panda-ad: {printable(line)}", file=sys.stderr)
+    print(f"panda-ad: {one_line(line)}", file=sys.stderr)

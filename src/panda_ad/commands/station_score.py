@@ -63,6 +63,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.pictures and not arguments.self_test:
         parser.error("name pictures, or --self-test")
+    if not all(sys.argv[1:]):
+        parser.error("an argument is empty (is a variable of the shell unset?)")
     if names := damaged(HERE):
         print(f"{HERE}: damaged, not as exported: {', '.join(names[:5])}; copy the folder again", file=sys.stderr)
         return 2

@@ -42,6 +42,7 @@ class Webhook:
     table : CSV file with a header; a row is a line.
     secret : of the signature; empty: none is sent.
     sent : bytes of the table that have been delivered.
+    unkept : whether the last try to write that down failed.
     """
 
     url: str
@@ -50,6 +51,7 @@ class Webhook:
     say: Callable[[str], None]
     secret: bytes
     sent: int = 0
+    unkept: bool = False
     _thread: Thread | None = field(default=None, repr=False)
 
     @classmethod
@@ -64,10 +66,7 @@ class Webhook:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--webhook {url}: an address that begins with http:// or https:// is expected")
         hook = cls(url, table, stop, say, os.environ.get(SECRET, "").encode())
-        with open(table, "rb") as f:
-            hook.sent = len(f.readline())
-        if hook.mark.is_file():
-            hook.sent = max(hook.sent, min(int(hook.mark.read_text() or 0), table.stat().st_size))
+        hook.sent = hook.place()
         hook._thread = Thread(target=hook._run, daemon=True)
         hook._thread.start()
         return hook
@@ -76,6 +75,19 @@ class Webhook:
     def mark(self) -> Path:
         """Return the file that says how far the table has been sent."""
         return sent_mark(self.table)
+
+    def place(self) -> int:
+        """Return where the first row begins that has not been sent. What the mark says must be the begin of a row."""
+        data = self.table.read_bytes()
+        first = data.find(b"\n") + 1
+        try:
+            place = int(self.mark.read_text(encoding="ascii")) if self.mark.exists() else first
+        except (OSError, ValueError):
+            place = 0
+        if first <= place <= len(data) and data[place - 1 : place] == b"\n":
+            return place
+        self.say(f"webhook: {self.mark}: cannot be read, or is not of this table; all rows are sent again")
+        return first
 
     def idle(self) -> bool:
         """Tell whether everything has been delivered."""
@@ -86,13 +98,29 @@ class Webhook:
         if self._thread is not None:
             self._thread.join(_TIMEOUT + 1)
 
+    def _keep(self) -> None:
+        """Write how far the table has been sent; where that fails, say so once, and go on."""
+        try:
+            write_text(self.mark, f"{self.sent}\n")
+            self.unkept = False
+        except OSError as e:
+            if not self.unkept:
+                self.say(f"webhook: {self.mark}: cannot be written ({e.strerror}); a restart would send rows again")
+            self.unkept = True
+
     def _run(self) -> None:
         wait = _FIRST
         while not self.stop.is_set():
-            with open(self.table, "rb") as f:
-                names = f.readline().decode()
-                f.seek(self.sent)
-                line = f.readline()
+            try:
+                with open(self.table, "rb") as f:
+                    names = f.readline().decode()
+                    f.seek(self.sent)
+                    line = f.readline()
+            except OSError as e:
+                self.say(f"webhook: {self.table}: cannot be read ({e.strerror}); tried again in {wait:g} s")
+                self.stop.wait(wait)
+                wait = min(2 * wait, _LONGEST)
+                continue
             if not line.endswith(b"\n"):
                 self.stop.wait(0.05)
                 continue
@@ -101,7 +129,7 @@ class Webhook:
             problem = self._post(row, f"{self.table.name}-{self.sent}-{hashlib.sha256(line).hexdigest()[:16]}")
             if not problem:
                 self.sent += len(line)
-                write_text(self.mark, f"{self.sent}\n")
+                self._keep()
                 wait = _FIRST
                 continue
             self.say(f"webhook: {problem}; tried again in {wait:g} s")

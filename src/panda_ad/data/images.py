@@ -11,6 +11,8 @@ What is decided here, for every caller (pipeline, command line, REST):
   12-bit TIFF is scaled from its 4095. 16-bit color keeps its high byte.
 - Palette, gray, CMYK, YCbCr and 1-bit become RGB. Transparency is laid over white (in masks: over black, 'not marked'),
   or ignored where all is transparent.
+  The one transparent color of a PNG of 16-bit color is refused: which pixels have it is no longer known.
+- Of camera raw (NEF, DNG, ...) a preview alone could be read: refused.
 - Floating-point and 32-bit images have no known range, and animations and multi-page files no one picture: refused.
 """
 
@@ -22,11 +24,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from panda_ad.data.pixels import gray_levels, set_clear_color, tiff_tags, to_rgb, upright
 from panda_ad.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
@@ -45,17 +48,6 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 # of EXIF data that cannot be read, with the path of Pillow's code: what matters of a file is said by ours
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what turns the stored picture upright (EXIF 2.3, tag 274)."""
 
 
 class _Choice(Protocol):
@@ -147,10 +139,11 @@ def picture(data: bytes, name: str, background: tuple[int, int, int] = WHITE, de
             _refuse(image, name, decoding)
             mode = image.mode
             image.load()
+            set_clear_color(image, data[24:25], name)
             gray = np.asarray(image) if mode.startswith("I") else None
-            levels = None if gray is None else _levels(image, decoding.gray_range)
+            levels = None if gray is None else gray_levels(image, decoding.gray_range)
             values = None if gray is None else (int(gray.min()), int(gray.max()))
-            rgb = _to_rgb(_upright(image), levels, background)
+            rgb = to_rgb(upright(image), levels, background)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -180,15 +173,6 @@ def _too_large(name: str, size: str, decoding: Decoding) -> str:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn by EXIF orientation. Pillow's own way writes all of EXIF anew, and fails on a field that it cannot write."""
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # as many kinds as decoding damaged files raises
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
 def _refuse(image: Image.Image, name: str, decoding: Decoding) -> None:
     """Raise for what must not be decoded; reads headers only."""
     width, height = image.size
@@ -198,36 +182,13 @@ def _refuse(image: Image.Image, name: str, decoding: Decoding) -> None:
         raise UserError(
             f"{name}: pixel mode {image.mode} is not read; save it as gray or RGB of 8 or 16 bits, whose range is known"
         )
+    # TIFF 6.0, NewSubfileType (254): NEF, DNG and ARW are TIFF files whose first picture is a small preview
+    if image.format == "TIFF" and tiff_tags(image).get(254, 0) & 1:
+        raise UserError(f"{name}: camera raw, of which only the preview could be read; save the picture as PNG or TIFF")
     # A multi-picture JPEG (MPO) is a photo with previews or other views behind it: the first is the photo.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise UserError(f"{name}: holds {frames} frames or pages; save the one to inspect as a file of its own")
-
-
-def _levels(image: Image.Image, gray_range: tuple[int, int]) -> np.ndarray:
-    """Return the gray that each value of a 16-bit image stands for, uint8 (65536,)."""
-    tags: Any = getattr(image, "tag_v2", {})
-    low, high = (0, 4095) if tags.get(258, (16,)) == (12,) else gray_range  # 258: BitsPerSample
-    levels = np.rint((np.arange(65536).clip(low, high) - low) * (255 / (high - low))).astype(np.uint8)
-    # PhotometricInterpretation: white is zero, which Pillow sees to up to 8 bits only
-    return 255 - levels if tags.get(262) == 0 else levels
-
-
-def _to_rgb(image: Image.Image, levels: np.ndarray | None, background: tuple[int, int, int]) -> np.ndarray:
-    """Convert an image of any of MODES to uint8 (H, W, 3)."""
-    if levels is not None:
-        values = np.asarray(image)
-        rgb = np.empty((*values.shape, 3), np.uint8)
-        for row, out in zip(values, rgb, strict=True):  # row by row: an index takes eight bytes a pixel
-            out[:] = levels[row.clip(0, 65535)][:, None]
-        return rgb
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        if image.mode == "La":
-            image = image.convert("LA")
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (0, 0):  # an alpha channel of zeros is one that nobody filled in
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-    return np.array(image.convert("RGB"))
 
 
 def read_bytes(path: Path | str, name: str | None = None, decoding: Decoding = DEFAULT) -> bytes:

@@ -20,18 +20,16 @@ BAD_NAMES = frozenset([
 
 @dataclass(frozen=True)
 class Sorted:
-    """The pictures of a folder.
+    """The pictures of a folder, those in formats that are not read (HEIC, ...) too.
 
     Attributes
     ----------
     good : to learn from.
     others : to be judged, with what their folder says: 'good', a kind of defect, or '' where it says nothing.
-    unread : pictures in formats that are not read.
     """
 
     good: list[Path]
     others: list[tuple[Path, str]]
-    unread: list[Path]
 
 
 def sort_pictures(folder: Path, all_good: bool = False) -> Sorted:
@@ -55,8 +53,8 @@ def sort_pictures(folder: Path, all_good: bool = False) -> Sorted:
     if len(several) > 1:
         raise UserError(f"{folder}: holds several things, {', '.join(several)}; start with one: {folder / several[0]}")
     found = find_images([folder])
-    files = [file for file in found.images if not MASK_FOLDERS & set(_names(folder, file))]
-    if not files:
+    files = [file for file in [*found.images, *found.unread] if not MASK_FOLDERS & set(_names(folder, file))]
+    if not found.images or not files:
         raise UserError(no_images([folder], Found([], found.unread, found.passed_over)))
     good, others = [], []
     for file in files:
@@ -66,7 +64,7 @@ def sort_pictures(folder: Path, all_good: bool = False) -> Sorted:
             good.append(file)
         else:
             others.append((file, kind))
-    return Sorted(good, others, found.unread)
+    return Sorted(good, others)
 
 
 def _names(folder: Path, file: Path) -> list[str]:
