@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activation cache gives what the frozen layers gives, survives kills and stays within its budget."""
 
+import ast
 import functools
 import gc
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
 
+from panda_ad.features import cache
 from panda_ad.features.backbones import load_backbone
 from panda_ad.features.cache import Activations, Item
 from panda_ad.features.export import export_network
@@ -144,3 +147,17 @@ def test_another_way_of_decoding_is_another_cache(networks, tmp_path, monkeypatc
     before.warm(items(2))
     monkeypatch.setattr(PIL, "__version__", "99.0")
     assert make(networks, tmp_path).warm(items(2)) == 2
+
+
+def test_the_cache_knows_all_the_code_that_makes_pixels():
+    """Whatever decoding imports decides what is cached; a change of it must not mix features of two makes."""
+    source = Path(cache.__file__).parents[1]
+    todo, needed = ["data/images.py"], set()
+    while todo:
+        name = todo.pop()
+        needed.add(name)
+        for node in ast.walk(ast.parse((source / name).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("panda_ad.data."):
+                todo += [f"{node.module.removeprefix('panda_ad.').replace('.', '/')}.py"]
+        todo = [name for name in todo if name not in needed]
+    assert needed <= set(cache._RULES)

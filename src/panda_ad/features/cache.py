@@ -28,7 +28,7 @@ from panda_ad.system.cores import side_by_side
 
 _RULES = (
     *(f"features/{name}.py" for name in ("engine", "export", "network", "preprocessing")),
-    *("data/images.py", "data/outliers.py"),
+    *(f"data/{name}.py" for name in ("images", "outliers", "pixels")),
 )
 _CHUNK = 64  # images decoded, computed and written at a time
 _IN_USE = "in-use"  # a file of each cache that its users lock
