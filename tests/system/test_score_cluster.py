@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -80,24 +81,40 @@ def test_a_killed_client_goes_on_where_it_was(place):
     assert rows_of(place / "killed") == rows_of(place / "alone")
 
 
-def test_a_scheduler_that_runs_already(place):
-    """Its workers may be anywhere; here they are processes of their own, started as Dask's documentation says."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@contextmanager
+def cluster(place: Path):
+    """Start a scheduler and a worker as Dask's documentation says; gives the scheduler's process and address."""
+    environment, file = {**os.environ, "OMP_NUM_THREADS": "1"}, place / "scheduler.json"
+    file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
-    command += ["--no-dashboard", "--scheduler-file", str(place / "scheduler.json")]
+    command += ["--no-dashboard", "--scheduler-file", str(file)]
     scheduler = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(place / "scheduler.json")]
-    worker = subprocess.Popen(
-        [*command, "--nthreads", "1", "--no-dashboard"], env=environment, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(file), "--nthreads", "1"]
+    worker = subprocess.Popen([*command, "--no-dashboard"], env=environment, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60
-        while not (place / "scheduler.json").exists() and time.monotonic() < until:
+        while not file.exists() and time.monotonic() < until:
             time.sleep(0.1)
-        address = json.loads((place / "scheduler.json").read_text())["address"]
-        score_parts([str(place / "in")], None, place / "bundle", str(place / "there"), cluster=address)
-        assert rows_of(place / "there") == rows_of(place / "alone")
+        yield scheduler, json.loads(file.read_text())["address"]
     finally:
         for process in (worker, scheduler):
             process.terminate()
             process.wait(timeout=30)
+
+
+def test_a_scheduler_that_runs_already(place):
+    """Its workers may be anywhere; here they are processes of their own."""
+    with cluster(place) as (_, address):
+        score_parts([str(place / "in")], None, place / "bundle", str(place / "there"), cluster=address)
+        assert rows_of(place / "there") == rows_of(place / "alone")
+
+
+def test_a_scheduler_that_goes_away_is_said_in_a_line(place):
+    with cluster(place) as (scheduler, address):
+        process = start(place, "gone", address)
+        until_parts(place / "gone", 2, process)
+        scheduler.kill()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "Traceback" not in said, said
+    assert "panda-ad: --cluster: the scheduler is gone; what is written stays" in said
+    assert set(rows_of(place / "gone")) <= set(rows_of(place / "alone"))

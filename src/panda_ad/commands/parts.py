@@ -113,26 +113,22 @@ def _remote(address: str) -> dict[str, str]:
 
 
 def contents(group: Sequence[Source], decoding: Decoding) -> list[bytes | str]:
-    """Read pictures; in the place of one that cannot be read stands why. Raises UserError as `opened`."""
+    """Read pictures side by side; in the place of one that cannot be read stands why."""
 
-    def local(source: Source) -> bytes | str:
+    def read(source: Source) -> bytes | str:
+        name = one_line(source.path)
         try:
-            return read_bytes(source.path, one_line(source.path), decoding)
+            if not is_address(source.path):
+                return read_bytes(source.path, name, decoding)
+            fs, path = opened(source.path)
+            with fs.open(path, "rb") as f:
+                return bytes(f.read(decoding.max_bytes + 1))
         except UserError as e:
             return str(e)
+        except Exception as e:  # each kind of store has its own; one that does not answer costs this picture alone
+            return f"{name}: cannot be read ({_reason(e)})"
 
-    if not any(is_address(source.path) for source in group):
-        return side_by_side(local, group)
-    return [_object(source, decoding) if is_address(source.path) else local(source) for source in group]
-
-
-def _object(source: Source, decoding: Decoding) -> bytes | str:
-    fs, path = opened(source.path)
-    try:
-        with fs.open(path, "rb") as f:
-            return bytes(f.read(decoding.max_bytes + 1))
-    except Exception as e:  # each kind of store has its own; one that does not answer costs this picture alone
-        return f"{one_line(source.path)}: cannot be read ({_reason(e)})"
+    return side_by_side(read, group)
 
 
 def shards(pictures: Iterable[Source], size: int = PART) -> Iterator[list[Source]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -145,9 +145,13 @@ def score_paths(
     plural = "s" if done.images != 1 else ""
     print(f"{done.images} image{plural} scored, {done.alarms} called defect{logged}", file=sys.stderr)
     if done.problems:
-        more = f" and {len(done.problems) - _NAMED} more" if len(done.problems) > _NAMED else ""
-        shown = "; ".join(done.problems[:_NAMED])
-        raise UserError(f"{len(done.problems)} of {len(files)} files could not be read: {shown}{more}")
+        raise UserError(f"{len(done.problems)} of {len(files)} files could not be read: {named(done.problems)}")
+
+
+def named(lines: Sequence[str]) -> str:
+    """Join the first of some lines, and say how many more there are."""
+    more = f" and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
+    return "; ".join(lines[:_NAMED]) + more
 
 
 def _say(line: str) -> None:

@@ -9,13 +9,15 @@ worker with other versions of what decides it refuses.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import panda_ad
 from panda_ad.commands import parts
 from panda_ad.commands.parts import Source
+from panda_ad.commands.score import named
 from panda_ad.data.damage import doubt
 from panda_ad.data.images import Decoding, batches, picture, pixel_count
 from panda_ad.data.listing import one_line
@@ -39,8 +42,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
 _READ_TOGETHER = 8
+_WAIT_SECONDS = 60
 _AHEAD = 4  # tasks for each worker that are handed out before they are wanted
-_NAMED = 3
 _DECIDING = ("faiss-cpu", "numpy", "onnxruntime", "pillow")
 
 
@@ -113,14 +116,9 @@ def score_parts(
     before = f", {len(pictures) - len(rest)} known" if len(rest) < len(pictures) else ""
     print(f"{done.images} images scored, {done.alarms} called defect{before}: {folder}", file=sys.stderr)
     if done.failed:
-        raise UserError(f"{len(done.failed)} parts are missing: {_named(done.failed)}; run the command again")
+        raise UserError(f"{len(done.failed)} parts are missing: {named(done.failed)}; run the command again")
     if done.problems:
-        raise UserError(f"{len(done.problems)} of {len(rest)} files could not be read: {_named(done.problems)}")
-
-
-def _named(lines: Sequence[str]) -> str:
-    more = f" and {len(lines) - _NAMED} more" if len(lines) > _NAMED else ""
-    return "; ".join(lines[:_NAMED]) + more
+        raise UserError(f"{len(done.problems)} of {len(rest)} files could not be read: {named(done.problems)}")
 
 
 def make_job(model: str | None, bundle: Path | None, folder: str, false_alarm_rate: float | None = None) -> Job:
@@ -142,6 +140,7 @@ def make_job(model: str | None, bundle: Path | None, folder: str, false_alarm_ra
     return Job(folder, identity, model, None if bundle is None else str(bundle), false_alarm_rate, versions())
 
 
+@cache
 def versions() -> tuple[str, ...]:
     """Return the versions of what decides a score, those of this process."""
     return (f"panda-ad {panda_ad.__version__}", *(f"{name} {version(name)}" for name in _DECIDING))
@@ -172,6 +171,7 @@ def _on_cluster(client: Client, job: Job, rest: Sequence[Source]) -> Iterator[tu
     part alone.
     """
     from distributed import as_completed
+    from distributed.comm import CommClosedError
 
     def submit(shard: list[Source]) -> Any:
         future = client.submit(score_shard, job, shard, pure=False)
@@ -180,18 +180,22 @@ def _on_cluster(client: Client, job: Job, rest: Sequence[Source]) -> Iterator[tu
 
     sizes: dict[str, int] = {}
     waiting = parts.shards(rest)
-    client.wait_for_workers(1, timeout=60)
+    try:
+        client.wait_for_workers(1, timeout=_WAIT_SECONDS)
+    except TimeoutError:
+        raise UserError(f"--cluster: no worker has joined the scheduler in {_WAIT_SECONDS} s; start some") from None
     first = [submit(shard) for shard in islice(waiting, _AHEAD * len(client.scheduler_info()["workers"]))]
     running = as_completed(first)
     for future in running:
-        error = future.exception()
-        if isinstance(error, UserError):
-            raise error
-        if error is not None:
-            reason = " ".join(str(error).split())[:200]
-            yield sizes.pop(future.key), Done(failed=(f"{type(error).__name__}: {reason}",))
-        else:
-            yield sizes.pop(future.key), future.result()
+        try:
+            done = future.result()
+        except UserError:
+            raise
+        except (CancelledError, CommClosedError):  # the connection is lost, and with it what was under way
+            raise UserError("--cluster: the scheduler is gone; what is written stays, run the command again") from None
+        except Exception as e:
+            done = Done(failed=(f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",))
+        yield sizes.pop(future.key), done
         for shard in islice(waiting, 1):
             running.add(submit(shard))
 
@@ -206,6 +210,8 @@ def _workers(cluster: str | None) -> Iterator[Client | None]:
         from distributed import Client, LocalCluster
     except ImportError:
         raise UserError("--cluster: needs the package distributed; pip install 'panda-ad[pipeline]'") from None
+    for name in ("distributed", "distributed.client"):  # what is wrong is said in a line, without Dask's traces
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if cluster.isdecimal() and int(cluster) > 0:
         one = {"threads_per_worker": 1, "env": {"OMP_NUM_THREADS": "1"}}  # each process has a core
         local = {"n_workers": int(cluster), "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 50}
