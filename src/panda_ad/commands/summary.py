@@ -48,6 +48,10 @@ def summary(params: Params | None = None) -> str:
     if not trained:
         path = BUILD / "publish" / f"{params.categories[0]}.json"
         raise UserError(f"{path}: not there yet; run `make run`")
+    said: dict[str, list[str]] = {}  # what holds for several categories is said once
+    for t in trained:
+        for line in t.lines:
+            said.setdefault(line, []).append(t.category)
     never = sorted(set(params.categories) - {t.category for t in trained}, key=params.categories.index)
     return "\n".join(
         [
@@ -56,7 +60,7 @@ def summary(params: Params | None = None) -> str:
             *(f"  {category}: never trained here; `panda-ad run` does it" for category in never),
             "",
             "gate",
-            *(f"  {t.category}: {line}" for t in trained for line in t.lines),
+            *(f"  {', '.join(categories)}: {line}" for line, categories in said.items()),
             "",
             "last run of each stage",
             *columns(_stages(params)),
