@@ -14,7 +14,7 @@ import pandas as pd
 from panda_ad.evaluation import image_metrics, pixel_metrics
 from panda_ad.evaluation.intervals import Intervals
 from panda_ad.params import Params
-from panda_ad.scoring.calibration import SessionRates
+from panda_ad.scoring.session_rates import SessionRates
 
 FEW = 10
 """Fewer images of a class than this are too few to rest a decision on: `cautions` says so."""

@@ -12,42 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import betaincinv, ndtr, ndtri, stdtrit
+from scipy.special import betaincinv
 
 from panda_ad.errors import UserError
-
-_SHRINK = 10
-"""Images that the spread common to all sessions counts as, beside a session's own."""
-
-
-@dataclass(frozen=True)
-class SessionRates:
-    """What a threshold does to good parts of sessions, known ones and one never seen.
-
-    Attributes
-    ----------
-    sessions : number of sessions that calibrated.
-    within : share of good parts of a known session that raise an alarm.
-    within_interval : (low, high) of it, Clopper and Pearson.
-    unseen : the same of a session never seen: the mean over sessions, each scored without its own images.
-    unseen_interval : (low, high) in which the rate of the next session lies with 95 % confidence.
-    """
-
-    sessions: int
-    within: float
-    within_interval: tuple[float, float]
-    unseen: float
-    unseen_interval: tuple[float, float]
-
-    def __str__(self) -> str:
-        """Say both rates in one line."""
-        parts = []
-        for name, rate, (low, high) in (
-            ("within sessions", self.within, self.within_interval),
-            ("on a session never seen", self.unseen, self.unseen_interval),
-        ):
-            parts.append(f"{name} {100 * rate:.2g} % [{100 * low:.2g}, {100 * high:.2g}]")
-        return ", ".join(parts)
+from panda_ad.scoring.session_rates import SessionRates, session_rates
 
 
 @dataclass(frozen=True)
@@ -124,46 +92,6 @@ def alarms_chance(alarms: int, images: int, calibration: int, rate: float) -> fl
 
     k = threshold_rank(calibration, rate)
     return float(betabinom.sf(alarms - 1, images, k, calibration + 1 - k)) if alarms else 1.0
-
-
-def session_rates(
-    calibration: np.ndarray, sessions: Sequence[str], within: np.ndarray, limit: float, confidence: float = 0.95
-) -> SessionRates:
-    """Return what a threshold does to good parts of sessions.
-
-    The interval of a session never seen takes sessions as exchangeable. Scores are brought to a normal scale by their
-    ranks; there, each session's distance from the threshold, in its own standard deviations, is one observation. The
-    next session's lies in Student's prediction interval, mean +- t s sqrt(1 + 1 / G) of G sessions. Its coverage was
-    simulated (benchmarks/promise.py). Where differences need not be normal, G sessions promise no less than
-    1 / (G + 1) (Dunn et al. 2022, https://arxiv.org/abs/1809.07441, take one image of each).
-
-    Parameters
-    ----------
-    calibration : (M,), scores of images by a model that has seen none of their session.
-    sessions : of each, two or more distinct ones.
-    within : (W,), scores of images by a model that has seen others of their session.
-    limit : the threshold.
-    """
-    _, members, counts = np.unique(np.array(sessions, dtype=str), return_inverse=True, return_counts=True)
-    order = np.searchsorted(np.sort(calibration), calibration, side="right")
-    values = ndtri((order - 0.5) / len(calibration))
-    place = float(ndtri(np.clip((calibration <= limit).mean(), 0.5 / len(calibration), 1 - 0.5 / len(calibration))))
-    means = np.bincount(members, values) / counts
-    residuals = values - means[members]
-    squares = np.bincount(members, residuals**2)
-    freedom = max(1, len(values) - len(counts))
-    pooled = float(squares.sum()) / freedom or 1.0
-    spreads = np.sqrt((squares + _SHRINK * pooled) / (counts - 1 + _SHRINK))
-    distances = (means - place) / spreads
-    student = float(stdtrit(len(counts) - 1, (1 + confidence) / 2))
-    half = student * float(distances.std(ddof=1)) * math.sqrt(1 + 1 / len(counts))
-    low, high = (float(ndtr(distances.mean() + side)) for side in (-half, half))
-    unseen = float(np.mean(np.bincount(members, calibration > limit) / counts))
-    alarms, n = int((within > limit).sum()), len(within)
-    tail = (1 - confidence) / 2
-    least = float(betaincinv(alarms, n - alarms + 1, tail)) if alarms else 0.0
-    most = float(betaincinv(alarms + 1, n - alarms, 1 - tail)) if alarms < n else 1.0
-    return SessionRates(len(counts), alarms / n, (least, most), unseen, (min(low, unseen), max(high, unseen)))
 
 
 def _allowed(count: int, rate: float) -> int:
