@@ -2,10 +2,11 @@
 """Whether everyone gives the same verdicts: one process, clusters with a worker killed, REST, an exported folder.
 
     python benchmarks/many_images.py BUNDLE IMAGES [--count 20000] [--served models:/NAME@staging] [--station FOLDER]
+        [--spark PYTHON]
 
 The table has rows lost and doubled, the largest difference to `panda-ad score`, and images per second with the start of
 all processes in it. `--served` is that bundle as registered in the project of the working directory; `--station` is an
-export of it.
+export of it; `--spark` is a Python that has pyspark too, which scores with the served model by examples/spark.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from panda_ad.data.listing import image_files
 
 _CLI = [sys.executable, "-m", "panda_ad.cli"]
 _PORT = 5078
+_SPARK = Path(__file__).parents[1] / "examples" / "spark.py"
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--served")
     parser.add_argument("--station", type=Path)
+    parser.add_argument("--spark", help="a Python with pyspark; needs --served")
     parser.add_argument("--workers", default="1,2,4")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,6 +66,10 @@ def main() -> None:
             _say("an exported folder", alone, *_table(command, out))
         if args.served:
             _say("REST, 16 images a request", alone, *_rest(args.served, sorted((folder / "in").iterdir())))
+        if args.spark:
+            out = folder / "spark.csv"
+            command = [args.spark, str(_SPARK), args.served, str(folder / "in"), str(out)]
+            _say("Spark, two local workers", alone, *_table(command, out))
 
 
 def _say(who: str, expected: list[tuple[str, float]], found: list[tuple[str, float]], seconds: float) -> None:
