@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from panda_ad.adapt.fisher import cached_fisher, chosen_rows, load_fisher, source_labels
 from panda_ad.adapt.metric import Metric
-from panda_ad.adapt.snapshots import pack_snapshots
 from panda_ad.adapt.train import Adapted, adapt
 from panda_ad.data.outliers import coarseness, folder_files, is_gray, outlier_item, plain_item
 from panda_ad.errors import UserError
+from panda_ad.features.export import with_snapshots
+from panda_ad.features.network import ADAPTED
 from panda_ad.params import METHODS, GalleryParams, Params
 from panda_ad.params_file import load_params
 from panda_ad.scoring.whitening import fit_whitening
@@ -42,10 +43,7 @@ if TYPE_CHECKING:
 
 
 def main(category: str) -> None:
-    """Write snapshots.safetensors, history.csv and adapt.json.
-
-    The snapshots are differences to the pretrained layers, and the classifier of `oe`.
-    """
+    """Write adapted_<step>.onnx of each snapshot, history.csv, adapt.json and, of `oe`, classifier.safetensors."""
     import pandas as pd
 
     params = load_params()
@@ -66,13 +64,17 @@ def main(category: str) -> None:
     outliers = outlier_files(params, size, category) if METHODS[method].outliers else []
     adapted = adapt_images(backbone, activations, items, params, outliers, size)
     trained = [state for state, step in zip(adapted.snapshots, adapted.steps, strict=True) if step > 0]
-    classifier = {f"classifier.{name}": value for name, value in (adapted.classifier or {}).items()}
+    found = with_snapshots(network, backbone.adapted, trained, adapted.steps or [0])
     with atomic_folder(BUILD / "adapt" / category) as folder:
-        save_file(pack_snapshots(backbone.adapted.state_dict(), trained) | classifier, folder / "snapshots.safetensors")
+        for layers, at in zip(found.adapted, found.steps, strict=True):
+            if at > 0:
+                (folder / ADAPTED.format(at)).write_bytes(layers.model)
+        if adapted.classifier:
+            save_file(dict(adapted.classifier), folder / "classifier.safetensors")
         pd.DataFrame(adapted.history).to_csv(folder / "history.csv", index=False)
         facts = {
             "method": method,
-            "steps": adapted.steps or [0],
+            "steps": found.steps,
             "collapsed_at": adapted.collapsed_at,
             "fingerprint": backbone.fingerprint,
             "provenance": adapted.provenance,

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 from panda_ad import __version__
-from panda_ad.adapt.snapshots import unpack_snapshots
 from panda_ad.data.images import Decoding
-from panda_ad.features.backbones import Backbone
-from panda_ad.features.network import Network
+from panda_ad.errors import UserError
+from panda_ad.features.engine import Session
+from panda_ad.features.network import ADAPTED, Network
 from panda_ad.params import Params
 from panda_ad.params_file import load_params
 from panda_ad.scoring.bundle import save_bundle
@@ -22,7 +23,6 @@ from panda_ad.scoring.fit import fit_detector
 from panda_ad.scoring.fit_calibration import CALIBRATED
 from panda_ad.stages.common import (
     activations_for,
-    backbone_for,
     cached_images,
     category_rows,
     check_weights,
@@ -30,7 +30,7 @@ from panda_ad.stages.common import (
     network_for,
 )
 from panda_ad.system.files import atomic_folder
-from panda_ad.system.paths import BUILD, NETWORK
+from panda_ad.system.paths import BUILD
 from panda_ad.system.processes import keep_freed_memory
 from panda_ad.system.stage import run_stage
 
@@ -40,21 +40,20 @@ def main(category: str) -> None:
     params = load_params()
     keep_freed_memory()
     rows = category_rows(category)
-    backbone, pretrained = backbone_for(params), network_for()
-    check_weights(pretrained.facts.fingerprint, backbone.fingerprint, str(NETWORK), "extract")
+    pretrained = network_for()
     activations = activations_for(params, pretrained)
     good = pd.concat([rows["train"], rows["calibration"]])
     held = len(rows["calibration"])
     train = cached_images(activations, good, params, category)
     activations.warm(train.items, levels_needed(params, pretrained))
-    network, classifier, facts = adapted_network(category, backbone, pretrained)
+    network, classifier, facts = adapted_network(category, pretrained)
     config = DetectorConfig(
         dataset=params.dataset,
         category=category,
         method=facts["method"],
         gray_range=Decoding.of(params.data).gray_range if params.data.gray_range else None,
         max_megapixels=params.data.max_megapixels,
-        provenance=provenance(params, backbone, facts)
+        provenance=provenance(params, pretrained, facts)
         | {"train_images": len(train), "calibration_images": min(held or len(train), CALIBRATED)},
     )
     fit = FitParams(gallery=params.gallery, localize=params.localize, verdict=params.verdict, seed=params.seed)
@@ -71,31 +70,37 @@ def main(category: str) -> None:
     )
 
 
-def adapted_network(
-    category: str, backbone: Backbone, pretrained: Network
-) -> tuple[Network, dict[str, np.ndarray] | None, dict]:
-    """Return what stage `adapt` has left: the network, outlier exposure's classifier, and the facts of adapt.json."""
-    from panda_ad.features.export import with_snapshots
+def adapted_network(category: str, pretrained: Network) -> tuple[Network, dict[str, np.ndarray] | None, dict]:
+    """Return what stage `adapt` has left: the network, outlier exposure's classifier, and the facts of adapt.json.
 
+    UserError where a file is missing, or of another network.
+    """
     folder = BUILD / "adapt" / category
-    facts = json.loads((folder / "adapt.json").read_text())
-    check_weights(facts["fingerprint"], backbone.fingerprint, str(folder), f"adapt@{category}")
-    tensors = load_file(folder / "snapshots.safetensors")
-    classifier = {
-        k.removeprefix("classifier."): tensors.pop(k).numpy() for k in list(tensors) if k.startswith("classifier.")
-    }
-    states = unpack_snapshots(backbone.adapted.state_dict(), tensors)
-    network = with_snapshots(pretrained, backbone.adapted, states, facts["steps"] or [0])
-    return network, classifier or None, facts
+    try:
+        facts = json.loads((folder / "adapt.json").read_text(encoding="utf-8"))
+        check_weights(facts["fingerprint"], pretrained.facts.fingerprint, str(folder), f"adapt@{category}")
+        sessions = [
+            Session((folder / ADAPTED.format(step)).read_bytes(), str(folder / ADAPTED.format(step)))
+            if step > 0
+            else pretrained.adapted[0]
+            for step in facts["steps"]
+        ]
+        file = folder / "classifier.safetensors"
+        classifier = load_file(file) if file.exists() else None
+    except (OSError, LookupError, ValueError) as e:
+        raise UserError(
+            f"{folder}: missing or damaged ({type(e).__name__}); run `dvc repro --force --single-item adapt@{category}`"
+        ) from None
+    return replace(pretrained, adapted=tuple(sessions), steps=tuple(facts["steps"])), classifier, facts
 
 
-def provenance(params: Params, backbone: Backbone, facts: dict) -> dict[str, object]:
+def provenance(params: Params, pretrained: Network, facts: dict) -> dict[str, object]:
     """Return how the model's network was made."""
     return {
         "panda_ad": __version__,
         "backbone": params.backbone.name,
         "weights": params.backbone.weights,
-        "fingerprint": backbone.fingerprint,
+        "fingerprint": pretrained.facts.fingerprint,
         "collapsed_at": facts["collapsed_at"],
         "adaptation": facts["provenance"],
     }
