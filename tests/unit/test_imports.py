@@ -22,6 +22,9 @@ from panda_ad.stages.publish import main
 main("fabric")
 note("publish")
 
+import panda_ad.stages.evaluate, panda_ad.stages.index
+note("index")
+
 from panda_ad.features.backbones import load_backbone
 load_backbone("efficientnet_lite0")
 embedded = load_backbone("embedded")
@@ -51,6 +54,10 @@ def imported(tmp_path_factory, empty_store):
 
 def test_publishing_does_not_import_torch(imported):
     assert imported["publish"] == []
+
+
+def test_indexing_and_evaluating_do_not_import_torch(imported):
+    assert imported["index"] == []
 
 
 def test_no_stage_imports_torchvision_or_timm_for_a_network_of_our_own(imported):
