@@ -151,6 +151,7 @@ class GalleryParams(_Section):
     whiten: bool
     compression: Literal["none", "kmeans", "coreset"]
     size: PositiveInt
+    relight: bool = False
 
 
 class LocalizeParams(_Section):

@@ -41,7 +41,7 @@ from panda_ad.system.files import atomic_file, atomic_folder, digest_file
 
 NETWORK = ("efficientnet_lite0", "DEFAULT")
 FIT = FitParams(
-    gallery=GalleryParams(k=2, normalize=True, whiten=True, compression="none", size=100),
+    gallery=GalleryParams(k=2, normalize=True, whiten=True, compression="none", size=100, relight=True),
     localize=LocalizeParams(method="patch_memory", neighbors=50, memory_limit=2000, sigma=4.0, tiles=None),
     verdict=VerdictParams(score="both", false_alarm_rate=0.05),
 )

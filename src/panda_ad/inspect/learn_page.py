@@ -101,12 +101,13 @@ def _values(site: Site, category: str, model: Model) -> dict[str, Any]:
     left = effective(log)
     added = {image for entry in log if entry.what == "add" for image in entry.images}
     removed = [image for entry in left if entry.what == "remove" for image in entry.images if image not in added]
-    wrong = [image["sha256"] for image in model.detector.images if _is_defect(standing.get(image["sha256"]))]
+    positions = _positions(model)  # of a relit gallery, an image stands in it several times
+    wrong = [image for image in positions if _is_defect(standing.get(image))]
     return {
         "version": model.version, "here": f"/learn/{quote(category)}", "queue": f"/queue/{quote(category)}",
         "waiting": found[:_AT_ONCE], "all_waiting": len(found), "log": log[::-1], "last": left[-1] if left else None,
-        "rows": rows, "removed": removed, "wrong": wrong[:_AT_ONCE], "images": len(model.detector.images),
-        "position": _positions(model), "most": _AT_ONCE,
+        "rows": rows, "removed": removed, "wrong": wrong[:_AT_ONCE], "images": len(positions),
+        "position": positions, "most": _AT_ONCE,
     }  # fmt: skip
 
 

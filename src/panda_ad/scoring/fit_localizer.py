@@ -23,11 +23,24 @@ _AT_A_TIME = 8  # images whose maps are made together
 _MAPS = 128  # most training images whose heat maps the scale of map scores is from
 
 
-def fit_localizer(detector: Detector, train: Images, features: np.ndarray, params: FitParams) -> Localizer:
-    """Fit `params.localize` to the training images; `features` (M, D) are theirs under the last snapshot."""
-    levels = detector.network.inner_levels if params.localize.method == "spade" else detector.network.map_levels
+def fit_localizer(
+    detector: Detector, train: Images, features: np.ndarray, params: FitParams, sources: np.ndarray | None = None
+) -> Localizer:
+    """Fit `params.localize` to the training images.
+
+    Parameters
+    ----------
+    features : float32 (N, D), the images' under the last snapshot.
+    sources : int64 (N,), of M images and their copies (`relight.Relit`); None: there are no copies. SPADE compares with
+        the images alone.
+    """
+    spade = params.localize.method == "spade"
+    levels = detector.network.inner_levels if spade else detector.network.map_levels
     maps = image_maps(detector.network, train, levels, params.localize.tiles or 1)
-    return build_localizer(params.localize, levels, maps, features, params.seed)
+    sources = np.arange(len(features)) if sources is None else sources
+    if spade:
+        sources = np.unique(sources)
+    return build_localizer(params.localize, levels, maps, features[: len(sources)], params.seed, sources)
 
 
 def fit_scales(

@@ -60,7 +60,12 @@ class Localizer(Protocol):
 
 
 def build_localizer(
-    params: LocalizeParams, levels: tuple[str, ...], maps: Maps, pooled: np.ndarray, seed: int
+    params: LocalizeParams,
+    levels: tuple[str, ...],
+    maps: Maps,
+    pooled: np.ndarray,
+    seed: int,
+    sources: np.ndarray | None = None,
 ) -> Localizer:
     """Build what `params.method` ('spade' or 'patch_memory') needs from the normal training images.
 
@@ -71,11 +76,13 @@ def build_localizer(
         With `params.tiles`, the indices are of their tiles, image by image.
     pooled : float32 (M, D), pooled features of the same images under the same snapshot.
     seed : of the patches drawn.
+    sources : int64 (M,), number of the image that each is or is a copy of; None: there are no copies.
+        `Localizer.without` leaves out an image with its copies.
     """
     if params.method == "spade":
         return Spade.build(maps, levels, pooled, params.neighbors, params.sigma)
     if params.method == "patch_memory":
-        return PatchMemory.build(maps, levels, len(pooled), params, seed)
+        return PatchMemory.build(maps, levels, np.arange(len(pooled)) if sources is None else sources, params, seed)
     raise ValueError(f"localize.method {params.method!r} builds no localizer")
 
 

@@ -78,10 +78,12 @@ class PatchMemory:
         return tuple(self.memories)
 
     @classmethod
-    def build(cls, maps: Maps, levels: tuple[str, ...], images: int, params: LocalizeParams, seed: int) -> PatchMemory:
-        """Build memories of at most `params.memory_limit` patches each."""
+    def build(
+        cls, maps: Maps, levels: tuple[str, ...], sources: np.ndarray, params: LocalizeParams, seed: int
+    ) -> PatchMemory:
+        """Build memories of at most `params.memory_limit` patches each; arguments as of `build_localizer`."""
         tiles = params.tiles or 1
-        count = images * tiles**2
+        count = len(sources) * tiles**2
         quota = math.ceil(max(POOL, params.memory_limit) / count)  # patches drawn from each
         rng = np.random.default_rng(seed)
         drawn: dict[str, list[np.ndarray]] = {level: [] for level in levels}
@@ -91,8 +93,8 @@ class PatchMemory:
                 for layer in batch[level]:
                     rows = positions(local_means(layer))
                     drawn[level].append(rows[rng.permutation(len(rows))[:quota]])
-        sources = np.arange(count) // tiles**2
-        memories = {level: _memory(parts, sources, params.memory_limit, seed) for level, parts in drawn.items()}
+        of = np.repeat(sources, tiles**2)
+        memories = {level: _memory(parts, of, params.memory_limit, seed) for level, parts in drawn.items()}
         return cls(memories, params.sigma, tiles)
 
     def heatmaps(self, maps: Mapping[str, np.ndarray], _pooled: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -141,7 +143,7 @@ def _memory(parts: list[np.ndarray], sources: np.ndarray, limit: int, seed: int)
     chosen = choose(pool, min(limit, len(pool)), seed)
     memory = LevelMemory(pool[chosen], 1.0, of[chosen])
     away = []
-    for fold, _ in split_folds(int(sources[-1]) + 1, seed):
+    for fold, _ in split_folds(int(sources.max()) + 1, seed):
         own = np.isin(of, fold)
         away.append(nearest(pool[own], [pack(_without(memory, fold).values)]))
     return replace(memory, scale=float(np.concatenate(away).mean(dtype=np.float64)) or 1.0)
