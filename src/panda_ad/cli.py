@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import typer
 
 from panda_ad.commands import cli_benchmark, cli_gallery, cli_pictures, cli_project, cli_versions
-from panda_ad.errors import UserError
+from panda_ad.errors import UserError, told
 from panda_ad.system.surroundings import prepare
 
 app = typer.Typer(
@@ -76,8 +76,7 @@ def main() -> None:
     except OSError as e:
         if e.strerror is None:  # not from the operating system: a defect, and its trace is wanted
             raise
-        where = f"{e.filename}: " if e.filename else ""
-        print(f"panda-ad: {where}{e.strerror}", file=sys.stderr)
+        print(f"panda-ad: {told(e)}", file=sys.stderr)
         sys.exit(UserError.exit_code)
     except SystemExit as e:
         if e.code == 130:  # typer's for Ctrl-C, without a word

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from panda_ad.errors import UserError
+from panda_ad.errors import UserError, told
 from panda_ad.system import stage
 from panda_ad.system.files import atomic_folder
 
@@ -97,4 +97,14 @@ def test_a_stage_without_permission_is_one_line(tmp_path, monkeypatch, capsys, n
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["extract"])
     assert stage._run("extract", main) == UserError.exit_code
-    assert capsys.readouterr().err == f"panda-ad: extract: data/nut/train/good/000.png: {os.strerror(number)}\n"
+    said = capsys.readouterr().err
+    assert said.startswith(f"panda-ad: extract: {tmp_path}/data/nut/train/good/000.png: {os.strerror(number)}: ")
+    assert "name another folder" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_what_the_system_refuses_is_told_with_its_folder_and_what_to_do(tmp_path, number):
+    """A temporary file's name says nothing to people: its folder does."""
+    said = told(OSError(number, os.strerror(number), str(tmp_path / ".pics-start.9558.tmp")))
+    assert said.startswith(f"{tmp_path}: {os.strerror(number)}: ") and ".tmp" not in said.removeprefix(str(tmp_path))
+    assert told(OSError(errno.EIO, "Input/output error")) == "Input/output error"

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from panda_ad.errors import UserError
+from panda_ad.errors import UserError, told
 from panda_ad.system.files import write_json
 from panda_ad.system.lock import repository_lock
 from panda_ad.system.paths import BUILD
@@ -60,7 +60,7 @@ def _run(name: str, main: Callable[..., None]) -> int:
             print(f"panda-ad: {label}: no space left on the disk ({where}); free some and run again", file=sys.stderr)
             return UserError.exit_code
         if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            print(f"panda-ad: {label}: {e.filename}: {e.strerror}", file=sys.stderr)
+            print(f"panda-ad: {label}: {told(e)}", file=sys.stderr)
             return UserError.exit_code
         traceback.print_exc()
         return 1
