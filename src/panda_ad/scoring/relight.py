@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
+from tqdm import trange
 
 from panda_ad.features.images import Images, Index
 from panda_ad.features.network import Network
@@ -25,6 +25,7 @@ COPIES = 2
 MOST = 1000
 """Most copies of all; of more images some are drawn. A copy's activations are computed at each fit, not cached."""
 _BATCH = 32
+_SEEN = 100  # images of a session, drawn at random, that its light is taken from
 _LEAST_LIGHT = 1 / 255  # a darker channel counts as that bright
 
 
@@ -98,8 +99,10 @@ def relit(images: Images, sessions: Sequence[str], network: Network, seed: int) 
     if known < LEAST:
         return images, np.arange(count)
     rng = np.random.default_rng(seed)
-    light = np.log(np.array([_light(images.read(i)) for i in tqdm(range(count), desc="light", disable=None)]))
-    means = np.stack([light[members == g].mean(axis=0) for g in range(known)])
+    means = np.empty((known, 3))
+    for g in trange(known, desc="light", unit="session", disable=None):
+        some = rng.permutation(np.flatnonzero(members == g))[:_SEEN]
+        means[g] = np.log([_light(images.read(int(i))) for i in some]).mean(axis=0)
     copied = np.sort(rng.permutation(np.repeat(np.arange(count), COPIES))[:MOST])
     covariance = np.cov(means, rowvar=False) * (1 + 1 / known)
     drawn = rng.multivariate_normal(means.mean(axis=0), covariance, len(copied), method="eigh")

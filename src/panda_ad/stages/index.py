@@ -21,6 +21,7 @@ from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector
 from panda_ad.scoring.fit_calibration import CALIBRATED
+from panda_ad.scoring.relight import LEAST
 from panda_ad.stages.common import (
     activations_for,
     cached_images,
@@ -63,8 +64,10 @@ def main(category: str) -> None:
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
     limit = detector.threshold()
+    copies = " with copies in other sessions' light" if params.gallery.relight and len(set(sessions)) >= LEAST else ""
     print(
-        f"{category}: {len(train)} normal images, {len(network.steps)} snapshot(s), threshold {limit.value:.4g}"
+        f"{category}: {len(train)} normal images{copies}, {len(network.steps)} snapshot(s), "
+        f"threshold {limit.value:.4g}"
         + (f"; false alarms {limit.sessions}" if limit.sessions else "")
         + (f"; {limit.message}" if limit.message else "")
     )
