@@ -32,7 +32,7 @@ run: $(VENV)/.ready       ## everything: environment, data, pipeline, registrati
 	@$(HERE) panda-ad run
 
 test: $(VENV)/.ready-dev lint   ## everything the tests need, and all tests
-	@$(HERE) pytest -n 3 $(BALANCED)
+	@$(HERE) pytest -n 3 $(BALANCED) --durations=25
 
 test-fast: $(VENV)/.ready-dev   ## the tests that start no server, run no whole pipeline and take no seconds
 	@$(HERE) pytest -n 2 $(BALANCED) -m "not slow" tests/unit
