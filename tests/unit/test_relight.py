@@ -128,6 +128,15 @@ def test_a_lamp_of_the_usual_kind_is_nearer(network, method):
         assert scaled[1] < scaled[0]
 
 
+def test_outlier_exposure_is_scaled_by_the_images_alone(network):
+    """Its score is the classifier's, of the features as they are: copies in other light say nothing of the images."""
+    pixels, sessions = lamps([0.7, 0.85, 1.0, 1.2])
+    images, wide = DecodedImages(network, pixels), network.features(network.activations(network.preprocess(pixels)))
+    classifier = {"weight": np.ones((1, wide[0].shape[1]), np.float32), "bias": np.zeros(1, np.float32)}
+    plain, shown = (fit_detector(network, images, fit_params(on), None, classifier, sessions) for on in (False, True))
+    assert shown.scales[0] == plain.scales[0]
+
+
 def test_a_black_picture_stays_black():
     images = DecodedImages(None, [np.zeros((3, 3, 3), np.uint8)] * 6)  # type: ignore[arg-type]
     shown, _ = relit(images, list("aabbcc"), None, 0)  # type: ignore[arg-type]

@@ -75,21 +75,21 @@ def fit_detector(
     normal = fit_galleries(features, params.gallery, config.whiten, params.seed)
     folds = split_folds(len(train), params.seed, sessions)
     known = out_of_fold(features, folds, params.gallery, config.whiten, params.seed, sources)
-    chosen = sources[normal.chosen]
+    rows = sources[normal.chosen]
     detector = replace(
         empty,
         galleries=normal.galleries,
         whitenings=normal.whitenings,
         train_means=known.scores.mean(axis=1),
-        images=tuple({"path": train.names[i], "sha256": train.keys[i]} for i in chosen),
-        thumbnails=tuple(thumbnail(train.read(int(i))) for i in chosen),
+        images=tuple({"path": train.names[i], "sha256": train.keys[i]} for i in rows),
+        thumbnails=tuple(thumbnail(train.read(int(i))) for i in rows),
         seen=frozenset(train.keys),
     )
     if params.localize.method != "none":
         last = detector.transformed(features)[-1]
         detector = replace(detector, localizer=fit_localizer(detector, shown, last, params, sources))
         if config.score == "both":
-            detector = fit_scales(detector, train, last, known.scores, folds, params.seed)
+            detector = fit_scales(detector, train, last[: len(train)], known.scores, folds, params.seed)
     chosen = draw(folds, CALIBRATED, params.seed, unadapted)
     detector = calibrated(detector, train, known, chosen)
     if len(set(sessions)) < 2:
