@@ -54,6 +54,17 @@ def test_copies_follow_the_images_and_name_their_source(count, known, seed):
     assert np.bincount(sources[count:]).max() <= COPIES and shown.keys[-1] == images.keys[sources[-1]]
 
 
+def test_images_of_no_session_are_not_copied_and_are_no_session():
+    """A taught image has none: it must not turn two sessions into three."""
+    images = DecodedImages(None, [noise(i, (2, 2)) for i in range(20)])  # type: ignore[arg-type]
+    assert relit(images, ["a"] * 9 + ["b"] * 9 + ["", ""], None, 0)[0] is images  # type: ignore[arg-type]
+    _, sources = relit(images, ["a", "b", "c"] * 6 + ["", ""], None, 0)  # type: ignore[arg-type]
+    assert sources[:20].tolist() == list(range(20)) and np.bincount(sources[20:], minlength=20).tolist() == [2] * 18 + [
+        0,
+        0,
+    ]
+
+
 def test_copies_are_lit_as_sessions_drawn_like_the_known_ones():
     """Their channels' log means have the mean of the sessions', and their covariance (1 + 1 / G)."""
     rng = np.random.default_rng(0)

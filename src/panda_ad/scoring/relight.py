@@ -87,26 +87,27 @@ def relit(images: Images, sessions: Sequence[str], network: Network, seed: int) 
 
     Of each channel's mean the logarithm is taken. A further session's is drawn from the normal distribution of the
     known sessions' means (G of them: mean m, covariance S (1 + 1 / G)); the copy's gains lead there from its own
-    session's. With fewer than `LEAST` sessions there are no copies.
+    session's. With fewer than `LEAST` sessions there are no copies, and none of images whose session is not known ('').
 
     Parameters
     ----------
     sessions : of each image; () where they are not known, or where no copies are wanted.
     network : computes the copies' activations.
     """
-    names, members = np.unique(np.array(sessions, dtype=str), return_inverse=True)
-    count, known = len(images), len(names)
+    count, of = len(images), np.array(sessions, dtype=str)
+    names = np.unique(of[of != ""])
+    known = len(names)
     if known < LEAST:
         return images, np.arange(count)
     rng = np.random.default_rng(seed)
     means = np.empty((known, 3))
     for g in trange(known, desc="light", unit="session", disable=None):
-        some = rng.permutation(np.flatnonzero(members == g))[:_SEEN]
+        some = rng.permutation(np.flatnonzero(of == names[g]))[:_SEEN]
         means[g] = np.log([_light(images.read(int(i))) for i in some]).mean(axis=0)
-    copied = np.sort(rng.permutation(np.repeat(np.arange(count), COPIES))[:MOST])
+    copied = np.sort(rng.permutation(np.repeat(np.flatnonzero(of != ""), COPIES))[:MOST])
     covariance = np.cov(means, rowvar=False) * (1 + 1 / known)
     drawn = rng.multivariate_normal(means.mean(axis=0), covariance, len(copied), method="eigh")
-    gains = np.exp(drawn - means[members[copied]])
+    gains = np.exp(drawn - means[np.searchsorted(names, of[copied])])
     sources = np.concatenate([np.arange(count), copied])
     return Relit(images, network, sources, gains), sources
 

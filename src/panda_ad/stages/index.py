@@ -64,7 +64,9 @@ def main(category: str) -> None:
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
     limit = detector.threshold()
-    copies = " with copies in other sessions' light" if params.gallery.relight and len(set(sessions)) >= LEAST else ""
+    copies = (
+        " with copies in other sessions' light" if params.gallery.relight and len(set(sessions) - {""}) >= LEAST else ""
+    )
     print(
         f"{category}: {len(train)} normal images{copies}, {len(network.steps)} snapshot(s), "
         f"threshold {limit.value:.4g}"
