@@ -139,6 +139,15 @@ def test_a_lamp_of_the_usual_kind_is_nearer(network, method):
         assert scaled[1] < scaled[0]
 
 
+def test_an_image_is_shown_once_among_the_nearest(network):
+    pixels, sessions = lamps([0.8, 1.0, 1.2])
+    model = fit_detector(network, DecodedImages(network, pixels), fit_params(True), sessions=sessions)
+    own = [i for i, image in enumerate(model.images) if image["sha256"] == model.images[5]["sha256"]]
+    assert len(own) == 1 + COPIES
+    assert model.distinct(np.array([own[1], 0, own[0], own[2], 1])) == [own[1], 0, 1]
+    assert model.distinct(np.array([-1, len(model.images)])) == []
+
+
 def test_outlier_exposure_is_scaled_by_the_images_alone(network):
     """Its score is the classifier's, of the features as they are: copies in other light say nothing of the images."""
     pixels, sessions = lamps([0.7, 0.85, 1.0, 1.2])

@@ -186,7 +186,7 @@ def explain(model: Model, rgb: np.ndarray) -> Evidence:
         x0, y0, x1, y1 = verdict.region
         region = (x0 / columns, y0 / rows, x1 / columns, y1 / rows)
         heat = heat_png(verdict.heatmap, detector.config.heatmap_range)
-    nearest = tuple(int(i) for i in scores.neighbors[0] if 0 <= i < len(detector.thumbnails))
+    nearest = tuple(detector.distinct(scores.neighbors[0]))
     return Evidence(
         model.name, model.version, verdict.score, verdict.p_value, detector.threshold().value, verdict.anomalous,
         float(np.median(detector.calibration)), len(detector.calibration),

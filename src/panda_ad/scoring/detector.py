@@ -159,6 +159,14 @@ class Detector:
         shown = maps if heatmaps else None
         return Scores(score, snapshot, neighbors, distances, features[-1], shown, feature_score, map_score)
 
+    def distinct(self, neighbors: np.ndarray) -> list[int]:
+        """Return those of neighbors, (k,), that are in the gallery; of an image and its copies the nearest alone."""
+        first: dict[str, int] = {}
+        for k in neighbors:
+            if 0 <= k < len(self.images):
+                first.setdefault(self.images[k].get("sha256", str(k)), int(k))
+        return list(first.values())
+
     def transformed(self, features: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Normalize and whiten features per snapshot, S times (N, D) float32, each where the model was built so."""
         out = [normalize(x) for x in features] if self.config.normalize else list(features)

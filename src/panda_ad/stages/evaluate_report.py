@@ -133,7 +133,9 @@ def images(
                 spot=None if heat is None or n >= SPOTS else worst_spot(rgb, heat),
                 mask=None if masks is None else masks[i],
                 components=None if components is None else (float(components[i, 0]), float(components[i, 1])),
-                neighbors=[Neighbor(thumbs[k], detector.images[k]["path"]) for k in scores.neighbors[i]],
+                neighbors=[
+                    Neighbor(thumbs[k], detector.images[k]["path"]) for k in detector.distinct(scores.neighbors[i])
+                ],
             )
         )
     return shown
