@@ -261,8 +261,11 @@ def test_a_cluster_is_the_same_images_under_every_snapshot(tmp_path, monkeypatch
     write_json(
         Path("build/network/network.json"), made | {"fingerprint": "0" * 64}
     )  # another file under the weights' name
-    for stage in (adapt, index):
-        with pytest.raises(UserError, match="--single-item extract"):
+    for stage, again in (
+        (index, "adapt@fabric"),
+        (adapt, "extract"),
+    ):  # each names the stage before it, down to the first
+        with pytest.raises(UserError, match=f"--single-item {again}`"):
             stage.main("fabric")
     with pytest.raises(UserError, match="--single-item index@fabric"):
         evaluate.main("fabric")
