@@ -31,6 +31,7 @@ class Unavailable(UserError):
 
 _ADVICE = {
     errno.EACCES: "you may not write or read there; name another folder, or run it from one of your own",
+    errno.EPERM: "you may not do that there; name another folder, or run it from one of your own",
     errno.EROFS: "nothing can be written there; name another folder, or run it from one that can be written to",
     errno.ENOSPC: "free some space, or name a folder on another disk",
 }

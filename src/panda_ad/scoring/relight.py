@@ -82,6 +82,11 @@ class Relit:
         return self.of.pretrained(rows) if (rows < len(self.of)).all() else None
 
 
+def light_is_known(sessions: Sequence[str]) -> bool:
+    """Return whether sessions, of each image, '' where it has none, are enough to tell by how much light differs."""
+    return len(set(sessions) - {""}) >= LEAST
+
+
 def relit(images: Images, sessions: Sequence[str], network: Network, seed: int) -> tuple[Images, np.ndarray]:
     """Return the images with `COPIES` of each in the light of further sessions, and `Relit.sources`.
 
@@ -95,10 +100,10 @@ def relit(images: Images, sessions: Sequence[str], network: Network, seed: int) 
     network : computes the copies' activations.
     """
     count, of = len(images), np.array(sessions, dtype=str)
+    if not light_is_known(sessions):
+        return images, np.arange(count)
     names = np.unique(of[of != ""])
     known = len(names)
-    if known < LEAST:
-        return images, np.arange(count)
     rng = np.random.default_rng(seed)
     means = np.empty((known, 3))
     for g in trange(known, desc="light", unit="session", disable=None):

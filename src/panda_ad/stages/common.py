@@ -56,7 +56,7 @@ def check_weights(fingerprint: str, expected: str, what: str, stage: str) -> Non
     """
     if fingerprint != expected:
         raise UserError(
-            f"{what} was made with other weights than backbone.weights holds now; "
+            f"{what} was made with other weights than are in use now; "
             f"run `dvc repro --force --single-item {stage}`, then `dvc repro`"
         )
 

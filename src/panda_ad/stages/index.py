@@ -21,7 +21,7 @@ from panda_ad.scoring.bundle import save_bundle
 from panda_ad.scoring.config import DetectorConfig, FitParams
 from panda_ad.scoring.fit import fit_detector
 from panda_ad.scoring.fit_calibration import CALIBRATED
-from panda_ad.scoring.relight import LEAST
+from panda_ad.scoring.relight import light_is_known
 from panda_ad.stages.common import (
     activations_for,
     cached_images,
@@ -64,9 +64,7 @@ def main(category: str) -> None:
     with atomic_folder(BUILD / "bundle" / category) as folder:
         save_bundle(detector, folder)
     limit = detector.threshold()
-    copies = (
-        " with copies in other sessions' light" if params.gallery.relight and len(set(sessions) - {""}) >= LEAST else ""
-    )
+    copies = " with copies in other sessions' light" if params.gallery.relight and light_is_known(sessions) else ""
     print(
         f"{category}: {len(train)} normal images{copies}, {len(network.steps)} snapshot(s), "
         f"threshold {limit.value:.4g}"
@@ -92,7 +90,7 @@ def adapted_network(category: str, pretrained: Network) -> tuple[Network, dict[s
         ]
         file = folder / "classifier.safetensors"
         classifier = load_file(file) if file.exists() else None
-    except (OSError, LookupError, ValueError) as e:
+    except (OSError, LookupError, TypeError, ValueError) as e:
         raise UserError(
             f"{folder}: missing or damaged ({type(e).__name__}); run `dvc repro --force --single-item adapt@{category}`"
         ) from None
