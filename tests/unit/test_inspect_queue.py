@@ -142,6 +142,15 @@ def test_a_dropped_picture_is_scored_and_shown(anna, site):
     assert list(Path("monitoring/dropped/nut").iterdir()) == [Path(f"monitoring/dropped/nut/{sha256}.png")]
 
 
+def test_an_empty_queue_says_what_the_reader_can_do(anna, site):
+    """Without a name there is no place to drop pictures on: the page must not speak of one."""
+    mine, theirs = (person.get("/queue/bolt").text for person in (anna, Inspector(site, "")))
+    for page in (mine, theirs):
+        assert re.search(r"panda-ad score FOLDER --model models:/panda-[\w-]+-bolt@staging --log", page)
+    assert "Or drop pictures below" in mine and 'class="drop"' in mine
+    assert "sign in above" in theirs and 'class="drop"' not in theirs and "below" not in theirs
+
+
 def test_what_comes_from_elsewhere_changes_nothing(anna, site):
     fields = anna.form(anna.get("/queue/nut").text) | {"label": "good"}
     for headers, change in (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from panda_ad.inspect.queue import SHOWS, Show, select, shown
 from panda_ad.inspect.scorer import Evidence
 from panda_ad.inspect.site import Site, known_kinds, notify
 from panda_ad.inspect.texts import rarity
+from panda_ad.registry.names import model_name
 
 Sha256 = Annotated[str, InPath(pattern="^[0-9a-f]{64}$")]
 Form = Annotated[dict[str, str], Depends(checked_form)]
@@ -119,7 +121,9 @@ def _queue_values(site: Site, request: Request, category: str, show: Show, at: s
     problems = [*queue.problems.values(), *filter(None, [site.models.problems.get(category)])]
     allowed, row, text = site.may(request, "decide"), rows.get(current), site.text(request)
     return {
-        "page": "queue", "category": category, "here": f"/queue/{quote(category)}", "show": show, "row": row,
+        "page": "queue", "category": category,
+        "model": shlex.quote(f"models:/{model_name(site.params.dataset, category)}@staging"),
+        "here": f"/queue/{quote(category)}", "show": show, "row": row,
         "rarity": rarity(text, row.p_value) if row else "", "coming": [rows[sha256] for sha256 in after],
         "counts": list(counts.items()), "total": len(rows), "problems": problems[:3],
         "stands": stands if shown(stands) != "undecided" else None, "stands_id": stands.id if stands else 0,
